@@ -1,0 +1,64 @@
+# `make` lists the targets. Every one of them first makes sure that .venv is as pyproject.toml and
+# constraints.txt want it, so a fresh machine needs nothing but Python, make and a C++ compiler
+# (without the compiler the optimizers run too, slower).
+
+# An interpreter for .venv, 3.10 or later; without PYTHON= an existing .venv keeps the one it has.
+PYTHON ?= python3
+# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb; ARGS= is handed to pytest as it is.
+PRESET ?=
+WORKERS ?=
+LOGGER ?=
+ARGS ?=
+
+PY := .venv/bin/python
+# Written last: a .venv without it was made by hand, or its setup was cut short.
+STAMP := .venv/.setup-done
+VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
+TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(if $(WORKERS),workers=$(WORKERS)) \
+	$(if $(LOGGER),logger=$(LOGGER))
+
+# Only a PYTHON= that was asked for can make an existing .venv the wrong one.
+ifneq ($(origin PYTHON),file)
+ifneq ($(call VERSION_OF,$(PYTHON)),$(call VERSION_OF,$(PY)))
+OTHER_PYTHON := other-python
+endif
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format reproduce-table1 tables clean other-python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make .venv and install everything into it; does nothing when it is up to date
+
+$(STAMP): pyproject.toml constraints.txt $(OTHER_PYTHON)
+	@$(if $(OTHER_PYTHON),false,$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null) || { \
+		command -v '$(PYTHON)' >/dev/null || { \
+			echo "PYTHON=$(PYTHON) is not a program; give one that runs Python 3.10 or later, as in: make setup PYTHON=python3.12" >&2; exit 1; }; \
+		'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "PYTHON=$(PYTHON) is Python %d.%d; give one of 3.10 or later, as in: make setup PYTHON=python3.12" % v[:2])' && \
+		'$(PYTHON)' -m venv --clear .venv; }
+	@echo "Installing into .venv with $$($(PY) --version); the first time this takes a few minutes, most of it for torch."
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: lint ## lint, then run the tests
+	@$(PY) -m pytest -n $(or $(WORKERS),2) $(ARGS)
+
+lint: setup ## check style (ruff) and types (mypy)
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet . || { echo "Some files are not formatted; mend with: make format" >&2; exit 1; }
+	@$(PY) -m mypy
+
+format: setup ## format the code and mend what ruff can mend
+	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
+
+reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PRESET=quick for a trial)
+	@$(PY) -m experiments.table1 $(TABLE_OPTIONS)
+
+tables: setup ## redraw every table and figure from the results in the repository, without training
+	@$(PY) -m scripts.tables
+
+clean: ## remove caches and builds; runs, data and .venv stay
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
