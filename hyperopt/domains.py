@@ -1,0 +1,44 @@
+"""Domains: how the raw value that a level moves becomes the hyperparameter that a rule uses.
+
+A hyperparameter h lives as a raw value r, which the level above moves freely, and h = T(r). The
+unit-interval and square domains are those of the paper's own code; log is the usual choice for a
+step size that may have to change by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A smooth map from the real line onto the legal values of a hyperparameter.
+
+    Attributes:
+        name: what the notation calls it, as in ``Adam(0.001)[lr: log]``.
+        value: T, elementwise on a tensor of raw values of any shape.
+        raw: the inverse of T for one number.
+        low, high: T's image is the open interval (low, high), but for ``square``, which has its 0.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    raw: Callable[[float], float]
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low < value < self.high or (self is SQUARE and value == 0)
+
+
+REAL = Domain("real", lambda r: r, lambda h: h)
+UNIT = Domain("unit", lambda r: (torch.tanh(r) + 1) / 2, lambda h: math.atanh(2 * h - 1), 0.0, 1.0)
+SQUARE = Domain("square", lambda r: r * r, math.sqrt, low=0.0)
+LOG = Domain("log", torch.exp, math.log, low=0.0)
+
+DOMAINS = {domain.name: domain for domain in (REAL, UNIT, SQUARE, LOG)}

@@ -1,0 +1,152 @@
+"""Where the numbers of a stack are kept between steps, and the step that works on them in place.
+
+Everything small, all hyperparameters of all levels and the whole state of the upper levels, is one
+float64 vector, `packed`; everything large is one flat vector per shard and kind. A step is then one
+function of a handful of tensors, which compiles into one kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .domains import DOMAINS, REAL
+from .rules import State
+from .tower import Level, Move, Slot, TowerState, step
+
+
+class Vectors(NamedTuple):
+    """The large tensors of one shard of n weights that a step reads and writes, [n] each.
+
+    Attributes:
+        w, g: the weights and their gradient.
+        last_w, last_g: those of the last move; the first is None where the rule does not need it.
+        state: the vectors of the rule's state before the last move.
+    """
+
+    w: Tensor
+    g: Tensor
+    last_w: Tensor | None
+    last_g: Tensor
+    state: State
+
+    def flat(self) -> list[Tensor]:
+        kept = [] if self.last_w is None else [self.last_w]
+        return [self.w, self.g, self.last_g, *kept, *self.state.values()]
+
+
+def scalars(state: State) -> State:
+    return {name: value for name, value in state.items() if not value.ndim}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static shape of a stack and its weights: what a compiled step depends on.
+
+    Attributes:
+        levels: the stack.
+        sizes: the number of weights of each shard.
+        moved: for each shard, whether it has a last move.
+        started: whether the upper levels have made a step.
+    """
+
+    levels: tuple[Level, ...]
+    sizes: tuple[int, ...]
+    moved: tuple[bool, ...]
+    started: bool
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """What the first elements of `packed` are: every hyperparameter's value, the tuned first."""
+        slots = [(k, slot) for k, level in enumerate(self.levels) for slot in level.tuned]
+        slots += [(k, slot) for k, level in enumerate(self.levels) for slot in level.fixed]
+        return tuple(f"{k}.{slot}" for k, slot in slots)
+
+    def place(self, k: int, slot: Slot) -> int:
+        """Where in `packed` the value of a hyperparameter of level k stands."""
+        return self.names.index(f"{k}.{slot}")
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether nothing moves for the first time, as in every step but few."""
+        return self.started and all(self.moved)
+
+    @cached_property
+    def states(self) -> tuple[dict[str, bool], ...]:
+        """For each level, the names of its rule's state, and whether each is a vector."""
+        empty = torch.empty(0)
+        return tuple(
+            {name: value.ndim > 0 for name, value in level.rule.init(empty).items()}
+            for level in self.levels
+        )
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the parts of `packed`."""
+        tuned = [len(level.tuned) for level in self.levels]
+        shapes: list[tuple[int, ...]] = [(sum(tuned),)]
+        shapes += [(len(level.fixed),) for level in self.levels]
+        shapes += [(n,) for n in tuned]
+        for state, n in zip(self.states[1:], tuned, strict=False):
+            shapes += [(n,), (n,), *((n,) if vector else () for vector in state.values())]
+        counters = sum(not vector for vector in self.states[0].values())
+        return shapes + [()] * (counters * len(self.sizes))
+
+    def unpack(self, packed: Tensor, shards: Sequence[Vectors]) -> TowerState:
+        """The tower's state as views of `packed` and of the shards' vectors."""
+        pieces = packed.split([math.prod(shape) for shape in self.shapes])
+        parts = (piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
+        next(parts)
+        fixed = tuple(next(parts) for _ in self.levels)
+        raw = tuple(next(parts) for _ in self.levels)
+        upper = []
+        for names in self.states[1:]:
+            w, g = next(parts), next(parts)
+            state = {name: next(parts) for name in names}
+            upper.append((Move(w, g, state) if self.started else Move(None, None, state),))
+        lowest = []
+        for shard, moved in zip(shards, self.moved, strict=True):
+            state = {
+                name: shard.state[name] if vector else next(parts)
+                for name, vector in self.states[0].items()
+            }
+            lowest.append(
+                Move(shard.last_w, shard.last_g, state) if moved else Move(None, None, state)
+            )
+        return TowerState(raw, fixed, (tuple(lowest), *upper))
+
+    def pack(self, tower: TowerState) -> Tensor:
+        """The inverse of `unpack`, but for the large vectors."""
+        raw = torch.cat(tower.raw)
+        domains = [level.rule.tuned[slot.name] for level in self.levels for slot in level.tuned]
+        values = raw
+        for domain in DOMAINS.values():
+            if domain is not REAL and domain in domains:
+                here = torch.tensor([d is domain for d in domains], device=raw.device)
+                values = torch.where(here, domain.value(raw), values)
+        parts = [values, *tower.fixed, *tower.raw]
+        for below, ((w, g, state),) in zip(tower.raw, tower.moves[1:], strict=False):
+            blank = torch.zeros_like(below)
+            parts += [blank if w is None else w, blank if g is None else g, *state.values()]
+        parts += [s for move in tower.moves[0] for s in scalars(move.state).values()]
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def step(self, packed: Tensor, shards: Sequence[Vectors]) -> None:
+        """One step of the stack, in place.
+
+        The new weights are written over ``w``, or over ``last_w`` where there is one, so that the
+        two have changed places.
+        """
+        tower = self.unpack(packed, shards)
+        weights, tower = step(self.levels, tower, [s.w for s in shards], [s.g for s in shards])
+        packed.copy_(self.pack(tower))
+        for shard, w, move in zip(shards, weights, tower.moves[0], strict=True):
+            for name, value in shard.state.items():
+                value.copy_(move.state[name])
+            (shard.w if shard.last_w is None else shard.last_w).copy_(w)

@@ -1,0 +1,540 @@
+"""`HyperOptimizer`: a stack of rules as a drop-in `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compile import compiled
+from .layout import Layout, Vectors
+from .rules import Rule, State, near
+from .stack import Stack, parse
+from .tower import Level, Move, Slot, TowerState, build
+
+
+class Flat:
+    """A flat vector and its views in the shapes of the parameters that it holds."""
+
+    def __init__(self, flat: Tensor, params: Sequence[Tensor]) -> None:
+        self.flat = flat
+        pieces = flat.split([p.numel() for p in params])
+        self.views = [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
+
+
+class Shard:
+    """Parameters of one param group that have been moved together since their first step.
+
+    Half-precision parameters are moved in float32; no other cast is made.
+
+    Args:
+        params: the parameters, n elements in all.
+        group: the number of their param group.
+        w, g: what the last move read, if there was one, [n] each.
+        state: the rule's state before the last move, or its initial state.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        group: int,
+        state: State,
+        w: Tensor | None,
+        g: Tensor | None,
+        keep_weights: bool,
+    ) -> None:
+        self.params, self.group, self.state, self.moved = params, group, state, g is not None
+        self.w, self.g = self._new(), self._new()
+        self.last_w = (self._new() if w is None else Flat(w, params)) if keep_weights else None
+        self.last_g = self._new() if g is None else Flat(g, params)
+
+    @staticmethod
+    def precision(p: Tensor) -> torch.dtype:
+        return torch.promote_types(p.dtype, torch.float32)
+
+    def _new(self) -> Flat:
+        n, first = sum(p.numel() for p in self.params), self.params[0]
+        flat = torch.zeros(n, dtype=self.precision(first), device=first.device)
+        return Flat(flat, self.params)
+
+    def vectors(self) -> Vectors:
+        return Vectors(
+            self.w.flat,
+            self.g.flat,
+            None if self.last_w is None else self.last_w.flat,
+            self.last_g.flat,
+            {name: value for name, value in self.state.items() if value.ndim},
+        )
+
+    def swap(self) -> None:
+        """After a step: what it has read is now what was read last."""
+        self.g, self.last_g = self.last_g, self.g
+        if self.last_w is not None:
+            self.w, self.last_w = self.last_w, self.w
+        self.moved = True
+
+    def part(self, chosen: Sequence[bool]) -> Shard:
+        """A shard of some of the parameters, with their share of the state."""
+
+        def cut(flat: Tensor) -> Tensor:
+            if not flat.ndim:
+                return flat.clone()
+            pieces = flat.split([p.numel() for p in self.params])
+            return torch.cat([piece for piece, here in zip(pieces, chosen, strict=True) if here])
+
+        params = [p for p, here in zip(self.params, chosen, strict=True) if here]
+        state = {name: cut(value) for name, value in self.state.items()}
+        w = cut(self.last_w.flat) if self.moved and self.last_w is not None else None
+        g = cut(self.last_g.flat) if self.moved else None
+        return Shard(params, self.group, state, w, g, self.last_w is not None)
+
+
+class HyperOptimizer(torch.optim.Optimizer):
+    """Moves weights by the lowest rule of a stack, and each rule's hyperparameters by the next one.
+
+    It is used as any optimizer of ``torch.optim`` is: ``zero_grad()``, backward, ``step()``. The
+    hyperparameters are moved by their hypergradients (Chandra et al. 2022), which need no second
+    derivative of the model: a plain ``loss.backward()`` is all.
+
+    ``param_groups[i]["lr"]`` reads as the current value: a 0-dim tensor for a hyperparameter that is
+    tuned, and otherwise a number, which may be set between steps.
+
+    Args:
+        params: parameters or param groups. A group may give hyperparameters of the lowest rule a
+            value of its own, as in ``{"params": ..., "lr": 0.1}``; one that is tuned is then tuned
+            apart from that of the other groups.
+        stack: a `Stack`, a single `Rule`, or their notation, as ``"Adam(0.001) / SGD(1e-5)"``.
+        compile: whether to compile the step, which takes a few seconds at the second step. Where no
+            compiler is found, steps run eagerly, which computes the same.
+
+    Raises:
+        ValueError: a stack that does not parse, a value outside its domain, an empty list of
+            parameters, parameters on several devices.
+        TypeError: complex or sparse parameters.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], stack: Stack | Rule | str, *, compile: bool = True
+    ) -> None:
+        self.stack = parse(stack)
+        self.compile = compile
+        self.compiled = False
+        self._overrides: list[frozenset[str]] = []
+        self._shards: list[Shard] = []  # what the last step moved
+        self._parked: list[Shard] = []  # what earlier steps moved, and the last one did not
+        self._started = False
+        self._packed: Tensor | None = None
+        super().__init__(params, dict(self.stack.levels[0].values))
+        self._lay_out()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with values of their own for any hyperparameters of the lowest rule.
+
+        Raises:
+            ValueError: a key that is no hyperparameter, a value outside its domain.
+            TypeError: complex or sparse parameters.
+        """
+        rule = self.stack.levels[0]
+        own = {name: value for name, value in param_group.items() if name in rule.hypers}
+        for name in param_group.keys() - own.keys() - {"params", "param_names"}:
+            raise ValueError(
+                f"a param group of {rule.name} takes no {name!r}; "
+                f"{near(name, ['params', *rule.hypers])}"
+            )
+        Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.is_complex():
+                raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
+            if p.layout != torch.strided:
+                raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
+            if p.device != self.param_groups[0]["params"][0].device:
+                raise ValueError(
+                    f"parameters on {self.param_groups[0]['params'][0].device} and on {p.device}; "
+                    "make one optimizer for each device"
+                )
+        self._overrides.append(frozenset(own))
+        if self._packed is not None:
+            for name, value in own.items():
+                if value != 0 and not self._rule.on(name):
+                    raise ValueError(
+                        f"{name} = {value} in a new group, but no group had {name} so far"
+                    )
+            self._lay_out(self._export())
+
+    # The step.
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move the hyperparameters of all levels, from the top, and then the weights.
+
+        Parameters whose ``grad`` is None are left alone, their state included, as ``torch.optim``
+        does.
+
+        Args:
+            closure: computes the loss again and returns it, which is then what ``step`` returns.
+
+        Raises:
+            TypeError: a sparse gradient.
+            ValueError: a tuned hyperparameter was set in a param group.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = [[p.grad for p in shard.params] for shard in self._shards]
+        if any(g is None for gs in grads for g in gs) or any(
+            p.grad is not None for p in self._resting
+        ):
+            self._arrange()
+            grads = [[p.grad for p in shard.params] for shard in self._shards]
+        if not grads:
+            return loss
+        self._follow_groups()
+        for shard, gs in zip(self._shards, grads, strict=True):
+            torch._foreach_copy_(shard.w.views, shard.params)
+            torch._foreach_copy_(shard.g.views, gs)
+        vectors = [shard.vectors() for shard in self._shards]
+        run = None
+        if self.compile and self._layout.regular:
+            run = compiled(self._layout, self._packed, vectors)
+        self.compiled = run is not None
+        (run or self._layout.step)(self._packed, vectors)
+        for shard in self._shards:
+            shard.swap()
+            torch._foreach_copy_(shard.params, shard.w.views)
+        if not self._layout.regular:
+            self._started = True
+            self._layout = replace(
+                self._layout, moved=tuple(s.moved for s in self._shards), started=True
+            )
+        self._version = self._packed._version
+        return loss
+
+    # Reading the hyperparameters.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `snapshot` holds, as ``"0.lr"``: the level and the hyperparameter.
+
+        A value that one param group has to itself is ``"0.lr[1]"``, and one that a level has for a
+        single hyperparameter below it ``"1.lr[beta1]"``.
+        """
+        return self._layout.names
+
+    def snapshot(self) -> Tensor:
+        """The current values of all hyperparameters in the order of `names`, as a new tensor.
+
+        It is float64, 1-D, on the parameters' device; nothing waits for that device.
+        """
+        return self._packed[: len(self.names)].clone()
+
+    def hyperparameters(self) -> list[dict[str, float]]:
+        """The current values of each level's hyperparameters, lowest level first."""
+        found: list[dict[str, float]] = [{} for _ in self.stack.levels]
+        for name, value in zip(self.names, self.snapshot().tolist(), strict=True):
+            level, _, slot = name.partition(".")
+            found[int(level)][slot] = value
+        order = [list(rule.hypers) for rule in self.stack.levels]
+        return [
+            dict(sorted(values.items(), key=lambda item: names.index(item[0].partition("[")[0])))
+            for names, values in zip(order, found, strict=True)
+        ]
+
+    # What the step relies on: the layout of the parameters, and the numbers in the param groups.
+
+    def _follow_groups(self) -> None:
+        """Take over numbers that were set in the param groups since the last step."""
+        if self._packed._version != self._version:
+            raise ValueError(self._tuned_message("a tuned hyperparameter"))
+        for watch in self._watched:
+            group, name, seen, place = watch
+            value = group[name]
+            if value is seen:
+                continue
+            if isinstance(seen, Tensor):
+                raise ValueError(self._tuned_message(name))
+            if not self._rule.on(name):
+                raise ValueError(
+                    f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
+                    f"to set it later, give it a value then"
+                )
+            self._packed[place] = value
+            watch[2] = value
+        self._version = self._packed._version
+
+    def _tuned_message(self, name: str) -> str:
+        return (
+            f"{name} was set from outside, but {self.stack.levels[1]} moves it; "
+            f"to set it yourself, leave it out of what the stack {self.stack} tunes"
+        )
+
+    def _arrange(self) -> None:
+        """Lay the shards out anew, after other parameters than before have received a gradient."""
+        exported = self._export()
+        shards, parked = [], []
+        for shard in self._shards + self._parked:
+            chosen = [p.grad is not None for p in shard.params]
+            if any(chosen):
+                shards.append(shard.part(chosen))
+            if not all(chosen):
+                rest = shard.part([not here for here in chosen])
+                self._settle(rest)
+                parked.append(rest)
+        known = {p for shard in shards + parked for p in shard.params}
+        for number, group in enumerate(self.param_groups):
+            new = [p for p in group["params"] if p not in known and p.grad is not None]
+            for p in new:
+                if p.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
+                        "make the layer with sparse=False"
+                    )
+            for dtype in dict.fromkeys(map(Shard.precision, new)):
+                params = [p for p in new if Shard.precision(p) == dtype]
+                n = sum(p.numel() for p in params)
+                state = self._rule.init(torch.empty(n, dtype=dtype, device=self._packed.device))
+                shards.append(Shard(params, number, state, None, None, self._keeps_weights))
+        place = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
+        self._parked = parked
+        self._lay_out(exported)
+
+    def _settle(self, shard: Shard) -> None:
+        """Let a shard forget its last move, of which the state that it led to remains."""
+        if shard.moved:
+            last = shard.last_g.flat if shard.last_w is None else shard.last_w.flat
+            tower = self._layout.unpack(self._packed, [s.vectors() for s in self._shards])
+            level = self._layout.levels[0]
+            h = level.values(tower.raw[0], tower.fixed[0], shard.group)
+            _, shard.state = level.rule.update(last, shard.last_g.flat, shard.state, h)
+            shard.moved = False
+
+    def _export(self) -> list[dict[str, Any]]:
+        """For each level its hyperparameters by name and, above the lowest, its last move."""
+        tower = self._layout.unpack(self._packed, [shard.vectors() for shard in self._shards])
+        levels = self._layout.levels
+        exported = []
+        for k, level in enumerate(levels):
+            entry: dict[str, Any] = {
+                "tuned": _by_name(level.tuned, tower.raw[k]),
+                "fixed": _by_name(level.fixed, tower.fixed[k]),
+            }
+            if k > 0:
+                w, g, state = tower.moves[k][0]
+                parts = state if w is None or g is None else {"w": w, "g": g, **state}
+                entry["last"] = {
+                    name: _by_name(levels[k - 1].tuned, part) if part.ndim else part.clone()
+                    for name, part in parts.items()
+                }
+            exported.append(entry)
+        return exported
+
+    def _lay_out(self, saved: Sequence[dict[str, Any]] = ()) -> None:
+        """Make `packed` for the present param groups and shards.
+
+        Args:
+            saved: what `_export` said of each level; nothing for the initial values.
+        """
+        if not saved:
+            rule = self.stack.levels[0]
+            for group in self.param_groups:
+                rule = rule.with_values({name: group[name] for name in rule.hypers})
+            self._rule = rule.with_values(self.stack.levels[0].values)
+            self._laid_groups = 0
+        stack = Stack(self._rule, *self.stack.levels[1:])
+        lowest, *upper = build(stack, self._overrides)
+        lowest = replace(lowest, owners=tuple(shard.group for shard in self._shards))
+        levels = (lowest, *upper)
+        self._keeps_weights = lowest.depends_on_weights
+        self._layout = Layout(
+            levels,
+            tuple(len(shard.w.flat) for shard in self._shards),
+            tuple(shard.moved for shard in self._shards),
+            self._started,
+        )
+        device = self.param_groups[0]["params"][0].device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+
+        def recall(numbers: dict[str, Any], slot: Slot, otherwise: Any) -> Any:
+            """What was saved for a slot, or for the shared one of which it was a part."""
+            if str(slot) in numbers:
+                return numbers[str(slot)]
+            if isinstance(slot.owner, int) and slot.owner < self._laid_groups:
+                return numbers.get(slot.name, otherwise)
+            return otherwise
+
+        def initial(k: int, slot: Slot) -> float:
+            value = stack.levels[k].values[slot.name]
+            if k == 0 and (slot.owner is not None or len(self.param_groups) == 1):
+                value = self.param_groups[int(slot.owner or 0)][slot.name]
+            return value[slot.owner] if isinstance(value, dict) else value
+
+        def vector(numbers: Sequence[Any]) -> Tensor:
+            return torch.tensor([float(x) for x in numbers], dtype=dtype, device=device)
+
+        raw: list[Tensor] = []
+        fixed: list[Tensor] = []
+        moves = [tuple(Move(None, None, shard.state) for shard in self._shards)]
+        for k, level in enumerate(levels):
+            old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last": {}}
+            start = [level.rule.tuned[s.name].raw(float(initial(k, s))) for s in level.tuned]
+            raw.append(
+                vector(
+                    [
+                        recall(old["tuned"], slot, x)
+                        for slot, x in zip(level.tuned, start, strict=True)
+                    ]
+                )
+            )
+            fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in level.fixed]))
+            if k > 0:
+                parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1])}
+                parts |= level.rule.init(raw[k - 1])
+                for name in parts.keys() & old["last"].keys():
+                    part, known = parts[name], old["last"][name]
+                    if part.ndim:
+                        below = zip(levels[k - 1].tuned, part, strict=True)
+                        parts[name] = vector([recall(known, slot, x) for slot, x in below])
+                    else:
+                        parts[name] = vector([known]).view(())
+                moves.append((Move(parts.pop("w"), parts.pop("g"), parts),))
+        tower = TowerState(tuple(raw), tuple(fixed), tuple(moves))
+        self._packed = self._layout.pack(tower).to(dtype)
+        tower = self._layout.unpack(self._packed, [shard.vectors() for shard in self._shards])
+        for shard, move in zip(self._shards, tower.moves[0], strict=True):
+            shard.state = move.state
+        self._laid_groups = len(self.param_groups)
+        self._show()
+
+    def _show(self) -> None:
+        """Let the param groups show the hyperparameters of the lowest level."""
+        self._watched: list[list[Any]] = []
+        lowest = self._layout.levels[0]
+        for number, group in enumerate(self.param_groups):
+            for name in self._rule.hypers:
+                slot = Slot(name, number)
+                if slot not in (*lowest.tuned, *lowest.fixed):
+                    slot = Slot(name)
+                place = self._layout.place(0, slot)
+                shown = self._packed[place]
+                group[name] = shown if slot in lowest.tuned else float(shown)
+                self._watched.append([group, name, group[name], place])
+        active = {p for shard in self._shards for p in shard.params}
+        self._resting = [p for g in self.param_groups for p in g["params"] if p not in active]
+        self._version = self._packed._version
+
+    # Saving and loading.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on bit for bit, as tensors, numbers and strings.
+
+        ``state`` is, as in ``torch.optim``, by the number of the parameter: what the rule keeps of
+        it, in its shape, and the last gradient that it was moved by.
+        """
+        number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        state: dict[int, dict[str, Any]] = {}
+        for i, shard in enumerate(self._shards + self._parked):
+            kept = dict(shard.state)
+            if shard.moved:
+                kept["last_grad"] = shard.last_g.flat
+                if shard.last_w is not None:
+                    kept["last_weight"] = shard.last_w.flat
+            views = {name: Flat(v, shard.params).views for name, v in kept.items() if v.ndim}
+            for j, p in enumerate(shard.params):
+                state[number[p]] = {"shard": i, "active": i < len(self._shards)} | {
+                    name: views[name][j] if value.ndim else value for name, value in kept.items()
+                }
+        return {
+            "state": dict(sorted(state.items())),
+            "param_groups": [
+                {
+                    **{name: float(group[name]) for name in self._rule.hypers},
+                    "own": sorted(own),
+                    "params": [number[p] for p in group["params"]],
+                }
+                for group, own in zip(self.param_groups, self._overrides, strict=True)
+            ],
+            "stack": str(self.stack),
+            "started": self._started,
+            "levels": self._export(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was taken.
+
+        Raises:
+            ValueError: it is not the state of such a stack, or its parameters are not of the number
+                and shapes of these.
+        """
+        self._check(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._overrides = [frozenset(group["own"]) for group in state_dict["param_groups"]]
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: saved[name] for name in self._rule.hypers})
+        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        members: dict[int, list[int]] = {}
+        for i, entry in state_dict["state"].items():
+            members.setdefault(entry["shard"], []).append(i)
+        self._shards, self._parked = [], []
+        for _, numbers in sorted(members.items()):
+            entries = [state_dict["state"][i] for i in numbers]
+            chosen = [params[i] for i in numbers]
+            kept = {
+                name: _joined([entry[name] for entry in entries], chosen[0])
+                for name, value in entries[0].items()
+                if isinstance(value, Tensor)
+            }
+            g, w = kept.pop("last_grad", None), kept.pop("last_weight", None)
+            counters = {n for n, value in self._rule.init(torch.empty(0)).items() if not value.ndim}
+            for name in counters & kept.keys():
+                kept[name] = entries[0][name].to(chosen[0].device, copy=True)
+            shard = Shard(chosen, groups[chosen[0]], kept, w, g, self._keeps_weights)
+            (self._shards if entries[0]["active"] else self._parked).append(shard)
+        self._started = state_dict["started"]
+        self._lay_out(state_dict["levels"])
+
+    def _check(self, state_dict: dict[str, Any]) -> None:
+        """Raise where a state is not that of this stack on parameters like these."""
+        theirs = state_dict.get("stack")
+        if theirs is None:
+            raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
+        if _kind(parse(theirs)) != _kind(self.stack):
+            raise ValueError(f"this is the state of the stack {theirs}, not of {self.stack}")
+        counts = [len(group["params"]) for group in state_dict["param_groups"]]
+        ours = [len(group["params"]) for group in self.param_groups]
+        if counts != ours:
+            raise ValueError(
+                f"this is the state of param groups with {counts} parameters, not with {ours}"
+            )
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, entry in state_dict["state"].items():
+            grad = entry.get("last_grad")
+            if grad is not None and grad.shape != params[i].shape:
+                raise ValueError(
+                    f"this is the state of parameters of other shapes: number {i} has "
+                    f"{tuple(params[i].shape)} here and {tuple(grad.shape)} there"
+                )
+
+
+def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
+    return {str(slot): x.clone() for slot, x in zip(slots, numbers, strict=True)}
+
+
+def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
+    """One flat vector of a shard from what was saved of each of its parameters."""
+    dtype = Shard.precision(like)
+    return torch.cat([piece.reshape(-1).to(like.device, dtype) for piece in pieces])
+
+
+def _kind(stack: Stack) -> list[tuple]:
+    """A stack but for its numbers."""
+    return [
+        (rule.name, [(n, d.name) for n, d in rule.tuned.items()], sorted(rule.settings.items()))
+        for rule in stack.levels
+    ]

@@ -1,0 +1,400 @@
+"""The rules: each one is its hyperparameters, its state and one pure ``update``.
+
+To add an optimizer to the project, write one class here. Hypergradients, towers, notation,
+checkpoints and speed follow from its ``update``; no derivative is written by hand.
+
+What ``update`` may rely on:
+
+* ``w`` and ``g`` are 1-D tensors of one floating dtype: all the weights that one rule moves and
+  their gradient. (On an upper level, the "weights" are the hyperparameters of the level below.)
+* ``h.lr``, ``h.beta1``, ... are the hyperparameters' values, as float64 tensors that broadcast
+  against ``w``; a 0-dim one does not change its dtype. They are differentiated.
+* ``s["..."]`` is the state that ``init`` or the last ``update`` returned. Vectors in it have
+  ``w``'s shape; 0-dim entries are float64.
+* ``self.on("momentum")`` says whether an optional hyperparameter takes part at all, so that one that
+  is 0 and that nobody tunes costs nothing.
+
+The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
+the constants in which the paper's own code differs (``gradient-descent-the-ultimate-optimizer`` 1.0).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from .domains import DOMAINS, REAL, SQUARE, UNIT, Domain
+
+if TYPE_CHECKING:
+    from .stack import Stack
+
+State: TypeAlias = dict[str, Tensor]
+Values: TypeAlias = Any  # a namespace: h.lr, h.momentum, ...
+Number: TypeAlias = (
+    "float | dict[str, float]"  # one value, or one per hyperparameter of the level below
+)
+
+RULES: dict[str, type[Rule]] = {}
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Declares a hyperparameter of a rule; on an instance, reads as its initial value.
+
+    Attributes:
+        default: its value where none is given.
+        domain: how the level above moves it.
+        tuned: whether the level above moves it where the stack names no subset. One that is off by
+            default (0) is moved only if it was given a value.
+        low, high: legal values are low <= value < high.
+    """
+
+    default: float
+    domain: Domain = REAL
+    tuned: bool = True
+    low: float = 0.0
+    high: float = math.inf
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    @overload
+    def __get__(self, rule: None, owner: type) -> Hyper: ...
+    @overload
+    def __get__(self, rule: Rule, owner: type) -> float: ...
+    def __get__(self, rule: Rule | None, owner: type) -> Any:
+        return self if rule is None else rule.values[self.name]
+
+
+@dataclass(frozen=True)
+class Option:
+    """Declares a constant of a rule that no level moves: a switch, or how the state starts."""
+
+    default: Any
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    def __get__(self, rule: Rule | None, owner: type) -> Any:
+        return self if rule is None else rule.settings[self.name]
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The rest of an error message: what there is, and what was probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+
+
+class Rule:
+    """An update rule with the initial values of its hyperparameters: one level of a stack.
+
+    Positional arguments are the hyperparameters in the order of their declaration. A value is a
+    number or, above another level, a dict with a number for each hyperparameter that is moved:
+    ``SGD({"lr": 1e-5, "momentum": 1e-6})``.
+
+    ``rule["lr", "beta1: log"]`` is the rule whose ``lr`` and ``beta1`` alone are moved by the level
+    above, ``beta1`` in the log domain. ``rule / other`` puts ``other`` on top.
+
+    Raises:
+        ValueError: a value outside its domain.
+        TypeError: an argument that the rule does not have.
+    """
+
+    hypers: ClassVar[dict[str, Hyper]] = {}
+    options: ClassVar[dict[str, Option]] = {}
+
+    def __init_subclass__(cls) -> None:
+        members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
+        cls.hypers = {n: m for n, m in members.items() if isinstance(m, Hyper)}
+        cls.options = {n: m for n, m in members.items() if isinstance(m, Option)}
+        RULES[cls.__name__] = cls
+
+    def __init__(self, *args: Number, **kwargs: Any) -> None:
+        if len(args) > len(self.hypers):
+            raise TypeError(
+                f"{self.name} has {len(self.hypers)} hyperparameters "
+                f"({', '.join(self.hypers)}), not {len(args)}"
+            )
+        given = dict(zip(self.hypers, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given:
+                raise TypeError(f"{self.name} got {name} twice")
+            if name not in self.hypers and name not in self.options:
+                known = [*self.hypers, *self.options]
+                raise TypeError(f"{self.name} has no argument {name!r}; {near(name, known)}")
+            given[name] = value
+        self.values: dict[str, Number] = {}
+        for name, hyper in self.hypers.items():
+            value = given.get(name, hyper.default)
+            self.values[name] = (
+                {str(key): self._number(hyper, one) for key, one in value.items()}
+                if isinstance(value, Mapping)
+                else self._number(hyper, value)
+            )
+        self.settings = {n: given.get(n, option.default) for n, option in self.options.items()}
+        for name, setting in self.settings.items():
+            expected = type(self.options[name].default)
+            if not isinstance(setting, (int, float) if expected is float else expected):
+                raise ValueError(
+                    f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
+                )
+        self.subset: dict[str, Domain] | None = None
+        self.used = frozenset(name for name, value in self.values.items() if value != 0)
+
+    def _number(self, hyper: Hyper, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.name}: {hyper.name} must be a number, not {value!r}") from None
+        if not hyper.low <= number < hyper.high:
+            interval = f"[{hyper.low:g}, {hyper.high:g})"
+            raise ValueError(f"{self.name}: {hyper.name} must lie in {interval}, but is {number:g}")
+        return number
+
+    # What the level above moves.
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> Rule:
+        subset = {}
+        for item in (names,) if isinstance(names, str) else names:
+            name, _, domain = (part.strip() for part in item.partition(":"))
+            if name not in self.hypers:
+                raise ValueError(
+                    f"{self.name} has no hyperparameter {name!r}; {near(name, self.hypers)}"
+                )
+            if domain and domain not in DOMAINS:
+                raise ValueError(f"there is no domain {domain!r}; {near(domain, DOMAINS)}")
+            subset[name] = DOMAINS[domain] if domain else self.hypers[name].domain
+        chosen = self._copy()
+        chosen.subset = {name: subset[name] for name in self.hypers if name in subset}
+        return chosen
+
+    @property
+    def tuned(self) -> dict[str, Domain]:
+        """The hyperparameters that a level above this one moves, with their domains."""
+        if self.subset is not None:
+            return self.subset
+        return {
+            name: hyper.domain
+            for name, hyper in self.hypers.items()
+            if hyper.tuned and (hyper.default != 0 or name in self.used)
+        }
+
+    def on(self, name: str) -> bool:
+        """Whether a hyperparameter takes part: it is not 0, or a subset asks for it by name."""
+        return name in self.used or name in (self.subset or ())
+
+    def with_values(self, values: Mapping[str, float]) -> Rule:
+        """This rule, with other initial values for some hyperparameters; what takes part stays so."""
+        twin = self._copy()
+        twin.values = type(self)(**{**self.values, **values}).values
+        twin.used = self.used | {name for name, value in values.items() if value != 0}
+        return twin
+
+    def _copy(self) -> Rule:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    # The algorithm.
+
+    def init(self, w: Tensor) -> State:
+        """The state before the first update of ``w``."""
+        return {}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        """One step: the new weights and the new state. Pure; changes none of its arguments."""
+        raise NotImplementedError
+
+    # Notation.
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def __truediv__(self, above: Rule | Stack) -> Stack:
+        from .stack import Stack
+
+        return Stack(self) / above
+
+    def __str__(self) -> str:
+        first, *others = self.hypers
+        arguments = [write(self.values[first])]
+        arguments += [
+            f"{name}={write(self.values[name])}"
+            for name in others
+            if self.values[name] != self.hypers[name].default
+        ]
+        arguments += [
+            f"{name}={write(self.settings[name])}"
+            for name, option in self.options.items()
+            if self.settings[name] != option.default
+        ]
+        text = f"{self.name}({', '.join(arguments)})"
+        if self.subset is not None:
+            items = [
+                name if domain is self.hypers[name].domain else f"{name}: {domain.name}"
+                for name, domain in self.subset.items()
+            ]
+            text += f"[{', '.join(items)}]"
+        return text
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def write(value: Any) -> str:
+    """A number, a truth value or a dict of numbers, as the notation writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {write(one)}" for name, one in value.items()) + "}"
+    return repr(value).replace("e-0", "e-")
+
+
+# Helpers of the rules.
+
+
+def root(v: Tensor) -> Tensor:
+    """The square root, with derivative 0 at 0.
+
+    A weight that never sees a gradient has a second moment of 0 for ever, and the derivative of the
+    square root there is infinite; but no hyperparameter moves such a weight.
+    """
+    positive = v > 0
+    return torch.where(positive, torch.sqrt(torch.where(positive, v, 1.0)), 0.0)
+
+
+def counter() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+# The rules.
+
+
+class SGD(Rule):
+    """Stochastic gradient descent, as ``torch.optim.SGD``.
+
+    Momentum is Polyak's (1964) or, with ``nesterov``, Sutskever et al.'s form of Nesterov's (2013).
+    """
+
+    lr = Hyper(1e-3)
+    momentum = Hyper(0.0)
+    weight_decay = Hyper(0.0, tuned=False)
+    nesterov = Option(False)
+
+    def init(self, w: Tensor) -> State:
+        return {"momentum_buffer": torch.zeros_like(w)} if self.on("momentum") else {}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            g = g + h.weight_decay * w
+        if not self.on("momentum"):
+            return w - h.lr * g, {}
+        buffer = h.momentum * s["momentum_buffer"] + g
+        direction = g + h.momentum * buffer if self.nesterov else buffer
+        return w - h.lr * direction, {"momentum_buffer": buffer}
+
+
+class AdaGrad(Rule):
+    """AdaGrad (Duchi et al. 2011), as ``torch.optim.Adagrad``.
+
+    The paper's dialect: ``initial_accumulator_value=0.1, eps_inside=True``.
+    """
+
+    lr = Hyper(1e-2)
+    eps = Hyper(1e-10, tuned=False)
+    weight_decay = Hyper(0.0, tuned=False)
+    initial_accumulator_value = Option(0.0)
+    eps_inside = Option(False)
+
+    def init(self, w: Tensor) -> State:
+        return {"sum": torch.full_like(w, self.initial_accumulator_value)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            g = g + h.weight_decay * w
+        total = s["sum"] + g * g
+        scale = root(total + h.eps) if self.eps_inside else root(total) + h.eps
+        return w - h.lr * g / scale, {"sum": total}
+
+
+class RMSProp(Rule):
+    """RMSProp (Tieleman and Hinton 2012), as ``torch.optim.RMSprop``, whose ``alpha`` is ``gamma``.
+
+    The paper's dialect: ``eps_inside=True``.
+    """
+
+    lr = Hyper(1e-2, SQUARE)
+    gamma = Hyper(0.99, UNIT, high=1.0)
+    eps = Hyper(1e-8, tuned=False)
+    weight_decay = Hyper(0.0, tuned=False)
+    eps_inside = Option(False)
+
+    def init(self, w: Tensor) -> State:
+        return {"square_avg": torch.zeros_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            g = g + h.weight_decay * w
+        square_avg = h.gamma * s["square_avg"] + (1 - h.gamma) * (g * g)
+        scale = root(square_avg + h.eps) if self.eps_inside else root(square_avg) + h.eps
+        return w - h.lr * g / scale, {"square_avg": square_avg}
+
+
+class Adam(Rule):
+    """Adam (Kingma and Ba 2015, Algorithm 1), as ``torch.optim.Adam``.
+
+    The paper's dialect starts the second moment at eps: ``v0=1e-8``.
+    """
+
+    lr = Hyper(1e-3)
+    beta1 = Hyper(0.9, UNIT, high=1.0)
+    beta2 = Hyper(0.999, UNIT, high=1.0)
+    eps = Hyper(1e-8, tuned=False)
+    weight_decay = Hyper(0.0, tuned=False)
+    v0 = Option(0.0)
+
+    def init(self, w: Tensor) -> State:
+        return {
+            "step": counter(),
+            "exp_avg": torch.zeros_like(w),
+            "exp_avg_sq": torch.full_like(w, self.v0),
+        }
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            g = g + h.weight_decay * w
+        return self.adapt(w, g, s, h)
+
+    def adapt(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        """The update proper, once the weight decay is dealt with."""
+        step = s["step"] + 1
+        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
+        exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        lr = h.lr / (1 - h.beta1**step)
+        correction = torch.rsqrt(1 - h.beta2**step)
+        w = w - lr * exp_avg / (root(exp_avg_sq) * correction + h.eps)
+        return w, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as ``torch.optim.AdamW``."""
+
+    weight_decay = Hyper(1e-2, tuned=False)
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            w = w - h.lr * h.weight_decay * w
+        return self.adapt(w, g, s, h)

@@ -1,0 +1,197 @@
+"""Stacks of rules, and the notation for them: ``"Adam(0.001)[lr] / SGD(1e-5)"`` both ways.
+
+stack = level ("/" level)*                 lowest level first
+level = rule ["(" arguments ")"] ["[" moved "]"]
+arguments = values in the order of the rule's hyperparameters, then name=value
+value = number | True | False | {hyperparameter: number, ...}
+moved = hyperparameters that the level above moves, each as name or name: domain
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NoReturn
+
+from .rules import RULES, Rule, near
+
+
+class Stack:
+    """Rules on top of each other: each level moves the hyperparameters of the level below it.
+
+    The lowest moves the weights; the hyperparameters of the topmost are constants. A plain optimizer
+    is a stack of height 0.
+
+    Raises:
+        ValueError: a level has nothing to move, or its dict of values does not fit the level below.
+    """
+
+    def __init__(self, *levels: Rule) -> None:
+        self.levels = levels
+        for below, above in zip(levels, levels[1:], strict=False):
+            if not below.tuned:
+                raise ValueError(
+                    f"{above} has nothing to move: {below} leaves no hyperparameter to the level above"
+                )
+            for name, domain in below.tuned.items():
+                values = below.values[name]
+                for value in values.values() if isinstance(values, dict) else (values,):
+                    if value not in domain:
+                        raise ValueError(
+                            f"{below}: {name} = {value:g} cannot be moved in the {domain.name} domain, "
+                            f"which is ({domain.low:g}, {domain.high:g})"
+                        )
+        for above, below in zip(levels, (None, *levels), strict=False):
+            targets = list(below.tuned) if below else []
+            for name, value in above.values.items():
+                if isinstance(value, dict) and set(value) != set(targets):
+                    raise ValueError(
+                        f"{above}: {name} must have one value for each of "
+                        f"{', '.join(targets) or 'none'}, the hyperparameters that it moves"
+                        if below
+                        else f"{above}: {name} must be one number on the lowest level"
+                    )
+
+    @property
+    def height(self) -> int:
+        return len(self.levels) - 1
+
+    def __truediv__(self, above: Rule | Stack) -> Stack:
+        if isinstance(above, Rule):
+            return Stack(*self.levels, above)
+        if isinstance(above, Stack):
+            return Stack(*self.levels, *above.levels)
+        return NotImplemented
+
+    def __str__(self) -> str:
+        return " / ".join(map(str, self.levels))
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stack) and self.levels == other.levels
+
+    def __hash__(self) -> int:
+        return hash(self.levels)
+
+
+def parse(text: str | Rule | Stack) -> Stack:
+    """The stack that a notation stands for; a rule or a stack is taken as it is.
+
+    Raises:
+        ValueError: one line that says what is wrong and at which column.
+    """
+    if isinstance(text, Stack):
+        return text
+    return Stack(text) if isinstance(text, Rule) else _Parser(text).stack()
+
+
+class _Parser:
+    TOKEN = re.compile(
+        r"\s*(?:(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|[+-]?inf|nan)(?![\w.])"
+        r"|(?P<name>[A-Za-z_]\w*)|(?P<mark>[/()\[\]{},:=])|(?P<end>$))"
+    )
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.next = 0
+        self.advance()
+
+    def advance(self) -> str:
+        """Step over the current token, whose text is returned."""
+        text = getattr(self, "token", "")
+        match = self.TOKEN.match(self.text, self.next)
+        if match is None:
+            self.start = (
+                self.next + len(self.text[self.next :]) - len(self.text[self.next :].lstrip())
+            )
+            self.fail(f"{self.text[self.start]!r} does not belong here")
+        self.kind = match.lastgroup or "end"
+        self.token, self.start, self.next = match[self.kind], match.start(self.kind), match.end()
+        return text
+
+    def fail(self, why: str, start: int | None = None) -> NoReturn:
+        column = (self.start if start is None else start) + 1
+        raise ValueError(f"{why} (column {column} of the stack {self.text!r})")
+
+    def expect(self, kind: str, what: str) -> str:
+        if kind not in (self.kind, self.token):
+            self.fail(f"expected {what}, found {self.token or 'the end'!r}")
+        return self.advance()
+
+    def took(self, mark: str) -> bool:
+        if self.token == mark and self.kind == "mark":
+            self.advance()
+            return True
+        return False
+
+    def stack(self) -> Stack:
+        levels = [self.level()]
+        while self.took("/"):
+            levels.append(self.level())
+        if self.kind != "end":
+            self.fail(f"expected '/' or the end, found {self.token!r}")
+        try:
+            return Stack(*levels)
+        except ValueError as error:
+            raise ValueError(f"{error} (in the stack {self.text!r})") from None
+
+    def level(self) -> Rule:
+        start = self.start
+        name = self.expect("name", "the name of a rule")
+        if name not in RULES:
+            self.fail(f"there is no rule {name!r}; {near(name, RULES)}", start)
+        arguments, keywords = self.arguments() if self.took("(") else ([], {})
+        try:
+            rule = RULES[name](*arguments, **keywords)
+        except (TypeError, ValueError) as error:
+            self.fail(str(error), start)
+        return self.moved(rule) if self.took("[") else rule
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        values: list[Any] = []
+        named: dict[str, Any] = {}
+        while not self.took(")"):
+            start = self.start
+            if self.kind == "name" and self.token not in ("True", "False"):
+                name = self.advance()
+                self.expect("=", f"'=' after {name}")
+                if name in named:
+                    self.fail(f"{name} is given twice", start)
+                named[name] = self.value()
+            elif named:
+                self.fail("a value without a name cannot follow one with a name")
+            else:
+                values.append(self.value())
+            if self.token != ")":
+                self.expect(",", "',' or ')'")
+        return values, named
+
+    def value(self) -> Any:
+        if self.token in ("True", "False"):
+            return self.advance() == "True"
+        if not self.took("{"):
+            return float(self.expect("number", "a number"))
+        numbers = {}
+        while not self.took("}"):
+            name = self.expect("name", "the name of a hyperparameter")
+            self.expect(":", f"':' after {name}")
+            numbers[name] = float(self.expect("number", "a number"))
+            if self.token != "}":
+                self.expect(",", "',' or '}'")
+        return numbers
+
+    def moved(self, rule: Rule) -> Rule:
+        items = []
+        while not self.took("]"):
+            start = self.start
+            item = self.expect("name", "the name of a hyperparameter")
+            if self.took(":"):
+                item += ":" + self.expect("name", "the name of a domain")
+            try:
+                _ = rule[item]
+            except ValueError as error:
+                self.fail(str(error), start)
+            items.append(item)
+            if self.token != "]":
+                self.expect(",", "',' or ']'")
+        return rule[tuple(items)]
