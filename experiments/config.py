@@ -1,0 +1,244 @@
+"""What a run is: its typed configuration, and the hash that identifies it.
+
+The dataclasses give the types, the files under configs/ the values. What decides a run's result
+(model, data, stack, trainer, seed, kind of device) is hashed; what does not (folders, logger,
+progress, number of workers) is not, so that a result is found again wherever it was computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hyperopt import parse
+from models import MODELS
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str = MISSING  # not part of the identity
+    download: bool = MISSING  # not part of the identity
+
+
+@dataclass
+class StackConfig:
+    """Either the notation of a stack, or a rule, a height and an lr that all its levels share."""
+
+    notation: Optional[str] = None
+    rule: Optional[str] = None
+    height: Optional[int] = None
+    lr: Optional[float] = None
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    record_every: int = MISSING  # steps between two records of the hyperparameters
+    compile: bool = MISSING  # the optimizer's step; compiled and eager differ in rounding
+    threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
+
+
+@dataclass
+class LoggerConfig:
+    name: str = MISSING
+    project: str = "hyperopt"
+
+
+@dataclass
+class Config:
+    """Everything about one run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = MISSING
+    device: str = MISSING  # auto, cpu or cuda
+    row: Optional[str] = None  # the row of a table that this run belongs to
+    store: str = MISSING  # folder of the runs
+    workers: Optional[int] = None  # runs side by side; null is one for each core
+    progress: bool = True
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The config that the command line `overrides` would give.
+
+    Raises:
+        ValueError: an unknown key or value, in one line.
+    """
+    GlobalHydra.instance().clear()
+    overrides = protect_notation(overrides)
+    check_keys(overrides)
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return to_config(hydra_compose("config", overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def to_config(composed: Any) -> Config:
+    """Hydra's composed config as a `Config`."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config
+
+
+def device_kind(device: str) -> str:
+    """The one place where the device is chosen: "auto" is a GPU where there is one.
+
+    Raises:
+        ValueError: an unknown device, or a GPU that is not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not known; give auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no GPU; give device=cpu or device=auto")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def notation(stack: StackConfig) -> str:
+    """The canonical notation of the stack that a config asks for.
+
+    Raises:
+        ValueError: the stack is given twice, or not fully, or its notation does not parse.
+    """
+    parts = {"stack.rule": stack.rule, "stack.height": stack.height, "stack.lr": stack.lr}
+    given = [name for name, value in parts.items() if value is not None]
+    if stack.notation is not None:
+        if given:
+            raise ValueError(
+                f"stack={stack.notation!r} and {' and '.join(given)} are both given; give the "
+                "notation, or stack.rule, stack.height and stack.lr"
+            )
+        return str(parse(stack.notation))
+    if stack.rule is None or stack.height is None or stack.lr is None:
+        missing = [name for name in parts if name not in given]
+        raise ValueError(
+            f"{' and '.join(missing)} of the stack is not set; give it, or a notation as in "
+            "stack='Adam(0.001) / SGD(1e-5)'"
+        )
+    if stack.height < 0:
+        raise ValueError(f"stack.height={stack.height} must be 0 (a plain optimizer) or more")
+    return str(parse(" / ".join([f"{stack.rule}({stack.lr!r})"] * (stack.height + 1))))
+
+
+def resolve(config: Config, data: str) -> Config:
+    """`config` with everything decided: canonical stack, kind of device, and the data found.
+
+    Args:
+        data: the name of the data set that will be used, from `experiments.data.resolve`.
+
+    Raises:
+        ValueError: a value that cannot be used, named in one line.
+    """
+    if config.model.name not in MODELS:
+        raise ValueError(f"model.name={config.model.name!r} is not one of {', '.join(MODELS)}")
+    for name in ("epochs", "batch_size", "record_every", "threads"):
+        if getattr(config.trainer, name) < 1:
+            raise ValueError(f"trainer.{name}={getattr(config.trainer, name)} must be 1 or more")
+    if config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be 0 or more")
+    return replace(
+        config,
+        stack=StackConfig(notation=notation(config.stack)),
+        data=replace(config.data, name=data),
+        device=device_kind(config.device),
+    )
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a resolved config that decides the run's result."""
+    return {
+        "model": asdict(config.model),
+        "data": config.data.name,
+        "stack": config.stack.notation,
+        "trainer": asdict(config.trainer),
+        "seed": config.seed,
+        "device": config.device,
+    }
+
+
+def run_hash(config: Config) -> str:
+    """16 hex digits of the sha256 of the identity's canonical JSON."""
+    text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# The command line.
+
+
+def protect_notation(arguments: Sequence[str]) -> list[str]:
+    """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
+
+    ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the file of the group that
+    leaves the rest unset) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``: commas outside
+    brackets separate the values of a sweep, as elsewhere in Hydra. ``stack=tower``, which has no
+    bracket, stays as it is.
+    """
+    protected = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in ("stack", "stack.notation") or "(" not in value:
+            protected.append(argument)
+            continue
+        stacks, depth = [""], 0
+        for character in value:
+            depth += (character in "([{") - (character in ")]}")
+            if character == "," and depth == 0:
+                stacks.append("")
+            else:
+                stacks[-1] += character
+        quoted = [stack if stack[:1] in ("'", '"') else f'"{stack.strip()}"' for stack in stacks]
+        protected += ["stack=notation", f"stack.notation={','.join(quoted)}"]
+    return protected
+
+
+def check_keys(arguments: Sequence[str]) -> None:
+    """Raise a ValueError that names the near keys for one that the config does not have."""
+    known = [*_keys(Config), "experiment"]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        key = key.lstrip("+~").partition("@")[0]
+        if argument.startswith("-") or not (equals or argument.startswith("~")):
+            continue
+        if key not in known and not key.startswith("hydra"):
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"there is no config key {key!r}; {hint}")
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        yield prefix + f.name
+        if is_dataclass(hints[f.name]):
+            yield from _keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]

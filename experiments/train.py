@@ -1,0 +1,310 @@
+"""The training run: one config in, one finished directory in the run store out."""
+
+from __future__ import annotations
+
+import functools
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperopt import HyperOptimizer
+from models import MODELS
+
+from .config import Config, identity, run_hash
+from .data import load, pixels
+from .logger import make_logger
+from .store import RunDirectory, RunStore
+
+EVALUATION_BATCH = 2000
+
+
+@dataclass
+class Progress:
+    """How far a run is; the values are those of the last finished epoch, None before it."""
+
+    epoch: int  # finished ones
+    epochs: int
+    step: int
+    steps: int
+    train_loss: float | None = None  # nats, mean over the epoch
+    test_error: float | None = None  # percent
+    lr: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+def train(config: Config, report: Report = lambda progress: None) -> dict[str, Any]:
+    """Do the run of a resolved config, or what is left of it, and return its summary.
+
+    A finished run is only read. One that another process works on is waited for. A run that was cut
+    short goes on from the end of its last whole epoch and ends bit for bit as if it had not been.
+    A loss or a weight that is not finite ends the run, which is then recorded as diverged.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+        ValueError: the stack does not fit the model, or the like.
+    """
+    store = RunStore(config.store)
+    name = run_hash(config)
+    if (summary := store.summary(name)) is not None:
+        return summary
+    with store.claim(name) as directory:
+        if (summary := directory.summary()) is not None:
+            return summary
+        return _Run(config, directory).finish(report)
+
+
+class _Run:
+    """The moving parts of a run: model, optimizer, generator, curves."""
+
+    def __init__(self, config: Config, directory: RunDirectory) -> None:
+        self.config = config
+        self.directory = directory
+        torch.set_num_threads(config.trainer.threads)
+        self.device = torch.device(config.device)
+        self.data = load(config.data.name, config.data.root)
+        self.x_train, self.y_train, self.x_test, self.y_test = (
+            tensor.to(self.device)
+            for tensor in (
+                self.data.x_train,
+                self.data.y_train,
+                self.data.x_test,
+                self.data.y_test,
+            )
+        )
+        self._start()
+
+    def _start(self) -> None:
+        """The state before the first step. Initialisation and shuffling each have their own seed."""
+        init_seed, shuffle_seed = np.random.SeedSequence(self.config.seed).generate_state(2)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(init_seed))
+            self.model: nn.Module = MODELS[self.config.model.name]()
+        self.model.to(self.device)
+        self.optimizer = HyperOptimizer(
+            self.model.parameters(),
+            self.config.stack.notation,
+            compile=self.config.trainer.compile,
+        )
+        self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0  # spent training, evaluation not counted
+        self.resumed = 0
+        self.diverged = False
+        self.curves: list[list[float]] = []  # epoch, step, train loss, test error
+        self.trajectory: list[list[float]] = []  # step, values in the order of optimizer.names
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.x_train) / self.config.trainer.batch_size)
+
+    def finish(self, report: Report) -> dict[str, Any]:
+        """Train to the end and record everything."""
+        config, directory = self.config, self.directory
+        directory.save_config(identity(config))
+        self._resume()
+        self._write_curves()
+        logger = make_logger(config, directory)
+        report(self._progress())
+        while self.epoch < config.trainer.epochs and not self.diverged:
+            recorded = len(self.trajectory)
+            self._train_epoch(report)
+            directory.save_checkpoint(self._state())
+            directory.append_curves("curves", self._curve_rows()[-1:])
+            directory.append_curves("hyperparameters", self.trajectory[recorded:])
+            logger.epoch(dict(zip(self._curve_names(), self._curve_rows()[-1], strict=True)))
+            report(self._progress())
+        self._write_curves()
+        summary = self._summary()
+        directory.finish(summary)
+        logger.finish(summary)
+        return {"hash": directory.hash, **summary}
+
+    def _train_epoch(self, report: Report) -> None:
+        """One pass over the data, whose numbers are read from the device once, at its end."""
+        trainer = self.config.trainer
+        model, optimizer = self.model, self.optimizer
+        began = time.perf_counter()
+        order = torch.randperm(len(self.x_train), generator=self.shuffle).to(self.device)
+        x_epoch = self.x_train.index_select(0, order)  # uint8: a quarter of the floats' traffic
+        y_epoch = self.y_train.index_select(0, order)
+        losses: list[Tensor] = []
+        snapshots: list[Tensor] = []
+        steps: list[int] = []
+        size = trainer.batch_size
+        for x, y in zip(x_epoch.split(size), y_epoch.split(size), strict=True):
+            optimizer.zero_grad()
+            loss = F.nll_loss(model(pixels(x)), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            self.step += 1
+            if self.step % trainer.record_every == 0:
+                snapshots.append(optimizer.snapshot())
+                steps.append(self.step)
+                report(self._progress())
+        if not steps or steps[-1] != self.step:
+            snapshots.append(optimizer.snapshot())
+            steps.append(self.step)
+        weights = torch.tensor([len(y) for y in y_epoch.split(size)], dtype=torch.float64)
+        train_loss = float(torch.stack(losses).double().cpu() @ weights / weights.sum())
+        self.trajectory += [
+            [step, *values]
+            for step, values in zip(steps, torch.stack(snapshots).tolist(), strict=True)
+        ]
+        self.seconds += time.perf_counter() - began
+        finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+        self.diverged = not (math.isfinite(train_loss) and bool(finite))
+        self.epoch += 1
+        self.curves.append([self.epoch, self.step, train_loss, self._test_error()])
+
+    @torch.inference_mode()
+    def _test_error(self) -> float:
+        """Percent of the test set that is classified wrongly."""
+        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
+        batches = zip(
+            self.x_test.split(EVALUATION_BATCH), self.y_test.split(EVALUATION_BATCH), strict=True
+        )
+        for x, y in batches:
+            wrong += (self.model(pixels(x)).argmax(1) != y).sum()
+        return 100.0 * wrong.item() / len(self.x_test)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "resumed": self.resumed,
+            "diverged": self.diverged,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "shuffle": self.shuffle.get_state(),
+            "curves": self.curves,
+            "trajectory": self.trajectory,
+        }
+
+    def _resume(self) -> None:
+        """Go back to the checkpoint, if there is one that can be used."""
+        try:
+            state = self.directory.checkpoint()
+            if state is None:
+                return
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.shuffle.set_state(state["shuffle"])
+            for name in ("epoch", "step", "seconds", "diverged", "curves", "trajectory"):
+                setattr(self, name, state[name])
+            self.resumed = state["resumed"] + 1
+        except (ValueError, KeyError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            print(
+                f"run {self.directory.hash}: {reason}; the run starts again from its beginning",
+                file=sys.stderr,
+            )
+            self._start()
+
+    def _progress(self) -> Progress:
+        progress = Progress(
+            self.epoch,
+            self.config.trainer.epochs,
+            self.step,
+            self.config.trainer.epochs * self.steps_per_epoch,
+        )
+        if self.curves:
+            row = dict(zip(self._curve_names(), self._curve_rows()[-1], strict=True))
+            progress.train_loss = row["train_loss"]
+            progress.test_error = row["test_error"]
+            progress.lr = row.get("0.lr")
+        return progress
+
+    def _curve_names(self) -> list[str]:
+        return ["epoch", "step", "train_loss", "test_error", *self.optimizer.names]
+
+    def _curve_rows(self) -> list[list[float]]:
+        """One row for each epoch, with the hyperparameters' values at its end."""
+        values = {row[0]: row[1:] for row in self.trajectory}
+        return [[*row, *values[row[1]]] for row in self.curves]
+
+    def _write_curves(self) -> None:
+        self.directory.save_curves("curves", self._curve_names(), self._curve_rows())
+        self.directory.save_curves(
+            "hyperparameters", ["step", *self.optimizer.names], self.trajectory
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        _, _, train_loss, test_error = self.curves[-1]
+        return {
+            **identity(self.config),
+            "test_error": test_error,  # of the last epoch, percent
+            "train_loss": train_loss if math.isfinite(train_loss) else None,
+            "diverged": self.diverged,
+            "epochs": self.epoch,
+            "steps": self.step,
+            "hyperparameters": [
+                {name: value if math.isfinite(value) else None for name, value in level.items()}
+                for level in self.optimizer.hyperparameters()
+            ],
+            "tuned": list(self.optimizer.stack.levels[0].tuned) if self.optimizer.stack.height else [],
+            "data_source": self.data.source,
+            "data_sha256": self.data.sha256,
+            "provenance": {
+                **provenance(),
+                "device": device_name(self.device),
+                "compiled": self.optimizer.compiled,
+                "resumed": self.resumed,
+                "seconds": self.seconds,
+                "seconds_per_step": self.seconds / self.step,
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            },
+        }
+
+
+@functools.lru_cache(maxsize=1)
+def provenance() -> dict[str, Any]:
+    """The commit and the versions that this process runs; commit None outside of a repository."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
