@@ -1,0 +1,189 @@
+"""The project's own rules: its make targets, its setup, what imports what, what is committed."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DISTRIBUTION = "ultimate-hyperoptimizer"
+
+# What each package of the repository may import from the repository, itself apart.
+MAY_IMPORT: dict[str, set[str]] = {
+    "hyperopt": set(),
+    "models": set(),
+    "experiments": {"models", "hyperopt"},
+    "scripts": {"experiments", "models", "hyperopt"},
+}
+
+
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    # An outer `make test PYTHON=...` must not reach the inner one.
+    ours = ("MAKE", "MFLAGS", "PYTHON", "PRESET", "WORKERS", "LOGGER", "ARGS")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    return subprocess.run(
+        ["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+# The Makefile.
+
+
+def test_make_alone_lists_every_target_with_a_line() -> None:
+    rules = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = dict(re.findall(r"^  make ([\w-]+) +(\S.*)$", make().stdout, re.MULTILINE))
+    assert {"setup", "test", "lint", "reproduce-table1", "tables"} <= set(rules)
+    assert list(listed) == rules
+
+
+def test_choices_reach_the_command() -> None:
+    command = make("-n", "reproduce-table1", "PRESET=quick", "WORKERS=3", "LOGGER=wandb").stdout
+    assert "experiments.table1 preset=quick workers=3 logger=wandb" in " ".join(command.split())
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What `make setup` reads, with a .venv that somebody made by hand."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
+    return tmp_path
+
+
+def up_to_date(checkout: Path, *arguments: str) -> bool:
+    return make("-q", "setup", *arguments, cwd=checkout).returncode == 0
+
+
+def test_setup_runs_once_and_again_when_something_changed(checkout: Path) -> None:
+    assert not up_to_date(checkout), "a .venv made by hand was taken for a finished setup"
+
+    (checkout / ".venv/.setup-done").touch()
+    assert up_to_date(checkout)
+    assert up_to_date(checkout, f"PYTHON={sys.executable}")
+    assert not up_to_date(checkout, f"PYTHON={fake_python(checkout, (3, 99, 0))}")
+
+    for name in ("pyproject.toml", "constraints.txt"):
+        changed = time.time() + 10
+        os.utime(checkout / name, (changed, changed))
+        assert not up_to_date(checkout), f"{name} has changed, but setup does nothing"
+        os.utime(checkout / name, (0, 0))
+
+
+def fake_python(folder: Path, version: tuple[int, int, int]) -> Path:
+    """This interpreter, saying that it is of another version."""
+    script = folder / f"python{version[0]}.{version[1]}"
+    pretend = f"import sys; sys.version_info = {version}; sys.version = '{version}'"
+    script.write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -c "{pretend}; exec(sys.argv[1])" "$2"\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+def test_an_old_or_missing_python_is_one_clear_line(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".venv")
+    old = make("setup", f"PYTHON={fake_python(checkout, (3, 8, 18))}", cwd=checkout)
+    assert old.returncode != 0
+    assert re.search(r"^PYTHON=\S+ is Python 3\.8; give one of 3\.10 or later", old.stderr)
+
+    missing = make("setup", "PYTHON=no-such-python", cwd=checkout)
+    assert missing.returncode != 0
+    assert re.search(r"^PYTHON=no-such-python is not a program; give", missing.stderr)
+    assert not (checkout / ".venv").exists()
+
+
+# Imports.
+
+
+def imports_of(package: str) -> Iterator[tuple[str, str]]:
+    """(file, top-level module) of every absolute import in a package of the repository."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            else:
+                continue
+            for name in names:
+                yield str(path.relative_to(ROOT)), name.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_one_way(package: str) -> None:
+    found = list(imports_of(package))
+    assert found, f"{package} was not read"
+    forbidden = set(MAY_IMPORT) - MAY_IMPORT[package] - {package} | {"tests"}
+    assert [(file, name) for file, name in found if name in forbidden] == []
+
+
+@pytest.mark.parametrize("package", ["hyperopt", "models"])
+def test_needs_torch_alone(package: str) -> None:
+    allowed = {package, "torch", *sys.stdlib_module_names}
+    assert [(file, name) for file, name in imports_of(package) if name not in allowed] == []
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    distributions = packages_distributions()
+    declared = requirements(extra=None)
+    imported = {
+        normalized(distributions.get(name, [name])[0])
+        for package in MAY_IMPORT
+        for _, name in imports_of(package)
+        if name not in MAY_IMPORT and name not in sys.stdlib_module_names
+    }
+    optional = requirements(extra="peers") | requirements(extra="scaleout")
+    assert imported - declared - optional == set()
+    assert declared - imported == set()
+
+
+# Dependencies.
+
+
+def normalized(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def requirements(extra: str | None) -> set[str]:
+    """The distributions that the project asks for, in one extra or (None) always."""
+    found = set()
+    for line in requires(DISTRIBUTION) or ():
+        name, _, marker = line.partition(";")
+        match = re.search(r"extra == [\"'](\w+)", marker)
+        if (match and match[1]) == extra:
+            found.add(normalized(re.split(r"[^\w.-]", name.strip())[0]))
+    return found
+
+
+@pytest.mark.parametrize("extra", [None, "dev", "peers", "scaleout"])
+def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {normalized(line.partition("==")[0]) for line in lines if not line.startswith("#")}
+    wanted = requirements(extra)
+    assert wanted and wanted - pinned == set()
+
+
+# What is committed.
+
+
+def test_no_tracked_file_names_a_path_of_one_machine() -> None:
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    machine = re.compile(r"(?<![\w.~}$-])/(?:work|tmp|root|home|Users)/\w+")
+    found = []
+    for name in listing.stdout.rstrip("\0").split("\0"):
+        path = ROOT / name
+        if path.is_file() and path.suffix not in {".png", ".pdf", ".npz", ".pt"}:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found += [f"{name}: {match[0]}" for match in machine.finditer(text)]
+    assert found == []
