@@ -1,0 +1,101 @@
+"""Everything that the README tells a reader to type works as written."""
+
+import re
+import shlex
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import Digits
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_project import ROOT, make
+
+from experiments.config import compose, protect_notation
+from hyperopt import parse
+from hyperopt.rules import RULES
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+MAKE = [command for command in COMMANDS if "make" in command.split()]
+RUNS = [command for command in COMMANDS if command.startswith("python -m experiments.run ")]
+STACKS = re.findall(r"^\| `(.+?)` \|", README, re.MULTILINE)
+
+
+def test_every_command_is_one_that_is_tested() -> None:
+    assert set(COMMANDS) - set(MAKE) - set(RUNS) == {"source .venv/bin/activate"}
+
+
+@pytest.mark.parametrize("command", MAKE)
+def test_make_commands_are_known_to_make(command: str) -> None:
+    words = shlex.split(command)
+    words.remove("make")
+    done = make("-n", *words)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_run_commands_compose(command: str) -> None:
+    arguments = shlex.split(command)[3:]
+    sweep = "-m" in arguments
+    overrides = protect_notation([word for word in arguments if word != "-m"])
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    assert sweep == (len(jobs) > 1)
+    told = re.search(r"a sweep of (\d+) runs", README)
+    assert not sweep or (told and int(told[1]) == len(jobs))
+    for job in jobs[0], jobs[-1]:
+        compose(job)
+
+
+@pytest.mark.parametrize("notation", STACKS)
+def test_the_stacks_in_the_table_parse(notation: str) -> None:
+    assert parse(str(parse(notation))) == parse(notation)
+
+
+def test_python_examples_run_and_learn(mnist: Digits) -> None:
+    """The training loop halves the loss on a few real digits; the example of a rule trains too."""
+    train, rule = blocks("python")
+    x = mnist.x_train[:1024].flatten(1).float() / 255
+    loader = list(zip(x.split(64), mnist.y_train[:1024].split(64), strict=True))
+    model = torch.nn.Linear(784, 10)
+    loss_fn = torch.nn.CrossEntropyLoss()
+    names = {"model": model, "loader": loader * 4, "loss_fn": loss_fn}
+
+    def loss() -> float:
+        with torch.no_grad():
+            return loss_fn(model(x), mnist.y_train[:1024]).item()
+
+    with patch.dict(RULES):
+        before = loss()
+        exec(train, names)
+        halfway = loss()
+        assert halfway < before / 2
+
+        exec(rule, names)
+        (loop,) = re.findall(r"^for .*\n(?:    .*\n)+", train, re.MULTILINE)
+        exec(loop, names)
+        assert loss() < halfway
+        (lowest, _) = names["optimizer"].hyperparameters()  # type: ignore[attr-defined]
+        assert lowest["lr"] != 1e-3, "the level above has not moved the new rule's lr"
+        assert parse("SignSGD(1e-3) / SGD(1e-8)").height == 1
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+?)\)", README) + re.findall(r'src="([^"]+)"', README)
+    local = [target for target in targets if not target.startswith("http")]
+    assert local
+    assert [target for target in local if not (ROOT / Path(target)).exists()] == []
+
+
+def test_code_fences_are_of_known_kinds() -> None:
+    kinds = re.findall(r"^```(\w*)$", README, re.MULTILINE)
+    assert set(kinds[::2]) <= {"sh", "python", "bibtex"}
+    assert set(kinds[1::2]) == {""}
