@@ -3,7 +3,8 @@
     from hyperopt import Adam, SGD, HyperOptimizer
     optimizer = HyperOptimizer(model.parameters(), Adam(lr=1e-3) / SGD(1e-5))
 
-After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Optimizer" (NeurIPS 2022).
+After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Optimizer"
+(NeurIPS 2022).
 """
 
 from .domains import DOMAINS, Domain

@@ -1,7 +1,7 @@
 """The compiled step: the pure step, traced with its derivatives, as one kernel.
 
-The step is traced into a graph of plain tensor operations, in which differentiation is already done,
-and the graph goes to Inductor. Nothing is guarded or traced again afterwards: a compiled step
+The step is traced into a graph of plain tensor operations, in which differentiation is already
+done, and the graph goes to Inductor. Nothing is guarded or traced again afterwards: a compiled step
 belongs to a layout, and layouts that differ in numbers alone share one.
 """
 
@@ -43,8 +43,9 @@ def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step 
             reason = next((line for line in str(error).splitlines() if line.strip()), "")
             _broken.append(f"{type(error).__name__}: {reason}")
             warnings.warn(
-                f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, which "
-                "computes the same and is slower. On a CPU compiling needs a C++ compiler such as g++.",
+                f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
+                "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
+                "such as g++.",
                 stacklevel=4,
             )
     return _compiled.get(key)
@@ -64,7 +65,7 @@ def _compile(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
             inputs.append(Vectors(w, g, last_w, last_g, {name: next(each) for name in names}))
         layout.step(packed, inputs)
 
-    arguments = [packed, *(tensor for shard in shards for tensor in shard.flat())]
+    arguments: list[Any] = [packed, *(tensor for shard in shards for tensor in shard.flat())]
     with torch.no_grad():
         graph = make_fx(flat_step, tracing_mode="fake")(*arguments)
         _realize_scalars(graph)

@@ -63,7 +63,7 @@ class Layout:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What the first elements of `packed` are: every hyperparameter's value, the tuned first."""
+        """What `packed` begins with: every hyperparameter's value, the tuned ones first."""
         slots = [(k, slot) for k, level in enumerate(self.levels) for slot in level.tuned]
         slots += [(k, slot) for k, level in enumerate(self.levels) for slot in level.fixed]
         return tuple(f"{k}.{slot}" for k, slot in slots)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compile import compiled
+from .compile import Step, compiled
 from .layout import Layout, Vectors
 from .rules import Rule, State, near
 from .stack import Stack, parse
-from .tower import Level, Move, Slot, TowerState, build
+from .tower import Move, Slot, TowerState, build
 
 
 class Flat:
@@ -99,8 +99,8 @@ class HyperOptimizer(torch.optim.Optimizer):
     hyperparameters are moved by their hypergradients (Chandra et al. 2022), which need no second
     derivative of the model: a plain ``loss.backward()`` is all.
 
-    ``param_groups[i]["lr"]`` reads as the current value: a 0-dim tensor for a hyperparameter that is
-    tuned, and otherwise a number, which may be set between steps.
+    ``param_groups[i]["lr"]`` reads as the current value: a 0-dim tensor for a hyperparameter that
+    is tuned, and otherwise a number, which may be set between steps.
 
     Args:
         params: parameters or param groups. A group may give hyperparameters of the lowest rule a
@@ -116,6 +116,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         TypeError: complex or sparse parameters.
     """
 
+    _layout: Layout
+    _packed: Tensor
+    _resting: list[Tensor]  # parameters that the last step did not move
+    _run: Step | None
+
     def __init__(
         self, params: Iterable[Any], stack: Stack | Rule | str, *, compile: bool = True
     ) -> None:
@@ -126,7 +131,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._shards: list[Shard] = []  # what the last step moved
         self._parked: list[Shard] = []  # what earlier steps moved, and the last one did not
         self._started = False
-        self._packed: Tensor | None = None
+        self._laid_groups = 0
         super().__init__(params, dict(self.stack.levels[0].values))
         self._lay_out()
 
@@ -158,7 +163,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     "make one optimizer for each device"
                 )
         self._overrides.append(frozenset(own))
-        if self._packed is not None:
+        if self._laid_groups:
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
@@ -169,7 +174,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     # The step.
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.
 
         Parameters whose ``grad`` is None are left alone, their state included, as ``torch.optim``
@@ -186,24 +191,24 @@ class HyperOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [[p.grad for p in shard.params] for shard in self._shards]
-        if any(g is None for gs in grads for g in gs) or any(
+        if any(p.grad is None for shard in self._shards for p in shard.params) or any(
             p.grad is not None for p in self._resting
         ):
             self._arrange()
-            grads = [[p.grad for p in shard.params] for shard in self._shards]
-        if not grads:
+        if not self._shards:
             return loss
         self._follow_groups()
-        for shard, gs in zip(self._shards, grads, strict=True):
+        for shard in self._shards:
+            grads: list[Any] = [p.grad for p in shard.params]
             torch._foreach_copy_(shard.w.views, shard.params)
-            torch._foreach_copy_(shard.g.views, gs)
+            torch._foreach_copy_(shard.g.views, grads)
         vectors = [shard.vectors() for shard in self._shards]
-        run = None
-        if self.compile and self._layout.regular:
-            run = compiled(self._layout, self._packed, vectors)
-        self.compiled = run is not None
-        (run or self._layout.step)(self._packed, vectors)
+        if self._run is None and self._layout.regular:
+            if self.compile:
+                self._run = compiled(self._layout, self._packed, vectors)
+            self.compiled = self._run is not None
+            self._run = self._run or self._layout.step
+        (self._run or self._layout.step)(self._packed, vectors)
         for shard in self._shards:
             shard.swap()
             torch._foreach_copy_(shard.params, shard.w.views)
@@ -345,7 +350,6 @@ class HyperOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 rule = rule.with_values({name: group[name] for name in rule.hypers})
             self._rule = rule.with_values(self.stack.levels[0].values)
-            self._laid_groups = 0
         stack = Stack(self._rule, *self.stack.levels[1:])
         lowest, *upper = build(stack, self._overrides)
         lowest = replace(lowest, owners=tuple(shard.group for shard in self._shards))
@@ -357,6 +361,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             tuple(shard.moved for shard in self._shards),
             self._started,
         )
+        self._run = None
         device = self.param_groups[0]["params"][0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
 
@@ -369,10 +374,10 @@ class HyperOptimizer(torch.optim.Optimizer):
             return otherwise
 
         def initial(k: int, slot: Slot) -> float:
-            value = stack.levels[k].values[slot.name]
+            value: Any = stack.levels[k].values[slot.name]
             if k == 0 and (slot.owner is not None or len(self.param_groups) == 1):
                 value = self.param_groups[int(slot.owner or 0)][slot.name]
-            return value[slot.owner] if isinstance(value, dict) else value
+            return value[str(slot.owner)] if isinstance(value, dict) else value
 
         def vector(numbers: Sequence[Any]) -> Tensor:
             return torch.tensor([float(x) for x in numbers], dtype=dtype, device=device)

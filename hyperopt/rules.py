@@ -11,11 +11,12 @@ What ``update`` may rely on:
   against ``w``; a 0-dim one does not change its dtype. They are differentiated.
 * ``s["..."]`` is the state that ``init`` or the last ``update`` returned. Vectors in it have
   ``w``'s shape; 0-dim entries are float64.
-* ``self.on("momentum")`` says whether an optional hyperparameter takes part at all, so that one that
-  is 0 and that nobody tunes costs nothing.
+* ``self.on("momentum")`` says whether an optional hyperparameter takes part at all, so that one
+  that is 0 and that nobody tunes costs nothing.
 
 The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
-the constants in which the paper's own code differs (``gradient-descent-the-ultimate-optimizer`` 1.0).
+the constants in which the paper's own package (``gradient-descent-the-ultimate-optimizer`` 1.0)
+differs.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 
 State: TypeAlias = dict[str, Tensor]
 Values: TypeAlias = Any  # a namespace: h.lr, h.momentum, ...
-Number: TypeAlias = (
-    "float | dict[str, float]"  # one value, or one per hyperparameter of the level below
-)
+Number: TypeAlias = float | dict[str, float]  # the dict: one for each hyperparameter below
 
 RULES: dict[str, type[Rule]] = {}
 
@@ -192,8 +191,8 @@ class Rule:
         """Whether a hyperparameter takes part: it is not 0, or a subset asks for it by name."""
         return name in self.used or name in (self.subset or ())
 
-    def with_values(self, values: Mapping[str, float]) -> Rule:
-        """This rule, with other initial values for some hyperparameters; what takes part stays so."""
+    def with_values(self, values: Mapping[str, Number]) -> Rule:
+        """This rule with other initial values; hyperparameters that take part still do."""
         twin = self._copy()
         twin.values = type(self)(**{**self.values, **values}).values
         twin.used = self.used | {name for name, value in values.items() if value != 0}

@@ -9,6 +9,7 @@ moved = hyperparameters that the level above moves, each as name or name: domain
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any, NoReturn
 
@@ -18,8 +19,8 @@ from .rules import RULES, Rule, near
 class Stack:
     """Rules on top of each other: each level moves the hyperparameters of the level below it.
 
-    The lowest moves the weights; the hyperparameters of the topmost are constants. A plain optimizer
-    is a stack of height 0.
+    The lowest moves the weights; the hyperparameters of the topmost are constants. A plain
+    optimizer is a stack of height 0.
 
     Raises:
         ValueError: a level has nothing to move, or its dict of values does not fit the level below.
@@ -27,27 +28,27 @@ class Stack:
 
     def __init__(self, *levels: Rule) -> None:
         self.levels = levels
-        for below, above in zip(levels, levels[1:], strict=False):
+        for below, above in itertools.pairwise(levels):
             if not below.tuned:
                 raise ValueError(
-                    f"{above} has nothing to move: {below} leaves no hyperparameter to the level above"
+                    f"{above} has nothing to move: {below} leaves it no hyperparameter"
                 )
             for name, domain in below.tuned.items():
                 values = below.values[name]
-                for value in values.values() if isinstance(values, dict) else (values,):
-                    if value not in domain:
+                for number in values.values() if isinstance(values, dict) else (values,):
+                    if number not in domain:
                         raise ValueError(
-                            f"{below}: {name} = {value:g} cannot be moved in the {domain.name} domain, "
-                            f"which is ({domain.low:g}, {domain.high:g})"
+                            f"{below}: {name} = {number:g} cannot be moved in the {domain.name} "
+                            f"domain, which is ({domain.low:g}, {domain.high:g})"
                         )
-        for above, below in zip(levels, (None, *levels), strict=False):
-            targets = list(below.tuned) if below else []
+        for k, above in enumerate(levels):
+            targets = list(levels[k - 1].tuned) if k else []
             for name, value in above.values.items():
                 if isinstance(value, dict) and set(value) != set(targets):
                     raise ValueError(
                         f"{above}: {name} must have one value for each of "
                         f"{', '.join(targets) or 'none'}, the hyperparameters that it moves"
-                        if below
+                        if k
                         else f"{above}: {name} must be one number on the lowest level"
                     )
 

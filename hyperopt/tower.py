@@ -94,8 +94,11 @@ class Level:
 
     def values(self, raw: Tensor, fixed: Tensor, owner: int | tuple[str, ...]) -> SimpleNamespace:
         """The namespace h that the rule reads, for the vector that belongs to ``owner``."""
-        slots = {slot: self.rule.tuned[slot.name].value(r) for slot, r in zip(self.tuned, raw)}
-        slots |= dict(zip(self.fixed, fixed))
+        slots = {
+            slot: self.rule.tuned[slot.name].value(r)
+            for slot, r in zip(self.tuned, raw, strict=True)
+        }
+        slots |= dict(zip(self.fixed, fixed, strict=True))
 
         def value(name: str) -> Tensor:
             if isinstance(owner, int):
@@ -132,11 +135,13 @@ def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) ->
     levels: list[Level] = []
     for k, rule in enumerate(stack.levels):
         top = k == stack.height
-        tuned, fixed = [], []
+        tuned: list[Slot] = []
+        fixed: list[Slot] = []
         for name in rule.hypers:
             owners: list[int | str | None] = [None]
-            if k > 0 and isinstance(rule.values[name], dict):
-                owners = list(rule.values[name])
+            value = rule.values[name]
+            if k > 0 and isinstance(value, dict):
+                owners = list(value)
             elif k == 0 and len(groups) > 1:
                 moved = name in rule.tuned and not top
                 owners = [g for g in groups if name in overrides[g] or not moved]
@@ -157,7 +162,9 @@ def depends_on_weights(rule: Rule) -> bool:
     generator = torch.Generator().manual_seed(0)
     w, g = torch.randn(2, 4, generator=generator, dtype=torch.float64)
     h = SimpleNamespace(**{name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers})
-    (_, state), pullback = torch.func.vjp(lambda w: rule.update(w, g, rule.init(g), h), w)
+    (_, state), pullback = torch.func.vjp(  # type: ignore[misc]
+        lambda w: rule.update(w, g, rule.init(g), h), w
+    )
     zeros = {name: torch.zeros_like(value) for name, value in state.items()}
     (through_weights,) = pullback((g, zeros))
     (through_state,) = pullback(
@@ -194,8 +201,8 @@ def replay(
 
     if not done or not len(raw):
         return rerun(raw)[1], torch.zeros_like(raw)
-    _, pullback, states = torch.func.vjp(rerun, raw, has_aux=True)
-    return states, pullback([cotangents[i] for i in done])[0]
+    _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
+    return after, pullback([cotangents[i] for i in done])[0]
 
 
 def step(
@@ -205,28 +212,29 @@ def step(
 
     Args:
         levels: the static shape of the stack.
-        weights, grads: the weights and their gradient, one pair of equally long 1-D tensors for each
-            shard.
+        weights, grads: the weights and their gradient, one pair of equally long 1-D tensors for
+            each shard.
 
     Returns:
         the new weights, shard by shard, and the new state of the tower.
     """
     states, hypergradients = [], []
     cotangents = list(grads)
-    for level, raw, fixed, moves in zip(levels, *tower, strict=True):
-        after, hypergradient = replay(level, raw, fixed, moves, cotangents)
+    for k, level in enumerate(levels):
+        after, hypergradient = replay(
+            level, tower.raw[k], tower.fixed[k], tower.moves[k], cotangents
+        )
         states.append(after)
         hypergradients.append(hypergradient)
         cotangents = [hypergradient]
 
-    raws, moves = list(tower.raw), list(tower.moves)
+    raws, read = list(tower.raw), list(tower.moves)
     for k in reversed(range(1, len(levels))):
-        vectors, gradients = [raws[k - 1]], [hypergradients[k - 1]]
-        (raws[k - 1],), moves[k] = move(
-            levels[k], raws[k], tower.fixed[k], states[k], vectors, gradients
+        (raws[k - 1],), read[k] = move(
+            levels[k], raws[k], tower.fixed[k], states[k], [raws[k - 1]], [hypergradients[k - 1]]
         )
-    moved, moves[0] = move(levels[0], raws[0], tower.fixed[0], states[0], weights, grads)
-    return moved, TowerState(tuple(raws), tower.fixed, tuple(moves))
+    moved, read[0] = move(levels[0], raws[0], tower.fixed[0], states[0], weights, grads)
+    return moved, TowerState(tuple(raws), tower.fixed, tuple(read))
 
 
 def move(
