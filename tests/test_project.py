@@ -37,8 +37,12 @@ def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 # The Makefile.
 
 
+def make_targets() -> list[str]:
+    return re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
 def test_make_alone_lists_every_target_with_a_line() -> None:
-    rules = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    rules = make_targets()
     listed = dict(re.findall(r"^  make ([\w-]+) +(\S.*)$", make().stdout, re.MULTILINE))
     assert {"setup", "test", "lint", "reproduce-table1", "tables"} <= set(rules)
     assert list(listed) == rules

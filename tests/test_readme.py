@@ -10,7 +10,7 @@ import torch
 from conftest import Digits
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from test_project import ROOT, make
+from test_project import ROOT, make, make_targets
 
 from experiments.config import compose, protect_notation
 from hyperopt import parse
@@ -37,6 +37,7 @@ def test_every_command_is_one_that_is_tested() -> None:
 def test_make_commands_are_known_to_make(command: str) -> None:
     words = shlex.split(command)
     words.remove("make")
+    assert [word for word in words if "=" not in word and word not in make_targets()] == []
     done = make("-n", *words)
     assert done.returncode == 0, done.stderr
 
