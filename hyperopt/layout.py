@@ -27,7 +27,7 @@ class Vectors(NamedTuple):
     Attributes:
         w, g: the weights and their gradient.
         last_w, last_g: those of the last move; the first is None where the rule does not need it.
-        state: the vectors of the rule's state before the last move.
+        state: the rule's state before the last move; of its 0-dim parts `packed` has the values.
     """
 
     w: Tensor
@@ -138,15 +138,15 @@ class Layout:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def step(self, packed: Tensor, shards: Sequence[Vectors]) -> None:
-        """One step of the stack, in place.
-
-        The new weights are written over ``w``, or over ``last_w`` where there is one, so that the
-        two have changed places.
-        """
+        """One step of the stack, in place: all of `packed` and of the shards but for ``g``."""
         tower = self.unpack(packed, shards)
         weights, tower = step(self.levels, tower, [s.w for s in shards], [s.g for s in shards])
         packed.copy_(self.pack(tower))
         for shard, w, move in zip(shards, weights, tower.moves[0], strict=True):
             for name, value in shard.state.items():
-                value.copy_(move.state[name])
-            (shard.w if shard.last_w is None else shard.last_w).copy_(w)
+                if value.ndim:
+                    value.copy_(move.state[name])
+            shard.last_g.copy_(shard.g)
+            if shard.last_w is not None:
+                shard.last_w.copy_(shard.w)
+            shard.w.copy_(w)

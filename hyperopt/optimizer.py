@@ -11,85 +11,10 @@ from torch import Tensor
 
 from .compile import Step, compiled
 from .layout import Layout, Vectors
-from .rules import Rule, State, near
+from .rules import Rule, near
+from .shard import Shard, divide, precision
 from .stack import Stack, parse
 from .tower import Move, Slot, TowerState, build
-
-
-class Flat:
-    """A flat vector and its views in the shapes of the parameters that it holds."""
-
-    def __init__(self, flat: Tensor, params: Sequence[Tensor]) -> None:
-        self.flat = flat
-        pieces = flat.split([p.numel() for p in params])
-        self.views = [piece.view(p.shape) for piece, p in zip(pieces, params, strict=True)]
-
-
-class Shard:
-    """Parameters of one param group that have been moved together since their first step.
-
-    Half-precision parameters are moved in float32; no other cast is made.
-
-    Args:
-        params: the parameters, n elements in all.
-        group: the number of their param group.
-        w, g: what the last move read, if there was one, [n] each.
-        state: the rule's state before the last move, or its initial state.
-    """
-
-    def __init__(
-        self,
-        params: list[Tensor],
-        group: int,
-        state: State,
-        w: Tensor | None,
-        g: Tensor | None,
-        keep_weights: bool,
-    ) -> None:
-        self.params, self.group, self.state, self.moved = params, group, state, g is not None
-        self.w, self.g = self._new(), self._new()
-        self.last_w = (self._new() if w is None else Flat(w, params)) if keep_weights else None
-        self.last_g = self._new() if g is None else Flat(g, params)
-
-    @staticmethod
-    def precision(p: Tensor) -> torch.dtype:
-        return torch.promote_types(p.dtype, torch.float32)
-
-    def _new(self) -> Flat:
-        n, first = sum(p.numel() for p in self.params), self.params[0]
-        flat = torch.zeros(n, dtype=self.precision(first), device=first.device)
-        return Flat(flat, self.params)
-
-    def vectors(self) -> Vectors:
-        return Vectors(
-            self.w.flat,
-            self.g.flat,
-            None if self.last_w is None else self.last_w.flat,
-            self.last_g.flat,
-            {name: value for name, value in self.state.items() if value.ndim},
-        )
-
-    def swap(self) -> None:
-        """After a step: what it has read is now what was read last."""
-        self.g, self.last_g = self.last_g, self.g
-        if self.last_w is not None:
-            self.w, self.last_w = self.last_w, self.w
-        self.moved = True
-
-    def part(self, chosen: Sequence[bool]) -> Shard:
-        """A shard of some of the parameters, with their share of the state."""
-
-        def cut(flat: Tensor) -> Tensor:
-            if not flat.ndim:
-                return flat.clone()
-            pieces = flat.split([p.numel() for p in self.params])
-            return torch.cat([piece for piece, here in zip(pieces, chosen, strict=True) if here])
-
-        params = [p for p, here in zip(self.params, chosen, strict=True) if here]
-        state = {name: cut(value) for name, value in self.state.items()}
-        w = cut(self.last_w.flat) if self.moved and self.last_w is not None else None
-        g = cut(self.last_g.flat) if self.moved else None
-        return Shard(params, self.group, state, w, g, self.last_w is not None)
 
 
 class HyperOptimizer(torch.optim.Optimizer):
@@ -198,11 +123,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         if not self._shards:
             return loss
         self._follow_groups()
-        for shard in self._shards:
-            grads: list[Any] = [p.grad for p in shard.params]
-            torch._foreach_copy_(shard.w.views, shard.params)
-            torch._foreach_copy_(shard.g.views, grads)
-        vectors = [shard.vectors() for shard in self._shards]
+        vectors = [shard.read() for shard in self._shards]
         if self._run is None and self._layout.regular:
             if self.compile:
                 self._run = compiled(self._layout, self._packed, vectors)
@@ -210,8 +131,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             self._run = self._run or self._layout.step
         (self._run or self._layout.step)(self._packed, vectors)
         for shard in self._shards:
-            shard.swap()
-            torch._foreach_copy_(shard.params, shard.w.views)
+            shard.write()
         if not self._layout.regular:
             self._started = True
             self._layout = replace(
@@ -299,11 +219,9 @@ class HyperOptimizer(torch.optim.Optimizer):
                         f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
                         "make the layer with sparse=False"
                     )
-            for dtype in dict.fromkeys(map(Shard.precision, new)):
-                params = [p for p in new if Shard.precision(p) == dtype]
-                n = sum(p.numel() for p in params)
-                state = self._rule.init(torch.empty(n, dtype=dtype, device=self._packed.device))
-                shards.append(Shard(params, number, state, None, None, self._keeps_weights))
+            shards += [
+                Shard.new(params, number, self._rule, self._keeps_weights) for params in divide(new)
+            ]
         place = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
@@ -312,16 +230,19 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _settle(self, shard: Shard) -> None:
         """Let a shard forget its last move, of which the state that it led to remains."""
         if shard.moved:
-            last = shard.last_g.flat if shard.last_w is None else shard.last_w.flat
-            tower = self._layout.unpack(self._packed, [s.vectors() for s in self._shards])
-            level = self._layout.levels[0]
+            level, tower = self._layout.levels[0], self._tower()
             h = level.values(tower.raw[0], tower.fixed[0], shard.group)
-            _, shard.state = level.rule.update(last, shard.last_g.flat, shard.state, h)
+            w = shard.last_g if shard.last_w is None else shard.last_w
+            _, shard.state = level.rule.update(w, shard.last_g, shard.state, h)
             shard.moved = False
+
+    def _tower(self) -> TowerState:
+        lasts = [Vectors(s.last_g, s.last_g, s.last_w, s.last_g, s.state) for s in self._shards]
+        return self._layout.unpack(self._packed, lasts)
 
     def _export(self) -> list[dict[str, Any]]:
         """For each level its hyperparameters by name and, above the lowest, its last move."""
-        tower = self._layout.unpack(self._packed, [shard.vectors() for shard in self._shards])
+        tower = self._tower()
         levels = self._layout.levels
         exported = []
         for k, level in enumerate(levels):
@@ -357,7 +278,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._keeps_weights = lowest.depends_on_weights
         self._layout = Layout(
             levels,
-            tuple(len(shard.w.flat) for shard in self._shards),
+            tuple(len(shard) for shard in self._shards),
             tuple(shard.moved for shard in self._shards),
             self._started,
         )
@@ -410,8 +331,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 moves.append((Move(parts.pop("w"), parts.pop("g"), parts),))
         tower = TowerState(tuple(raw), tuple(fixed), tuple(moves))
         self._packed = self._layout.pack(tower).to(dtype)
-        tower = self._layout.unpack(self._packed, [shard.vectors() for shard in self._shards])
-        for shard, move in zip(self._shards, tower.moves[0], strict=True):
+        for shard, move in zip(self._shards, self._tower().moves[0], strict=True):
             shard.state = move.state
         self._laid_groups = len(self.param_groups)
         self._show()
@@ -446,10 +366,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         for i, shard in enumerate(self._shards + self._parked):
             kept = dict(shard.state)
             if shard.moved:
-                kept["last_grad"] = shard.last_g.flat
+                kept["last_grad"] = shard.last_g
                 if shard.last_w is not None:
-                    kept["last_weight"] = shard.last_w.flat
-            views = {name: Flat(v, shard.params).views for name, v in kept.items() if v.ndim}
+                    kept["last_weight"] = shard.last_w
+            views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
             for j, p in enumerate(shard.params):
                 state[number[p]] = {"shard": i, "active": i < len(self._shards)} | {
                     name: views[name][j] if value.ndim else value for name, value in kept.items()
@@ -495,11 +415,13 @@ class HyperOptimizer(torch.optim.Optimizer):
                 for name, value in entries[0].items()
                 if isinstance(value, Tensor)
             }
-            g, w = kept.pop("last_grad", None), kept.pop("last_weight", None)
-            counters = {n for n, value in self._rule.init(torch.empty(0)).items() if not value.ndim}
-            for name in counters & kept.keys():
-                kept[name] = entries[0][name].to(chosen[0].device, copy=True)
-            shard = Shard(chosen, groups[chosen[0]], kept, w, g, self._keeps_weights)
+            shard = Shard.new(chosen, groups[chosen[0]], self._rule, self._keeps_weights)
+            shard.moved = "last_grad" in kept
+            shard.last_g = kept.pop("last_grad", shard.last_g)
+            shard.last_w = kept.pop("last_weight", shard.last_w)
+            for name, value in shard.state.items():
+                joined = kept[name] if value.ndim else entries[0][name]
+                shard.state[name] = joined.to(value.device, copy=True)
             (self._shards if entries[0]["active"] else self._parked).append(shard)
         self._started = state_dict["started"]
         self._lay_out(state_dict["levels"])
@@ -533,7 +455,7 @@ def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
 
 def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
     """One flat vector of a shard from what was saved of each of its parameters."""
-    dtype = Shard.precision(like)
+    dtype = precision(like)
     return torch.cat([piece.reshape(-1).to(like.device, dtype) for piece in pieces])
 
 

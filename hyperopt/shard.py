@@ -1,0 +1,125 @@
+"""Shards: parameters that are moved together, as one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Vectors
+from .rules import Rule, State
+
+# From this many elements on, a parameter is worked on where it lies, and not gathered with others:
+# the copies would cost more than one more loop in the step.
+LARGE = 1 << 16
+
+
+class Shard:
+    """Parameters of one param group that have been moved together since their first step.
+
+    A large parameter is a shard of its own, on whose memory the step works directly; the others are
+    gathered into a flat vector and scattered back. Half-precision parameters are moved in float32;
+    no other cast is made.
+
+    Args:
+        params: the parameters, n elements in all.
+        group: the number of their param group.
+        state: the rule's state before the last move, or its initial state.
+        last_w, last_g: what the last move read, [n] each; the first is None where the rule does not
+            need it, and both are scratch if there has been none.
+        moved: whether there has been a last move.
+    """
+
+    def __init__(
+        self,
+        params: list[Tensor],
+        group: int,
+        state: State,
+        last_w: Tensor | None,
+        last_g: Tensor,
+        moved: bool,
+    ) -> None:
+        self.params, self.group, self.state, self.moved = params, group, state, moved
+        self.last_w, self.last_g = last_w, last_g
+        self._gathered: tuple[Tensor, Tensor] | None = None  # w and g
+        self._views: tuple[list[Tensor], list[Tensor]]
+        self._in_place = False
+
+    @classmethod
+    def new(cls, params: list[Tensor], group: int, rule: Rule, keep_weights: bool) -> Shard:
+        """A shard that has not been moved yet."""
+        n = sum(p.numel() for p in params)
+        blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
+        last_w = blank.clone() if keep_weights else None
+        return cls(params, group, rule.init(blank), last_w, blank, moved=False)
+
+    def __len__(self) -> int:
+        return len(self.last_g)
+
+    def read(self) -> Vectors:
+        """What a step reads and writes: the weights and gradients as they are now, and the rest."""
+        first, grad = self.params[0], self.params[0].grad
+        self._in_place = (
+            len(self) >= LARGE
+            and len(self.params) == 1
+            and grad is not None
+            and first.dtype == grad.dtype == self.last_g.dtype
+            and first.is_contiguous()
+            and grad.is_contiguous()
+        )
+        if self._in_place and grad is not None:
+            w, g = first.view(-1), grad.view(-1)
+        else:
+            if self._gathered is None:
+                self._gathered = torch.empty_like(self.last_g), torch.empty_like(self.last_g)
+                self._views = self.shaped(self._gathered[0]), self.shaped(self._gathered[1])
+            w, g = self._gathered
+            grads: list[Any] = [p.grad for p in self.params]
+            torch._foreach_copy_(self._views[0], self.params)
+            torch._foreach_copy_(self._views[1], grads)
+        state = {name: value for name, value in self.state.items() if value.ndim}
+        return Vectors(w, g, self.last_w, self.last_g, state)
+
+    def write(self) -> None:
+        """Give the parameters the weights that a step has left in what `read` returned."""
+        if self._in_place:
+            torch.autograd.graph.increment_version(self.params[0])
+        else:
+            torch._foreach_copy_(self.params, self._views[0])
+        self.moved = True
+
+    def shaped(self, flat: Tensor) -> list[Tensor]:
+        """A flat vector, [n], cut and shaped like the parameters."""
+        pieces = flat.split([p.numel() for p in self.params])
+        return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+
+    def part(self, chosen: Sequence[bool]) -> Shard:
+        """A shard of some of the parameters, with their share of the state."""
+
+        def cut(value: Tensor) -> Tensor:
+            if not value.ndim:
+                return value.clone()
+            pieces = zip(self.shaped(value), chosen, strict=True)
+            return torch.cat([piece.reshape(-1) for piece, here in pieces if here])
+
+        params = [p for p, here in zip(self.params, chosen, strict=True) if here]
+        state = {name: cut(value) for name, value in self.state.items()}
+        last_w = None if self.last_w is None else cut(self.last_w)
+        return Shard(params, self.group, state, last_w, cut(self.last_g), self.moved)
+
+
+def precision(p: Tensor) -> torch.dtype:
+    """The dtype in which a parameter is moved."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def divide(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Parameters of one group, divided into those of new shards."""
+    large = [[p] for p in params if p.numel() >= LARGE]
+    small: dict[torch.dtype, list[Tensor]] = {}
+    for p in params:
+        if p.numel() < LARGE:
+            small.setdefault(precision(p), []).append(p)
+    return large + list(small.values())
