@@ -4,10 +4,11 @@
 
 # An interpreter for .venv, 3.10 or later; without PYTHON= an existing .venv keeps the one it has.
 PYTHON ?= python3
-# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb; ARGS= is handed to pytest as it is.
+# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own; ARGS= is handed to pytest as it is.
 PRESET ?=
 WORKERS ?=
 LOGGER ?=
+START ?=
 ARGS ?=
 
 PY := .venv/bin/python
@@ -15,7 +16,7 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-done
 VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
 TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(if $(WORKERS),workers=$(WORKERS)) \
-	$(if $(LOGGER),logger=$(LOGGER))
+	$(if $(LOGGER),logger=$(LOGGER)) $(if $(START),start=$(START))
 
 # Only a PYTHON= that was asked for can make an existing .venv the wrong one.
 ifneq ($(origin PYTHON),file)

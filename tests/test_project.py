@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # An outer `make test PYTHON=...` must not reach the inner one.
-    ours = ("MAKE", "MFLAGS", "PYTHON", "PRESET", "WORKERS", "LOGGER", "ARGS")
+    ours = ("MAKE", "MFLAGS", "PYTHON", "PRESET", "WORKERS", "LOGGER", "START", "ARGS")
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(
         ["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
@@ -49,8 +49,9 @@ def test_make_alone_lists_every_target_with_a_line() -> None:
 
 
 def test_choices_reach_the_command() -> None:
-    command = make("-n", "reproduce-table1", "PRESET=quick", "WORKERS=3", "LOGGER=wandb").stdout
-    assert "experiments.table1 preset=quick workers=3 logger=wandb" in " ".join(command.split())
+    choices = ("PRESET=quick", "WORKERS=3", "LOGGER=wandb", "START=own")
+    command = " ".join(make("-n", "reproduce-table1", *choices).stdout.split())
+    assert "experiments.table1 preset=quick workers=3 logger=wandb start=own" in command
 
 
 @pytest.fixture
