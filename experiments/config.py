@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from hydra import compose as hydra_compose
@@ -46,10 +46,10 @@ class DataConfig:
 class StackConfig:
     """Either the notation of a stack, or a rule, a height and an lr that all its levels share."""
 
-    notation: Optional[str] = None
-    rule: Optional[str] = None
-    height: Optional[int] = None
-    lr: Optional[float] = None
+    notation: str | None = None
+    rule: str | None = None
+    height: int | None = None
+    lr: float | None = None
 
 
 @dataclass
@@ -78,9 +78,9 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = MISSING
     device: str = MISSING  # auto, cpu or cuda
-    row: Optional[str] = None  # the row of a table that this run belongs to
+    row: str | None = None  # the row of a table that this run belongs to
     store: str = MISSING  # folder of the runs
-    workers: Optional[int] = None  # runs side by side; null is one for each core
+    workers: int | None = None  # runs side by side; null is one for each core
     progress: bool = True
 
 
@@ -199,10 +199,10 @@ def run_hash(config: Config) -> str:
 def protect_notation(arguments: Sequence[str]) -> list[str]:
     """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
 
-    ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the file of the group that
-    leaves the rest unset) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``: commas outside
-    brackets separate the values of a sweep, as elsewhere in Hydra. ``stack=tower``, which has no
-    bracket, stays as it is.
+    ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the file of the group
+    that leaves the rest unset) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``: commas
+    outside brackets separate the values of a sweep, as elsewhere in Hydra. ``stack=tower``, which
+    has no bracket, stays as it is.
     """
     protected = []
     for argument in arguments:
@@ -241,4 +241,4 @@ def _keys(cls: type, prefix: str = "") -> Iterator[str]:
     for f in fields(cls):
         yield prefix + f.name
         if is_dataclass(hints[f.name]):
-            yield from _keys(hints[f.name], f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            yield from _keys(hints[f.name], f"{prefix}{f.name}.")

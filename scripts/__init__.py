@@ -1,0 +1,1 @@
+"""What turns stored runs into tables, plots and reports, and the benchmarks."""
