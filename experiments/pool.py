@@ -102,6 +102,14 @@ class _Worker:
         self.structures.add(structure(job.config))
         self.pipe.send(job.config)
 
+    def end(self) -> None:
+        """End the process: at once where it still has a run, which can be resumed."""
+        if self.job is None:
+            self.pipe.close()
+            self.process.join(timeout=5.0)
+        self.process.kill()
+        self.process.join()
+
 
 class _Pool:
     def __init__(self, jobs: list[Outcome], workers: int, display: _Display) -> None:
@@ -120,9 +128,7 @@ class _Pool:
                     self._handle_messages()
             finally:
                 for worker in self.workers:
-                    worker.process.kill()  # its run, if any, can be resumed from its checkpoint
-                for worker in self.workers:
-                    worker.process.join()
+                    worker.end()
 
     def _next_job(self, slot: int) -> None:
         """Give a worker the longest run; of equals one whose step it has already compiled."""
@@ -153,9 +159,9 @@ class _Pool:
                 worker.process.join()
                 message = f"its process died with exit code {worker.process.exitcode}"
                 self._ended(slot, error=message)
-                if self.waiting:
-                    self.workers[slot] = _Worker()
-                    self._next_job(slot)
+                worker.end()
+                self.workers[slot] = _Worker()
+                self._next_job(slot)
                 continue
             if isinstance(message, Progress):
                 self.display.moved(slot, message)
@@ -188,7 +194,10 @@ def _work(pipe: Connection) -> None:
             pipe.send(progress)
 
     while True:
-        config = pipe.recv()
+        try:
+            config = pipe.recv()
+        except EOFError:  # there are no more
+            return
         try:
             pipe.send(train(config, report))
         except Exception as error:

@@ -5,8 +5,8 @@
     python -m experiments.table1 start=own
 
 `start=own` does, besides, the relearned rows from what *our* towers learned. What comes out is
-`table1_runs.csv` (and `table1_own_runs.csv`), a line for each run, from which `scripts.tables` draws
-the tables and the figure. Runs that are finished are not done again.
+`table1_runs.csv` (and `table1_own_runs.csv`), a line for each run, from which `scripts.tables`
+draws the tables and the figure. Runs that are finished are not done again.
 """
 
 from __future__ import annotations

@@ -208,7 +208,8 @@ def figure(table: pd.DataFrame, words: str) -> plt.Figure:
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_title(f"({block}) {BLOCKS[str(block)]}, {rows.epochs.iloc[0]} epochs", loc="left")
     axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
-    axes[-1, 0].set_xlabel(f"test error (%), mean ± standard deviation; towers in bold. {words}")
+    axes[-1, 0].set_xlabel("test error (%), mean ± standard deviation")
+    fig.suptitle(f"{words}\ntowers in bold, plain optimizers not", fontsize=8)
     return fig
 
 
