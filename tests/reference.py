@@ -1,0 +1,185 @@
+"""A stack as it is defined, slowly: what `hyperopt` is held against.
+
+The rules are written for one weight at a time, as in the papers they come from. The hypergradient of
+a raw hyperparameter is taken literally: make the last step again with another value of it, all levels
+below included, and see how the loss changes. All derivatives, the model's too, are central
+differences, and in 60 digits they are good for more than float64 can tell. Nothing is shared with
+`hyperopt` but the notation.
+"""
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+
+import mpmath
+
+from hyperopt import parse
+
+mp = mpmath.MPContext()
+mp.dps = 60
+DELTA = mp.mpf("1e-18")
+
+
+def sgd(w, g, s, h):
+    g = g + h.weight_decay * w
+    buffer = h.momentum * s.get("buffer", 0) + g
+    return w - h.lr * (g + h.momentum * buffer if h.nesterov else buffer), {"buffer": buffer}
+
+
+def adagrad(w, g, s, h):
+    g = g + h.weight_decay * w
+    total = s.get("sum", h.initial_accumulator_value) + g**2
+    scale = mp.sqrt(total + h.eps) if h.eps_inside else mp.sqrt(total) + h.eps
+    return w - h.lr * g / scale, {"sum": total}
+
+
+def rmsprop(w, g, s, h):
+    g = g + h.weight_decay * w
+    mean = h.gamma * s.get("mean", 0) + (1 - h.gamma) * g**2
+    scale = mp.sqrt(mean + h.eps) if h.eps_inside else mp.sqrt(mean) + h.eps
+    return w - h.lr * g / scale, {"mean": mean}
+
+
+def adam(w, g, s, h):
+    return adapt(w, g + h.weight_decay * w, s, h)
+
+
+def adamw(w, g, s, h):
+    return adapt(w - h.lr * h.weight_decay * w, g, s, h)
+
+
+def adapt(w, g, s, h):
+    t = s.get("t", 0) + 1
+    m = h.beta1 * s.get("m", 0) + (1 - h.beta1) * g
+    v = h.beta2 * s.get("v", h.v0) + (1 - h.beta2) * g**2
+    m_hat, v_hat = m / (1 - h.beta1**t), v / (1 - h.beta2**t)
+    return w - h.lr * m_hat / (mp.sqrt(v_hat) + h.eps), {"t": t, "m": m, "v": v}
+
+
+UPDATES = {"SGD": sgd, "AdaGrad": adagrad, "RMSProp": rmsprop, "Adam": adam, "AdamW": adamw}
+TO_RAW = {
+    "real": lambda h: h,
+    "unit": lambda h: mp.atanh(2 * h - 1),
+    "square": mp.sqrt,
+    "log": mp.log,
+}
+FROM_RAW = {
+    "real": lambda r: r,
+    "unit": lambda r: (mp.tanh(r) + 1) / 2,
+    "square": lambda r: r**2,
+    "log": mp.exp,
+}
+
+
+def derivative(f: Callable, x):
+    return (f(x + DELTA) - f(x - DELTA)) / (2 * DELTA)
+
+
+class Reference:
+    """A stack that moves a handful of weights.
+
+    Args:
+        stack: its notation.
+        w: the initial weights.
+        groups: the number of each weight's param group.
+        overrides: for each param group, the hyperparameters that it has to itself.
+
+    Attributes:
+        raw: per level, the raw values by name; ``"lr[1]"`` is that of group 1 alone.
+        hypergradients: per level, the derivative of the loss by each of them, at the last step.
+    """
+
+    def __init__(self, stack: str, w: Iterable[float], groups=(), overrides=({},)) -> None:
+        self.levels = parse(stack).levels
+        self.w = {i: mp.mpf(x) for i, x in enumerate(w)}
+        self.groups = groups or [0] * len(self.w)
+        self.raw: list[dict] = []
+        self.constants: list[dict] = []
+        for k, rule in enumerate(self.levels):
+            values = {
+                f"{name}[{owner}]" if owner else name: x
+                for name, value in rule.values.items()
+                for owner, x in (value if isinstance(value, dict) else {"": value}).items()
+            }
+            if k == 0:
+                values |= {f"{n}[{g}]": x for g, o in enumerate(overrides) for n, x in o.items()}
+            tuned = rule.tuned if k + 1 < len(self.levels) else {}
+            raw, constants = {}, {}
+            for key, value in values.items():
+                if base(key) in tuned:
+                    raw[key] = TO_RAW[tuned[base(key)].name](mp.mpf(value))
+                else:
+                    constants[key] = mp.mpf(value)
+            self.raw.append(raw)
+            self.constants.append(constants)
+        self.states: list[dict] = [{} for _ in self.levels]
+        self.last: list[tuple] | None = None
+        self.hypergradients: list[dict] = []
+
+    def values(self, k: int, raw: dict) -> dict:
+        """The values that level k's rule uses, by name, where its raw values are ``raw``."""
+        tuned = self.levels[k].tuned
+        values = {key: FROM_RAW[tuned[base(key)].name](r) for key, r in raw.items()}
+        return {**values, **self.constants[k]}
+
+    def hyperparameters(self) -> list[dict[str, float]]:
+        return [
+            {key: float(x) for key, x in self.values(k, raw).items()}
+            for k, raw in enumerate(self.raw)
+        ]
+
+    def move(self, k: int, raw: dict, w: dict, g: dict, states: dict) -> tuple[dict, dict]:
+        """What level k makes of those ``w`` that have a ``g``, and the states that remain."""
+        rule, values = self.levels[k], self.values(k, raw)
+        moved, after = dict(w), dict(states)
+        for key in g:
+            owner = base(key) if k else self.groups[key]
+            h = {name: values.get(f"{name}[{owner}]", values.get(name)) for name in rule.hypers}
+            h |= rule.settings
+            update = UPDATES[rule.name]
+            moved[key], after[key] = update(
+                w[key], g[key], states.get(key, {}), SimpleNamespace(**h)
+            )
+        return moved, after
+
+    def step(self, loss: Callable, active: Iterable[int] | None = None) -> None:
+        """One step.
+
+        Args:
+            loss: a function of the weights, by number.
+            active: those that have a gradient; the others are left alone.
+        """
+        active = list(self.w if active is None else active)
+        if not active:
+            self.last = None
+            return
+
+        def again(k: int, key: str, r) -> float:
+            """The loss, had level k's hyperparameter ``key`` had the raw value r at the last step."""
+            raw = {**self.raw[k], key: r}
+            for j in reversed(range(k + 1)):
+                raw, _ = self.move(j, raw, *self.last[j])
+            return loss({**self.w, **{i: raw[i] for i in self.last[0][1]}})
+
+        g = {
+            i: derivative(lambda x, i=i: loss({**self.w, i: x}), self.w[i])  # type: ignore[misc]
+            for i in active
+        }
+        self.hypergradients = [
+            {
+                key: derivative(lambda r, k=k, key=key: again(k, key, r), r)
+                if self.last
+                else mp.mpf(0)
+                for key, r in raw.items()
+            }
+            for k, raw in enumerate(self.raw[:-1])
+        ]
+        self.last = [(self.w, g, self.states[0])]
+        for k, hypergradient in enumerate(self.hypergradients, start=1):
+            self.last.append((self.raw[k - 1], hypergradient, self.states[k]))
+        for k in reversed(range(1, len(self.levels))):
+            self.raw[k - 1], self.states[k] = self.move(k, self.raw[k], *self.last[k])
+        self.w, self.states[0] = self.move(0, self.raw[0], *self.last[0])
+
+
+def base(key: str) -> str:
+    return key.partition("[")[0]

@@ -1,0 +1,134 @@
+"""Hypergradients against their definition, and against the closed forms of Baydin et al. (2018)."""
+
+import pytest
+import torch
+from reference import Reference, mp
+from torch import Tensor
+
+from hyperopt import RULES, HyperOptimizer, parse
+
+START = [0.4, -0.7, 1.1, 0.3, -0.2]
+
+# Every rule with every hyperparameter tuned, in all variants; lr stands for the step size, which is
+# larger on the weights than above.
+VARIANTS = [
+    "SGD({lr}, momentum=0.6, weight_decay=0.05)[lr, momentum, weight_decay]",
+    "SGD({lr}, momentum=0.6, weight_decay=0.05, nesterov=True)[lr, momentum, weight_decay]",
+    "SGD({lr}, momentum=0)[lr: log, momentum]",
+    "AdaGrad({lr}, eps=0.1, weight_decay=0.05)[lr, eps, weight_decay]",
+    "AdaGrad({lr}, eps=0.1, initial_accumulator_value=0.1, eps_inside=True)[lr: square, eps: log]",
+    "RMSProp({lr}, gamma=0.7, eps=0.1, weight_decay=0.05)[lr, gamma, eps, weight_decay]",
+    "RMSProp({lr}, gamma=0.7, eps=0.1, eps_inside=True)[lr: real, gamma, eps]",
+    "Adam({lr}, 0.6, 0.8, eps=0.1, weight_decay=0.05)[lr, beta1, beta2, eps, weight_decay]",
+    "Adam({lr}, 0.6, 0.8, eps=0.1, v0=0.01)[lr, beta1: real, beta2, eps]",
+    "AdamW({lr}, 0.6, 0.8, eps=0.1, weight_decay=0.05)[lr, beta1, beta2, eps, weight_decay]",
+]
+
+
+def loss(w, sin):
+    """A small non-convex function of a sequence of numbers."""
+    waves = [sin(2 * x + i) + x * x / 5 for i, x in enumerate(w)]
+    return sum(waves) + sum(x * sin(y) for x, y in zip(w, w[1:], strict=False))
+
+
+def hypergradients(optimizer: HyperOptimizer) -> list[dict[str, Tensor]]:
+    """Of each level below the topmost, as the level above has read them at the last step."""
+    return [level["last"]["g"] for level in optimizer.state_dict()["levels"][1:]]
+
+
+def close(ours, theirs, where: str) -> None:
+    assert ours.keys() == theirs.keys(), where
+    for name, value in theirs.items():
+        assert float(ours[name]) == pytest.approx(float(value), rel=1e-10, abs=1e-16), (where, name)
+
+
+def test_the_variants_below_have_every_hyperparameter_of_every_rule():
+    rules = [parse(variant.format(lr=0.1)).levels[0] for variant in VARIANTS]
+    assert {rule.name for rule in rules} == RULES.keys()
+    for name, rule in RULES.items():
+        tuned = set().union(*(r.tuned for r in rules if r.name == name))
+        assert tuned == rule.hypers.keys()
+
+
+@pytest.mark.parametrize("height", [1, 2, 3])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.partition("[")[0])
+def test_whole_runs_follow_the_definition(variant, height):
+    levels = [variant.format(lr=lr) for lr in (0.1, 1e-3, 1e-5)[:height]] + ["SGD(1e-5)"]
+    stack = " / ".join(levels)
+    w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    reference = Reference(stack, START)
+    for t in range(6):
+        optimizer.zero_grad()
+        loss(list(w), torch.sin).backward()
+        optimizer.step()
+        reference.step(lambda w: loss(list(w.values()), mp.sin))
+        for k, (ours, theirs) in enumerate(
+            zip(hypergradients(optimizer), reference.hypergradients, strict=True)
+        ):
+            close(ours, theirs, f"hypergradients of level {k} at step {t}")
+            assert t < 5 or all(theirs.values()), "the problem leaves out a hypergradient"
+        for k, (ours, theirs) in enumerate(
+            zip(optimizer.hyperparameters(), reference.hyperparameters(), strict=True)
+        ):
+            close(ours, theirs, f"hyperparameters of level {k} after step {t}")
+        close(dict(enumerate(w.tolist())), reference.w, f"weights after step {t}")
+
+
+def test_sgd_has_the_closed_form():
+    w = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    optimizer = HyperOptimizer([w], "SGD(0.1) / SGD(0.01)", compile=False)
+    lr, last = 0.1, torch.zeros(50, dtype=torch.float64)
+    for _ in range(20):
+        w.grad = torch.randn(50, dtype=torch.float64)
+        optimizer.step()
+        hypergradient = -float(w.grad @ last)
+        assert float(hypergradients(optimizer)[0]["lr"]) == pytest.approx(hypergradient, rel=1e-12)
+        lr, last = lr - 0.01 * hypergradient, w.grad
+        assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(lr, rel=1e-12)
+
+
+def test_the_step_size_of_adam_has_the_closed_form():
+    w = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    optimizer = HyperOptimizer([w], "Adam(0.1)[lr] / SGD(0.01)", compile=False)
+    m, v, direction = (torch.zeros(50, dtype=torch.float64) for _ in range(3))
+    for t in range(1, 20):
+        w.grad = torch.randn(50, dtype=torch.float64)
+        optimizer.step()
+        hypergradient = -float(w.grad @ direction)
+        assert float(hypergradients(optimizer)[0]["lr"]) == pytest.approx(hypergradient, rel=1e-12)
+        m, v = 0.9 * m + 0.1 * w.grad, 0.999 * v + 0.001 * w.grad**2
+        direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+
+
+def test_step_sizes_of_their_own_for_each_hyperparameter_and_each_group():
+    stack = (
+        "Adam(0.1, 0.6, 0.8, eps=0.1) / SGD({lr: 0.003, beta1: 0.02, beta2: 0.05}, momentum=0.5)"
+        " / SGD({lr: 1e-4, momentum: 1e-3})"
+    )
+    overrides = [{}, {"lr": 0.05, "beta1": 0.5}, {"eps": 0.2}]
+    groups = [0, 0, 1, 1, 2]
+    w = torch.tensor(START, dtype=torch.float64).unbind()
+    w = [x.clone().requires_grad_() for x in w]
+    optimizer = HyperOptimizer(
+        [
+            {"params": [x for x, g in zip(w, groups, strict=True) if g == group], **own}
+            for group, own in enumerate(overrides)
+        ],
+        stack,
+        compile=False,
+    )
+    own = [{"lr": 0.05, "beta1": 0.5} if g == 1 else {} for g in range(3)]
+    eps = [{"eps": 0.1}, {"eps": 0.1}, {"eps": 0.2}]
+    reference = Reference(stack, START, groups, [a | b for a, b in zip(own, eps, strict=True)])
+    for t in range(8):
+        optimizer.zero_grad()
+        loss(w, torch.sin).backward()
+        optimizer.step()
+        reference.step(lambda w: loss(list(w.values()), mp.sin))
+        for k, (ours, theirs) in enumerate(
+            zip(hypergradients(optimizer), reference.hypergradients, strict=True)
+        ):
+            close(ours, theirs, f"hypergradients of level {k} at step {t}")
+        close(dict(enumerate(x.item() for x in w)), reference.w, f"weights after step {t}")
+    assert hypergradients(optimizer)[0].keys() == {"lr", "lr[1]", "beta1", "beta1[1]", "beta2"}
