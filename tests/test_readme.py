@@ -1,5 +1,6 @@
 """Everything that the README tells a reader to type works as written."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -87,6 +88,24 @@ def test_python_examples_run_and_learn(mnist: Digits) -> None:
         (lowest, _) = names["optimizer"].hyperparameters()  # type: ignore[attr-defined]
         assert lowest["lr"] != 1e-3, "the level above has not moved the new rule's lr"
         assert parse("SignSGD(1e-3) / SGD(1e-8)").height == 1
+
+
+def test_results_are_those_of_the_committed_table() -> None:
+    table = ROOT / "results" / "table1.csv"
+    shown = re.findall(r"^\| `(.+?)` \| (\S+ ± \S+) \| (\S+ ± \S+) \|$", README, re.MULTILINE)
+    agreeing = re.findall(r"(\d+) of its (\d+) rows agree", README)
+    if not table.exists():
+        assert shown == [] == agreeing
+        return
+    with open(table, newline="") as file:
+        rows = {row["row"]: row for row in csv.DictReader(file)}
+    assert shown
+    for stack, *errors in shown:
+        for source, error in zip(("published", "our"), errors, strict=True):
+            mean, sd = (float(rows[stack][f"{source}_{what}"]) for what in ("error", "sd"))
+            assert error == f"{mean:.2f} ± {sd:.2f}", (stack, source)
+    agrees = sum(row["agrees"] == "True" for row in rows.values())
+    assert agreeing == [(str(agrees), str(len(rows)))]
 
 
 def test_links_lead_somewhere() -> None:
