@@ -1,9 +1,9 @@
 """A stack as it is defined, slowly: what `hyperopt` is held against.
 
-The rules are written for one weight at a time, as in the papers they come from. The hypergradient of
-a raw hyperparameter is taken literally: make the last step again with another value of it, all levels
-below included, and see how the loss changes. All derivatives, the model's too, are central
-differences, and in 60 digits they are good for more than float64 can tell. Nothing is shared with
+The rules are written for one weight at a time, as in the papers they come from. The hypergradient
+of a raw hyperparameter is taken literally: make the last step again with another value of it, all
+levels below included, and see how the loss changes. All derivatives, the model's too, are central
+differences; in 60 digits they are good for more than float64 can tell. Nothing is shared with
 `hyperopt` but the notation.
 """
 
@@ -112,7 +112,7 @@ class Reference:
             self.raw.append(raw)
             self.constants.append(constants)
         self.states: list[dict] = [{} for _ in self.levels]
-        self.last: list[tuple] | None = None
+        self.last: list[tuple] = []  # per level, what its last move read
         self.hypergradients: list[dict] = []
 
     def values(self, k: int, raw: dict) -> dict:
@@ -150,20 +150,17 @@ class Reference:
         """
         active = list(self.w if active is None else active)
         if not active:
-            self.last = None
+            self.last = []
             return
 
         def again(k: int, key: str, r) -> float:
-            """The loss, had level k's hyperparameter ``key`` had the raw value r at the last step."""
+            """The loss, had level k's raw value ``key`` been r at the last step."""
             raw = {**self.raw[k], key: r}
             for j in reversed(range(k + 1)):
                 raw, _ = self.move(j, raw, *self.last[j])
             return loss({**self.w, **{i: raw[i] for i in self.last[0][1]}})
 
-        g = {
-            i: derivative(lambda x, i=i: loss({**self.w, i: x}), self.w[i])  # type: ignore[misc]
-            for i in active
-        }
+        g = {i: derivative(lambda x, i=i: loss({**self.w, i: x}), self.w[i]) for i in active}
         self.hypergradients = [
             {
                 key: derivative(lambda r, k=k, key=key: again(k, key, r), r)

@@ -1,9 +1,11 @@
 """Hypergradients against their definition, and against the closed forms of Baydin et al. (2018)."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from reference import Reference, mp
-from torch import Tensor
 
 from hyperopt import RULES, HyperOptimizer, parse
 
@@ -28,10 +30,10 @@ VARIANTS = [
 def loss(w, sin):
     """A small non-convex function of a sequence of numbers."""
     waves = [sin(2 * x + i) + x * x / 5 for i, x in enumerate(w)]
-    return sum(waves) + sum(x * sin(y) for x, y in zip(w, w[1:], strict=False))
+    return sum(waves) + sum(x * sin(y) for x, y in itertools.pairwise(w))
 
 
-def hypergradients(optimizer: HyperOptimizer) -> list[dict[str, Tensor]]:
+def hypergradients(optimizer: HyperOptimizer) -> list[dict[str, Any]]:
     """Of each level below the topmost, as the level above has read them at the last step."""
     return [level["last"]["g"] for level in optimizer.state_dict()["levels"][1:]]
 
@@ -39,7 +41,7 @@ def hypergradients(optimizer: HyperOptimizer) -> list[dict[str, Tensor]]:
 def close(ours, theirs, where: str) -> None:
     assert ours.keys() == theirs.keys(), where
     for name, value in theirs.items():
-        assert float(ours[name]) == pytest.approx(float(value), rel=1e-10, abs=1e-16), (where, name)
+        assert float(ours[name]) == pytest.approx(float(value), rel=1e-10, abs=1e-14), (where, name)
 
 
 def test_the_variants_below_have_every_hyperparameter_of_every_rule():
@@ -68,10 +70,10 @@ def test_whole_runs_follow_the_definition(variant, height):
         ):
             close(ours, theirs, f"hypergradients of level {k} at step {t}")
             assert t < 5 or all(theirs.values()), "the problem leaves out a hypergradient"
-        for k, (ours, theirs) in enumerate(
+        for k, (values, expected) in enumerate(
             zip(optimizer.hyperparameters(), reference.hyperparameters(), strict=True)
         ):
-            close(ours, theirs, f"hyperparameters of level {k} after step {t}")
+            close(values, expected, f"hyperparameters of level {k} after step {t}")
         close(dict(enumerate(w.tolist())), reference.w, f"weights after step {t}")
 
 
@@ -108,8 +110,7 @@ def test_step_sizes_of_their_own_for_each_hyperparameter_and_each_group():
     )
     overrides = [{}, {"lr": 0.05, "beta1": 0.5}, {"eps": 0.2}]
     groups = [0, 0, 1, 1, 2]
-    w = torch.tensor(START, dtype=torch.float64).unbind()
-    w = [x.clone().requires_grad_() for x in w]
+    w = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in START]
     optimizer = HyperOptimizer(
         [
             {"params": [x for x, g in zip(w, groups, strict=True) if g == group], **own}

@@ -1,0 +1,155 @@
+"""A plain rule is the optimizer of that name in `torch.optim`; no root is differentiated at 0."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import hyperopt.shard
+from hyperopt import RULES, HyperOptimizer, parse
+from hyperopt.tower import depends_on_weights
+
+# A notation, its optimizer and arguments in torch.optim, and what the second param group overrides.
+PLAIN = [
+    ("SGD(0.1)", "SGD", {"lr": 0.1}, {"lr": 0.03}),
+    (
+        "SGD(0.1, momentum=0.9, weight_decay=0.01)",
+        "SGD",
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+        {"momentum": 0.5, "weight_decay": 0.2},
+    ),
+    (
+        "SGD(0.1, momentum=0.9, weight_decay=0.01, nesterov=True)",
+        "SGD",
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+        {"lr": 0.03, "momentum": 0.5},
+    ),
+    ("AdaGrad(0.1)", "Adagrad", {"lr": 0.1}, {"lr": 0.03}),
+    (
+        "AdaGrad(0.1, eps=1e-3, weight_decay=0.01, initial_accumulator_value=0.5)",
+        "Adagrad",
+        {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.01, "initial_accumulator_value": 0.5},
+        {"eps": 0.1, "weight_decay": 0.0},
+    ),
+    ("RMSProp(0.01)", "RMSprop", {"lr": 0.01}, {"lr": 0.003}),
+    (
+        "RMSProp(0.01, gamma=0.7, eps=1e-3, weight_decay=0.01)",
+        "RMSprop",
+        {"lr": 0.01, "alpha": 0.7, "eps": 1e-3, "weight_decay": 0.01},
+        {"gamma": 0.5, "weight_decay": 0.1},
+    ),
+    ("Adam(0.01)", "Adam", {"lr": 0.01}, {"lr": 0.003, "beta1": 0.5}),
+    (
+        "Adam(0.01, 0.8, 0.9, eps=1e-3, weight_decay=0.01)",
+        "Adam",
+        {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.01},
+        {"beta2": 0.99, "eps": 1e-2, "weight_decay": 0.0},
+    ),
+    ("AdamW(0.01)", "AdamW", {"lr": 0.01}, {"weight_decay": 0.0}),
+    (
+        "AdamW(0.01, 0.8, 0.9, eps=1e-3, weight_decay=0.3)",
+        "AdamW",
+        {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.3},
+        {"beta1": 0.5, "beta2": 0.5, "weight_decay": 0.1},
+    ),
+    # What only a param group switches on.
+    ("SGD(0.1)", "SGD", {"lr": 0.1}, {"momentum": 0.9, "weight_decay": 0.1}),
+]
+
+
+def torch_names(own: dict[str, float], betas: tuple[float, float]) -> dict:
+    """The keys that a torch.optim param group has for ours."""
+    names = {"gamma": "alpha"}
+    own = {names.get(name, name): value for name, value in own.items()}
+    betas = (own.pop("beta1", betas[0]), own.pop("beta2", betas[1]))
+    return {**own, "betas": betas}
+
+
+@pytest.fixture(params=["gathered", "in place"])
+def memory(request, monkeypatch):
+    """The two ways in which parameters reach the step."""
+    if request.param == "in place":
+        monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+
+
+@pytest.mark.parametrize(
+    ("stack", "name", "arguments", "own"), PLAIN, ids=[f"{p[0]} {p[3]}" for p in PLAIN]
+)
+def test_height_0_is_torch_optim(memory, stack, name, arguments, own):
+    def weights() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        shapes = [(4, 3), (5,), (), (2, 2)]
+        return [
+            torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+            for s in shapes
+        ]
+
+    ours, theirs = weights(), weights()
+    optimizer = HyperOptimizer(
+        [{"params": ours[:2]}, {"params": ours[2:], **own}], stack, compile=False
+    )
+    theirs_own = torch_names(own, arguments.get("betas", (0.9, 0.999)))
+    peer = getattr(torch.optim, name)(
+        [{"params": theirs[:2]}, {"params": theirs[2:], **theirs_own}], **arguments
+    )
+    for _ in range(200):
+        for w, x in zip(ours, theirs, strict=True):
+            x.grad = torch.randn_like(x)
+            w.grad = x.grad.clone()
+        optimizer.step()
+        peer.step()
+        for w, x in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(w, x, rtol=1e-10, atol=1e-10)
+
+
+def test_every_rule_is_held_against_torch_optim():
+    assert {parse(p[0]).levels[0].name for p in PLAIN} == RULES.keys()
+
+
+@pytest.mark.parametrize("top", ["SGD(1e-4)", "Adam(1e-3)", "AdaGrad(1e-3)", "RMSProp(1e-3)"])
+@pytest.mark.parametrize(
+    "lowest",
+    [
+        "AdaGrad(0.01)[lr, eps: log]",
+        "AdaGrad(0.01, initial_accumulator_value=0.1, eps_inside=True)[lr, eps: log]",
+        "AdaGrad(0.01, eps_inside=True)[lr, eps: log]",
+        "RMSProp(0.01)[lr, gamma, eps: log]",
+        "RMSProp(0.01, eps_inside=True)[lr, gamma, eps: log]",
+        "Adam(0.01)[lr, beta1, beta2, eps: log]",
+        "Adam(0.01, v0=1e-8)[lr, beta1, beta2, eps: log]",
+        "AdamW(0.01, weight_decay=0)[lr, beta1, beta2, eps: log]",
+    ],
+)
+def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(lowest, top):
+    w = torch.randn(6, requires_grad=True)
+    start = w.detach().clone()
+    optimizer = HyperOptimizer([w], f"{lowest} / {top} / {top}", compile=False)
+    for t in range(10):
+        # At first none has a gradient, so that hypergradients are 0 too; later half of them have.
+        w.grad = torch.randn(6) * torch.tensor([0, 0, 0, 1, 1, 1]) * (t > 2)
+        optimizer.step()
+        assert torch.equal(w[:3], start[:3])
+        assert optimizer.snapshot().isfinite().all()
+        assert w.isfinite().all()
+    assert not (w[3:] == start[3:]).any()
+    lr = optimizer.hyperparameters()[0]["lr"]
+    assert lr != pytest.approx(0.01, rel=1e-6), "the level above must have moved lr"
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("SGD(0.1)", False),
+        ("SGD(0.1, momentum=0.9)", False),
+        ("SGD(0.1, weight_decay=0.1)", True),
+        ("AdaGrad(0.1)", False),
+        ("AdaGrad(0.1, weight_decay=0.1)", True),
+        ("RMSProp(0.1)", False),
+        ("RMSProp(0.1, weight_decay=0.1)", True),
+        ("Adam(0.1)", False),
+        ("Adam(0.1)[weight_decay]", True),
+        ("AdamW(0.1)", True),
+        ("AdamW(0.1, weight_decay=0)", False),
+    ],
+)
+def test_the_weights_of_the_last_step_are_kept_only_where_an_update_needs_them(rule, expected):
+    assert depends_on_weights(parse(rule).levels[0]) is expected
