@@ -80,10 +80,15 @@ def parse(text: str | Rule | Stack) -> Stack:
 
     Raises:
         ValueError: one line that says what is wrong and at which column.
+        TypeError: it is neither a notation, a rule nor a stack.
     """
     if isinstance(text, Stack):
         return text
-    return Stack(text) if isinstance(text, Rule) else _Parser(text).stack()
+    if isinstance(text, Rule):
+        return Stack(text)
+    if not isinstance(text, str):
+        raise TypeError(f"a stack is a notation, a Rule or a Stack, not {text!r}")
+    return _Parser(text).stack()
 
 
 class _Parser:
@@ -172,9 +177,12 @@ class _Parser:
             return self.advance() == "True"
         if not self.took("{"):
             return float(self.expect("number", "a number"))
-        numbers = {}
+        numbers: dict[str, float] = {}
         while not self.took("}"):
+            start = self.start
             name = self.expect("name", "the name of a hyperparameter")
+            if name in numbers:
+                self.fail(f"{name} is given twice", start)
             self.expect(":", f"':' after {name}")
             numbers[name] = float(self.expect("number", "a number"))
             if self.token != "}":
@@ -182,10 +190,12 @@ class _Parser:
         return numbers
 
     def moved(self, rule: Rule) -> Rule:
-        items = []
+        items: list[str] = []
         while not self.took("]"):
             start = self.start
             item = self.expect("name", "the name of a hyperparameter")
+            if item in (known.partition(":")[0] for known in items):
+                self.fail(f"{item} is named twice", start)
             if self.took(":"):
                 item += ":" + self.expect("name", "the name of a domain")
             try:
