@@ -137,18 +137,23 @@ def test_needs_torch_alone(package: str) -> None:
     assert [(file, name) for file, name in imports_of(package) if name not in allowed] == []
 
 
-def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+def third_party(package: str) -> set[str]:
+    """The distributions that a package of the repository imports from."""
+    own = {*MAY_IMPORT, "tests", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
     distributions = packages_distributions()
-    declared = requirements(extra=None)
-    imported = {
+    return {
         normalized(distributions.get(name, [name])[0])
-        for package in MAY_IMPORT
         for _, name in imports_of(package)
-        if name not in MAY_IMPORT and name not in sys.stdlib_module_names
+        if name not in own and name not in sys.stdlib_module_names
     }
-    optional = requirements(extra="peers") | requirements(extra="scaleout")
-    assert imported - declared - optional == set()
-    assert declared - imported == set()
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    always = requirements(extra=None)
+    imported = set().union(*(third_party(package) for package in MAY_IMPORT))
+    assert imported - always - requirements(extra="peers") - requirements(extra="scaleout") == set()
+    assert always - imported == set()
+    assert third_party("tests") - always - requirements(extra="dev") == set()
 
 
 # Dependencies.
