@@ -58,6 +58,7 @@ class TrainerConfig:
     batch_size: int = MISSING
     record_every: int = MISSING  # steps between two records of the hyperparameters
     compile: bool = MISSING  # the optimizer's step; compiled and eager differ in rounding
+    compile_model: bool = MISSING  # the gradient; see experiments/gradient.py
     threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
 
 

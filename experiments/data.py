@@ -91,8 +91,8 @@ def load(name: str, root: str | Path) -> Dataset:
     if data.sha256 != MNIST_SHA256:
         raise ValueError(
             f"{data.source} under {root} does not hold MNIST: its arrays have sha256 "
-            f"{data.sha256[:16]}..., expected {MNIST_SHA256[:16]}...; remove it or set data.root to "
-            "another folder"
+            f"{data.sha256[:16]}..., expected {MNIST_SHA256[:16]}...; remove it, or set data.root "
+            "to another folder"
         )
     return data
 

@@ -47,6 +47,7 @@ SETTABLE = (
     "progress",
     "store",
     "trainer.compile",
+    "trainer.compile_model",
     "workers",
 )
 

@@ -1,0 +1,96 @@
+"""Loss and gradient of one batch: by `backward()`, or as one compiled function of tensors.
+
+The compiled one skips autograd's engine and fuses what lies between the matrix products. For the MLP
+of Table 1 on a CPU core that leaves little but those: measured beside each other, eager took 1.43 ms
+a batch, `torch.compile` of the loss 1.53 ms, this 1.02 ms, and the two large products alone 0.78 ms.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .data import pixels
+
+Gradient = Callable[[Tensor, Tensor], Tensor]
+Kernel = Callable[..., Sequence[Tensor]]
+
+_kernels: dict[tuple, Kernel | None] = {}
+
+
+def make_gradient(model: nn.Module, batch_size: int, compile: bool) -> Gradient:
+    """A function that sets the `grad` of each parameter of `model` and returns the mean loss.
+
+    It takes uint8 images, shape (n, ...), and int64 labels, shape (n,), and returns a 0-dim tensor,
+    the negative log-likelihood in nats, without waiting for the device.
+
+    Args:
+        batch_size: the n that is compiled for; other batches, as the last one of an epoch, run
+            eagerly, which differs in rounding alone.
+        compile: whether to compile. Where no compiler works everything runs eagerly, with a warning.
+
+    Raises:
+        ValueError: `compile` for a model with buffers, which a pure function cannot update.
+    """
+    parameters = list(model.parameters())
+
+    def eager(images: Tensor, labels: Tensor) -> Tensor:
+        model.zero_grad()
+        loss = F.nll_loss(model(pixels(images)), labels)
+        loss.backward()
+        return loss.detach()
+
+    def compiled(images: Tensor, labels: Tensor) -> Tensor:
+        kernel = _kernel(model, images, labels) if len(images) == batch_size else None
+        if kernel is None:
+            return eager(images, labels)
+        with torch.no_grad():
+            loss, *gradients = kernel(images, labels, *parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return loss
+
+    if compile and any(True for _ in model.buffers()):
+        raise ValueError(
+            f"trainer.compile_model=true, but {type(model).__name__} has buffers, which the compiled "
+            "gradient cannot update; give trainer.compile_model=false"
+        )
+    return compiled if compile else eager
+
+
+def _kernel(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel | None:
+    """The compiled function of this process for models and batches of this shape, or None."""
+    key = (type(model), images.shape, images.device, torch.get_num_threads())
+    if key not in _kernels:
+        try:
+            _kernels[key] = _compile(model, images, labels)
+        except Exception as error:  # whatever a missing or broken compiler raises
+            _kernels[key] = None
+            warnings.warn(
+                f"the gradient could not be compiled, and runs eagerly: {error}", stacklevel=2
+            )
+    return _kernels[key]
+
+
+def _compile(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel:
+    from torch import _inductor
+
+    names = [name for name, _ in model.named_parameters()]
+
+    def loss_and_gradients(images: Tensor, labels: Tensor, *parameters: Tensor) -> list[Tensor]:
+        def loss(parameters: Sequence[Tensor]) -> Tensor:
+            weights = dict(zip(names, parameters, strict=True))
+            return F.nll_loss(functional_call(model, weights, (pixels(images),)), labels)
+
+        gradients, value = grad_and_value(loss)(parameters)
+        return [value, *gradients]
+
+    arguments = [images, labels, *(p.detach() for p in model.parameters())]
+    graph = make_fx(loss_and_gradients, tracing_mode="fake")(*arguments)
+    return _inductor.compile(graph, arguments)
