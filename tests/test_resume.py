@@ -1,0 +1,156 @@
+"""A run that is saved and loaded into fresh objects goes on bit for bit."""
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hyperopt.shard
+from hyperopt import HyperOptimizer
+
+STACKS = [
+    "SGD(0.05, momentum=0.9, weight_decay=0.01)",
+    "SGD(0.05, momentum=0.9, weight_decay=0.01, nesterov=True) / SGD(1e-3)",
+    "Adam(0.01) / SGD({lr: 1e-4, beta1: 1e-3, beta2: 1e-2}, momentum=0.5) / SGD(1e-6)",
+    "AdamW(0.01)[lr: log, weight_decay] / RMSProp(1e-3) / AdaGrad(1e-3) / Adam(1e-3)",
+]
+STEPS = 9
+GROUPS: dict[str, Callable[[nn.Module], list]] = {
+    "one group": lambda net: list(net.parameters()),
+    "groups": lambda net: [
+        {"params": net[0].parameters(), "lr": 0.02},  # type: ignore[index]
+        {"params": net[2].parameters()},  # type: ignore[index]
+        {"params": net[4].parameters(), "lr": 0.03, "weight_decay": 0.1},  # type: ignore[index]
+    ],
+}
+
+
+def make(stack: str, groups: str, compile: bool) -> tuple[nn.Sequential, HyperOptimizer]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+    return net, HyperOptimizer(GROUPS[groups](net), stack, compile=compile)
+
+
+def train(
+    net: nn.Sequential, optimizer: HyperOptimizer, steps: range, parked: bool
+) -> list[Tensor]:
+    """Train on made-up data; return all weights and hyperparameters after each step."""
+    seen = []
+    for t in steps:
+        generator = torch.Generator().manual_seed(t)
+        x, y = torch.randn(2, 8, 4, generator=generator)
+        optimizer.zero_grad()
+        ((net(x) - y[:, :2]) ** 2).mean().backward()
+        if parked:
+            if t in (3, 4, 5, 6):
+                net[2].bias.grad = None
+            if t in (1, 4, 5):
+                net[4].weight.grad = None
+        optimizer.step()
+        weights = [p.detach().clone().flatten() for p in net.parameters()]
+        seen.append(torch.cat([*weights, optimizer.snapshot()]))
+    return seen
+
+
+def resume(stack, groups, compile, parked, stops, path=None) -> None:
+    whole = train(*make(stack, groups, compile), range(STEPS), parked)
+    for stop in stops:
+        net, optimizer = make(stack, groups, compile)
+        train(net, optimizer, range(stop), parked)
+        file = path or io.BytesIO()
+        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        if path is None:
+            file.seek(0)
+        saved = torch.load(file, weights_only=True)
+
+        fresh, other = make(stack, groups, compile)
+        train(fresh, other, range(100, 102), parked)  # what it was before must leave no trace
+        fresh.load_state_dict(saved["net"])
+        other.load_state_dict(saved["optimizer"])
+        assert torch.equal(other.snapshot(), optimizer.snapshot())
+        rest = train(fresh, other, range(stop, STEPS), parked)
+        for t, (ours, expected) in enumerate(zip(rest, whole[stop:], strict=True), start=stop):
+            assert torch.equal(ours, expected), f"saved before step {stop}: step {t} differs"
+
+
+@pytest.mark.parametrize(
+    ("groups", "parked", "in_place"),
+    [("one group", False, False), ("groups", True, False), ("groups", True, True)],
+    ids=["one group", "groups, some without gradient", "the same, in place"],
+)
+@pytest.mark.parametrize("stack", STACKS, ids=[f"height {s.count('/')}" for s in STACKS])
+def test_a_resumed_run_is_the_same_bit_for_bit(stack, groups, parked, in_place, monkeypatch):
+    if in_place:
+        monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+    resume(stack, groups, False, parked, (0, 1, 2, 4, 5, 7))
+
+
+def test_a_resumed_run_is_the_same_from_a_file(tmp_path):
+    resume(STACKS[2], "groups", False, True, (4,), tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_the_same_when_compiled():
+    resume(STACKS[1], "one group", True, False, (0, 1, 2, 4))
+
+
+def test_a_state_holds_numbers_strings_and_tensors_alone():
+    net, optimizer = make(STACKS[3], "groups", False)
+    train(net, optimizer, range(5), True)
+
+    def check(value) -> None:
+        if isinstance(value, dict):
+            for key, one in value.items():
+                assert isinstance(key, (str, int))
+                check(one)
+        elif isinstance(value, list):
+            for one in value:
+                check(one)
+        else:
+            assert isinstance(value, (int, float, str, Tensor)), value
+
+    check(optimizer.state_dict())
+
+
+def test_saving_changes_nothing():
+    net, optimizer = make(STACKS[3], "groups", False)
+    seen = []
+    for t in range(10):
+        seen += train(net, optimizer, range(t, t + 1), True)
+        optimizer.state_dict()
+    for ours, expected in zip(
+        seen, train(*make(STACKS[3], "groups", False), range(10), True), strict=True
+    ):
+        assert torch.equal(ours, expected)
+
+
+def test_a_group_added_in_mid_run_is_in_the_state():
+    def grown() -> tuple[nn.Sequential, HyperOptimizer]:
+        net, _ = make(STACKS[2], "one group", False)
+        optimizer = HyperOptimizer(net[0].parameters(), STACKS[2], compile=False)
+        train(net, optimizer, range(3), False)
+        optimizer.add_param_group({"params": net[2].parameters(), "lr": 0.05})
+        optimizer.add_param_group({"params": net[4].parameters()})
+        return net, optimizer
+
+    net, optimizer = grown()
+    whole = train(net, optimizer, range(3, 8), False)
+    net, optimizer = grown()
+    train(net, optimizer, range(3, 5), False)
+    fresh, _ = make(STACKS[2], "one group", False)
+    other = HyperOptimizer(
+        [
+            {"params": fresh[0].parameters()},
+            {"params": fresh[2].parameters(), "lr": 0.05},
+            {"params": fresh[4].parameters()},
+        ],
+        STACKS[2],
+        compile=False,
+    )
+    fresh.load_state_dict(net.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.names == optimizer.names
+    for ours, expected in zip(train(fresh, other, range(5, 8), False), whole[2:], strict=True):
+        assert torch.equal(ours, expected)
