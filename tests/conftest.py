@@ -1,10 +1,12 @@
-"""What all tests share: one thread per process, fixed seeds, real digits, the `gpu` mark."""
+"""What all tests share: one thread per process, fixed seeds, real digits, what is skipped where."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for child processes
 
 import random
+import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +60,13 @@ def seeded() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    # The compiler that torch.compile looks for.
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "compiler": None if shutil.which(compiler) else f"needs a C++ compiler ({compiler})",
+    }
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for mark, reason in missing.items():
+            if reason and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
