@@ -46,7 +46,7 @@ def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step 
                 f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
                 "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
                 "such as g++.",
-                stacklevel=4,
+                stacklevel=5,  # compiled, step, and the two wrappers that torch puts around step
             )
     return _compiled.get(key)
 
@@ -60,8 +60,8 @@ def _compile(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
         each = iter(tensors)
         inputs = []
         for shard in shards:
-            w, g, last_g = next(each), next(each), next(each)
             last_w = None if shard.last_w is None else next(each)
+            w, g, last_g = next(each), next(each), next(each)
             inputs.append(Vectors(w, g, last_w, last_g, {name: next(each) for name in names}))
         layout.step(packed, inputs)
 

@@ -37,8 +37,9 @@ class Vectors(NamedTuple):
     state: State
 
     def flat(self) -> list[Tensor]:
+        # The compiler writes in this order: last_w has to get w before w is written.
         kept = [] if self.last_w is None else [self.last_w]
-        return [self.w, self.g, self.last_g, *kept, *self.state.values()]
+        return [*kept, self.w, self.g, self.last_g, *self.state.values()]
 
 
 def scalars(state: State) -> State:
