@@ -29,7 +29,7 @@ def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step 
     The first failure is a warning; after it, this process does not try again.
     """
     key = (
-        tuple(level.structure() for level in layout.levels),
+        tuple(block.structure() for block in layout.blocks),
         layout.sizes,
         packed.device,
         packed.dtype,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .domains import DOMAINS, REAL
 from .rules import State
-from .tower import Level, Move, Slot, TowerState, step
+from .tower import Block, Move, TowerState, step
 
 
 class Vectors(NamedTuple):
@@ -42,36 +42,35 @@ class Vectors(NamedTuple):
         return [*kept, self.w, self.g, self.last_g, *self.state.values()]
 
 
-def scalars(state: State) -> State:
-    return {name: value for name, value in state.items() if not value.ndim}
-
-
 @dataclass(frozen=True)
 class Layout:
     """The static shape of a stack and its weights: what a compiled step depends on.
 
     Attributes:
-        levels: the stack.
+        blocks: the stack.
         sizes: the number of weights of each shard.
         moved: for each shard, whether it has a last move.
         started: whether the upper levels have made a step.
     """
 
-    levels: tuple[Level, ...]
+    blocks: tuple[Block, ...]
     sizes: tuple[int, ...]
     moved: tuple[bool, ...]
     started: bool
 
     @cached_property
+    def levels(self) -> list[tuple[int, int]]:
+        """For each level of the stack, its block and its row in it."""
+        return [(b, row) for b, block in enumerate(self.blocks) for row in range(block.count)]
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """What `packed` begins with: every hyperparameter's value, the tuned ones first."""
-        slots = [(k, slot) for k, level in enumerate(self.levels) for slot in level.tuned]
-        slots += [(k, slot) for k, level in enumerate(self.levels) for slot in level.fixed]
+        slots = [(k, slot) for k, (b, _) in enumerate(self.levels) for slot in self.blocks[b].tuned]
+        slots += [
+            (k, slot) for k, (b, _) in enumerate(self.levels) for slot in self.blocks[b].fixed
+        ]
         return tuple(f"{k}.{slot}" for k, slot in slots)
-
-    def place(self, k: int, slot: Slot) -> int:
-        """Where in `packed` the value of a hyperparameter of level k stands."""
-        return self.names.index(f"{k}.{slot}")
 
     @cached_property
     def regular(self) -> bool:
@@ -80,22 +79,23 @@ class Layout:
 
     @cached_property
     def states(self) -> tuple[dict[str, bool], ...]:
-        """For each level, the names of its rule's state, and whether each is a vector."""
+        """For each block, the names of its rule's state, and whether each is a vector."""
         empty = torch.empty(0)
         return tuple(
-            {name: value.ndim > 0 for name, value in level.rule.init(empty).items()}
-            for level in self.levels
+            {name: value.ndim > 0 for name, value in block.rule.init(empty).items()}
+            for block in self.blocks
         )
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of the parts of `packed`."""
-        tuned = [len(level.tuned) for level in self.levels]
-        shapes: list[tuple[int, ...]] = [(sum(tuned),)]
-        shapes += [(len(level.fixed),) for level in self.levels]
-        shapes += [(n,) for n in tuned]
-        for state, n in zip(self.states[1:], tuned, strict=False):
-            shapes += [(n,), (n,), *((n,) if vector else () for vector in state.values())]
+        raw = [(block.count, len(block.tuned)) for block in self.blocks]
+        shapes: list[tuple[int, ...]] = [(sum(count * n for count, n in raw),)]
+        shapes += [(block.count, len(block.fixed)) for block in self.blocks]
+        shapes += raw
+        for block, state in zip(self.blocks[1:], self.states[1:], strict=True):
+            rows = block.count, len(block.owners[0])  # type: ignore[arg-type]
+            shapes += [rows, rows, *(rows if vector else rows[:1] for vector in state.values())]
         counters = sum(not vector for vector in self.states[0].values())
         return shapes + [()] * (counters * len(self.sizes))
 
@@ -104,13 +104,13 @@ class Layout:
         pieces = packed.split([math.prod(shape) for shape in self.shapes])
         parts = (piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
         next(parts)
-        fixed = tuple(next(parts) for _ in self.levels)
-        raw = tuple(next(parts) for _ in self.levels)
+        fixed = tuple(next(parts) for _ in self.blocks)
+        raw = tuple(next(parts) for _ in self.blocks)
         upper = []
         for names in self.states[1:]:
             w, g = next(parts), next(parts)
             state = {name: next(parts) for name in names}
-            upper.append((Move(w, g, state) if self.started else Move(None, None, state),))
+            upper.append(Move(w, g, state) if self.started else Move(None, None, state))
         lowest = []
         for shard, moved in zip(shards, self.moved, strict=True):
             state = {
@@ -120,30 +120,34 @@ class Layout:
             lowest.append(
                 Move(shard.last_w, shard.last_g, state) if moved else Move(None, None, state)
             )
-        return TowerState(raw, fixed, (tuple(lowest), *upper))
+        return TowerState(raw, fixed, tuple(lowest), tuple(upper))
 
     def pack(self, tower: TowerState) -> Tensor:
         """The inverse of `unpack`, but for the large vectors."""
-        raw = torch.cat(tower.raw)
-        domains = [level.rule.tuned[slot.name] for level in self.levels for slot in level.tuned]
+        raw = torch.cat([rows.reshape(-1) for rows in tower.raw])
+        domains = [
+            block.rule.tuned[slot.name]
+            for block in self.blocks
+            for slot in block.tuned * block.count
+        ]
         values = raw
         for domain in DOMAINS.values():
             if domain is not REAL and domain in domains:
                 here = torch.tensor([d is domain for d in domains], device=raw.device)
                 values = torch.where(here, domain.value(raw), values)
-        parts = [values, *tower.fixed, *tower.raw]
-        for below, ((w, g, state),) in zip(tower.raw, tower.moves[1:], strict=False):
-            blank = torch.zeros_like(below)
+        parts = [values, *tower.fixed, raw]
+        for block, (w, g, state) in zip(self.blocks[1:], tower.upper, strict=True):
+            blank = raw.new_zeros(block.count, len(block.owners[0]))  # type: ignore[arg-type]
             parts += [blank if w is None else w, blank if g is None else g, *state.values()]
-        parts += [s for move in tower.moves[0] for s in scalars(move.state).values()]
+        parts += [s for move in tower.lowest for s in move.state.values() if not s.ndim]
         return torch.cat([part.reshape(-1) for part in parts])
 
     def step(self, packed: Tensor, shards: Sequence[Vectors]) -> None:
         """One step of the stack, in place: all of `packed` and of the shards but for ``g``."""
         tower = self.unpack(packed, shards)
-        weights, tower = step(self.levels, tower, [s.w for s in shards], [s.g for s in shards])
+        weights, tower = step(self.blocks, tower, [s.w for s in shards], [s.g for s in shards])
         packed.copy_(self.pack(tower))
-        for shard, w, move in zip(shards, weights, tower.moves[0], strict=True):
+        for shard, w, move in zip(shards, weights, tower.lowest, strict=True):
             for name, value in shard.state.items():
                 if value.ndim:
                     value.copy_(move.state[name])

@@ -230,10 +230,10 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _settle(self, shard: Shard) -> None:
         """Let a shard forget its last move, of which the state that it led to remains."""
         if shard.moved:
-            level, tower = self._layout.levels[0], self._tower()
-            h = level.values(tower.raw[0], tower.fixed[0], shard.group)
+            block, tower = self._layout.blocks[0], self._tower()
+            h = block.values(tower.raw[0][0], tower.fixed[0][0], shard.group)
             w = shard.last_g if shard.last_w is None else shard.last_w
-            _, shard.state = level.rule.update(w, shard.last_g, shard.state, h)
+            _, shard.state = block.rule.update(w, shard.last_g, shard.state, h)
             shard.moved = False
 
     def _tower(self) -> TowerState:
@@ -243,18 +243,19 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _export(self) -> list[dict[str, Any]]:
         """For each level its hyperparameters by name and, above the lowest, its last move."""
         tower = self._tower()
-        levels = self._layout.levels
         exported = []
-        for k, level in enumerate(levels):
+        for k, (b, row) in enumerate(self._layout.levels):
+            block = self._layout.blocks[b]
             entry: dict[str, Any] = {
-                "tuned": _by_name(level.tuned, tower.raw[k]),
-                "fixed": _by_name(level.fixed, tower.fixed[k]),
+                "tuned": _by_name(block.tuned, tower.raw[b][row]),
+                "fixed": _by_name(block.fixed, tower.fixed[b][row]),
             }
             if k > 0:
-                w, g, state = tower.moves[k][0]
+                below = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
+                w, g, state = tower.upper[b - 1]
                 parts = state if w is None or g is None else {"w": w, "g": g, **state}
                 entry["last"] = {
-                    name: _by_name(levels[k - 1].tuned, part) if part.ndim else part.clone()
+                    name: _by_name(below, part[row]) if part[row].ndim else part[row].clone()
                     for name, part in parts.items()
                 }
             exported.append(entry)
@@ -274,10 +275,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         stack = Stack(self._rule, *self.stack.levels[1:])
         lowest, *upper = build(stack, self._overrides)
         lowest = replace(lowest, owners=tuple(shard.group for shard in self._shards))
-        levels = (lowest, *upper)
         self._keeps_weights = lowest.depends_on_weights
         self._layout = Layout(
-            levels,
+            (lowest, *upper),
             tuple(len(shard) for shard in self._shards),
             tuple(shard.moved for shard in self._shards),
             self._started,
@@ -305,33 +305,52 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         raw: list[Tensor] = []
         fixed: list[Tensor] = []
-        moves = [tuple(Move(None, None, shard.state) for shard in self._shards)]
-        for k, level in enumerate(levels):
+        lasts: list[dict[str, Tensor]] = []
+        for k, (b, _) in enumerate(self._layout.levels):
+            block = self._layout.blocks[b]
             old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last": {}}
-            start = [level.rule.tuned[s.name].raw(float(initial(k, s))) for s in level.tuned]
+            start = [block.rule.tuned[s.name].raw(float(initial(k, s))) for s in block.tuned]
             raw.append(
                 vector(
-                    [
-                        recall(old["tuned"], slot, x)
-                        for slot, x in zip(level.tuned, start, strict=True)
-                    ]
+                    [recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)]
                 )
             )
-            fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in level.fixed]))
+            fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
             if k > 0:
+                slots = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
                 parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1])}
-                parts |= level.rule.init(raw[k - 1])
+                parts |= block.rule.init(raw[k - 1])
                 for name in parts.keys() & old["last"].keys():
                     part, known = parts[name], old["last"][name]
                     if part.ndim:
-                        below = zip(levels[k - 1].tuned, part, strict=True)
+                        below = zip(slots, part, strict=True)
                         parts[name] = vector([recall(known, slot, x) for slot, x in below])
                     else:
                         parts[name] = vector([known]).view(())
-                moves.append((Move(parts.pop("w"), parts.pop("g"), parts),))
-        tower = TowerState(tuple(raw), tuple(fixed), tuple(moves))
+                lasts.append(parts)
+
+        def rows(b: int, tensors: Sequence[Tensor]) -> Tensor:
+            own = [k for k, (block, _) in enumerate(self._layout.levels) if block == b]
+            return torch.stack([tensors[k] for k in own])
+
+        blocks = range(len(self._layout.blocks))
+        upper_moves = []
+        for b in blocks[1:]:
+            own = [
+                last
+                for last, (block, _) in zip(lasts, self._layout.levels[1:], strict=True)
+                if block == b
+            ]
+            joined = {name: torch.stack([last[name] for last in own]) for name in own[0]}
+            upper_moves.append(Move(joined.pop("w"), joined.pop("g"), joined))
+        tower = TowerState(
+            tuple(rows(b, raw) for b in blocks),
+            tuple(rows(b, fixed) for b in blocks),
+            tuple(Move(None, None, shard.state) for shard in self._shards),
+            tuple(upper_moves),
+        )
         self._packed = self._layout.pack(tower).to(dtype)
-        for shard, move in zip(self._shards, self._tower().moves[0], strict=True):
+        for shard, move in zip(self._shards, self._tower().lowest, strict=True):
             shard.state = move.state
         self._laid_groups = len(self.param_groups)
         self._show()
@@ -339,13 +358,13 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _show(self) -> None:
         """Let the param groups show the hyperparameters of the lowest level."""
         self._watched: list[list[Any]] = []
-        lowest = self._layout.levels[0]
+        lowest = self._layout.blocks[0]
         for number, group in enumerate(self.param_groups):
             for name in self._rule.hypers:
                 slot = Slot(name, number)
                 if slot not in (*lowest.tuned, *lowest.fixed):
                     slot = Slot(name)
-                place = self._layout.place(0, slot)
+                place = self.names.index(f"0.{slot}")
                 shown = self._packed[place]
                 group[name] = shown if slot in lowest.tuned else float(shown)
                 self._watched.append([group, name, group[name], place])

@@ -19,8 +19,9 @@ and, for rules whose update depends on the weights themselves, one of the weight
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -49,15 +50,21 @@ class TowerState(NamedTuple):
     """Everything that a stack remembers from one step to the next.
 
     Attributes:
-        raw: per level, the raw values of its tuned hyperparameters, [slots of that level].
-        fixed: per level, the values of the others, [slots of that level].
-        moves: per level, the last moves of its rule: on level 0 one for each shard of the weights,
-            on the others one, that of the level below's raw values.
+        raw: per block, the raw values of the tuned hyperparameters, [levels, tuned slots].
+        fixed: per block, the values of the others, [levels, fixed slots].
+        lowest: the last move of each shard of the weights.
+        upper: per block but the lowest, the last moves of the raw values below, as one `Move` whose
+            tensors have one row for each level.
     """
 
     raw: tuple[Tensor, ...]
     fixed: tuple[Tensor, ...]
-    moves: tuple[tuple[Move, ...], ...]
+    lowest: tuple[Move, ...]
+    upper: tuple[Move, ...]
+
+    def rows(self) -> list[Tensor]:
+        """The raw values level by level, [tuned slots of that level] each."""
+        return [row for raw in self.raw for row in raw]
 
 
 @dataclass(frozen=True)
@@ -75,15 +82,20 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Level:
-    """The static shape of one level: its rule, and where its hyperparameters' values are kept.
+class Block:
+    """The static shape of equal levels that stand on each other, mostly of one level alone.
+
+    Levels are equal if they differ in numbers only. A tall tower of one rule is then little more
+    work to differentiate, and to compile, than a low one. The lowest level is a block of its own.
 
     Attributes:
-        rule: what it computes. Its initial values are not used.
+        rule: what each level computes. Its initial values are not used.
         tuned: the slots of the raw values, which the level above moves.
         fixed: the slots of the constants.
         owners: who owns each vector that is moved: on level 0 the param group of each shard, above
             one tuple with the names of the hyperparameters below, element by element.
+        depends_on_weights: whether `Move.w` is kept.
+        count: the number of levels.
     """
 
     rule: Rule
@@ -91,6 +103,7 @@ class Level:
     fixed: tuple[Slot, ...]
     owners: tuple[int | tuple[str, ...], ...]
     depends_on_weights: bool
+    count: int = 1
 
     def values(self, raw: Tensor, fixed: Tensor, owner: int | tuple[str, ...]) -> SimpleNamespace:
         """The namespace h that the rule reads, for the vector that belongs to ``owner``."""
@@ -110,7 +123,7 @@ class Level:
         return SimpleNamespace(**{name: value(name) for name in self.rule.hypers})
 
     def structure(self) -> tuple:
-        """What tells two levels apart but for numbers; equal structures share a compiled step."""
+        """What tells two blocks apart but for numbers; equal structures share a compiled step."""
         rule = self.rule
         return (
             type(rule),
@@ -121,18 +134,19 @@ class Level:
             self.fixed,
             self.owners,
             self.depends_on_weights,
+            self.count,
         )
 
 
-def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) -> tuple[Level, ...]:
-    """The levels of a stack whose weights come in param groups; no shard is laid out yet.
+def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) -> tuple[Block, ...]:
+    """The blocks of a stack whose weights come in param groups; no shard is laid out yet.
 
     Args:
         overrides: for each param group, the hyperparameters of the lowest level for which it has a
             value of its own. One that is tuned and not overridden is shared by the groups.
     """
     groups = range(len(overrides))
-    levels: list[Level] = []
+    blocks: list[Block] = []
     for k, rule in enumerate(stack.levels):
         top = k == stack.height
         tuned: list[Slot] = []
@@ -149,9 +163,13 @@ def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) ->
                     owners.insert(0, None)
             slots = tuned if name in rule.tuned and not top else fixed
             slots += [Slot(name, owner) for owner in owners]
-        below = (tuple(slot.name for slot in levels[-1].tuned),) if k else ()
-        levels.append(Level(rule, tuple(tuned), tuple(fixed), below, depends_on_weights(rule)))
-    return tuple(levels)
+        below = (tuple(slot.name for slot in blocks[-1].tuned),) if k else ()
+        block = Block(rule, tuple(tuned), tuple(fixed), below, depends_on_weights(rule))
+        if k > 1 and replace(blocks[-1], count=1).structure() == block.structure():
+            blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
+        else:
+            blocks.append(block)
+    return tuple(blocks)
 
 
 def depends_on_weights(rule: Rule) -> bool:
@@ -173,13 +191,66 @@ def depends_on_weights(rule: Rule) -> bool:
     return not torch.equal(through_weights, g) or bool(through_state.any())
 
 
-def replay(
-    level: Level, raw: Tensor, fixed: Tensor, moves: Sequence[Move], cotangents: Sequence[Tensor]
-) -> tuple[list[State], Tensor]:
-    """Run a level's last moves again: the states that they led to, and the hypergradients.
+def step(
+    blocks: Sequence[Block], tower: TowerState, weights: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[list[Tensor], TowerState]:
+    """One step of the whole stack.
 
     Args:
-        cotangents: the new gradient with respect to each of the vectors that were moved.
+        blocks: the static shape of the stack.
+        weights, grads: the weights and their gradient, one pair of equally long 1-D tensors for
+            each shard.
+
+    Returns:
+        the new weights, shard by shard, and the new state of the tower.
+    """
+    raws = tower.rows()
+
+    # 1. Hypergradients, bottom up.
+    lowest, *upper = blocks
+    lowest_states, hypergradient = replay(lowest, raws[0], tower.fixed[0], tower.lowest, grads)
+    hypergradients = [hypergradient]
+    states = []
+    for b, block in enumerate(upper, start=1):
+        after, jacobians = differentiate(block, tower.raw[b], tower.fixed[b], tower.upper[b - 1])
+        hypergradients += accumulate(hypergradients[-1], jacobians)
+        states.append(after)
+
+    # 2. Hyperparameters, top down.
+    read: list[Move] = []
+    k = len(raws) - 1
+    for b, block in reversed(list(enumerate(upper, start=1))):
+        state, below = states[b - 1], range(k - block.count, k)
+        vectors, gradients = [raws[i] for i in below], [hypergradients[i] for i in below]
+        for i in reversed(range(block.count)):
+            h = block.values(raws[k], tower.fixed[b][i], block.owners[0])
+            own = {name: rows[i] for name, rows in state.items()}
+            raws[k - 1] = block.rule.update(vectors[i], gradients[i], own, h)[0]
+            k -= 1
+        w = torch.stack(vectors) if block.depends_on_weights else None
+        read.insert(0, Move(w, torch.stack(gradients), state))
+
+    # 3. Weights.
+    moved, moves = [], []
+    for owner, state, w, g in zip(lowest.owners, lowest_states, weights, grads, strict=True):
+        h = lowest.values(raws[0], tower.fixed[0][0], owner)
+        moved.append(lowest.rule.update(w, g, state, h)[0])
+        moves.append(Move(w if lowest.depends_on_weights else None, g, state))
+
+    ends = itertools.accumulate(block.count for block in blocks)
+    raw = [
+        torch.stack(raws[end - block.count : end]) for block, end in zip(blocks, ends, strict=True)
+    ]
+    return moved, TowerState(tuple(raw), tower.fixed, tuple(moves), tuple(read))
+
+
+def replay(
+    block: Block, raw: Tensor, fixed: Tensor, moves: Sequence[Move], grads: Sequence[Tensor]
+) -> tuple[list[State], Tensor]:
+    """Run the last moves of the weights again: the states that they led to, and the hypergradients.
+
+    Args:
+        grads: the new gradient of each shard.
 
     Returns:
         the state after each move, and the gradient with respect to ``raw``, zero where nothing was
@@ -193,61 +264,49 @@ def replay(
         for i in done:
             w, g, state = moves[i]
             assert g is not None
-            h = level.values(raw, fixed, level.owners[i])
-            # Where w was not kept, the update's dependence on its arguments does not involve it.
-            new, after[i] = level.rule.update(g if w is None else w, g, state, h)
+            h = block.values(raw, fixed[0], block.owners[i])
+            # Where w was not kept, no derivative and no state depends on it: any vector will do.
+            new, after[i] = block.rule.update(g if w is None else w, g, state, h)
             moved.append(new)
         return moved, after
 
     if not done or not len(raw):
         return rerun(raw)[1], torch.zeros_like(raw)
     _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
-    return after, pullback([cotangents[i] for i in done])[0]
+    return after, pullback([grads[i] for i in done])[0]
 
 
-def step(
-    levels: Sequence[Level], tower: TowerState, weights: Sequence[Tensor], grads: Sequence[Tensor]
-) -> tuple[list[Tensor], TowerState]:
-    """One step of the whole stack.
-
-    Args:
-        levels: the static shape of the stack.
-        weights, grads: the weights and their gradient, one pair of equally long 1-D tensors for
-            each shard.
+def differentiate(
+    block: Block, raw: Tensor, fixed: Tensor, move: Move
+) -> tuple[State, list[Tensor]]:
+    """Run the last moves of a block's levels again, all at once.
 
     Returns:
-        the new weights, shard by shard, and the new state of the tower.
+        the states that they led to, and for each level the derivative of the raw values that it
+        moved with respect to its own, [tuned slots below, tuned slots]; zero if nothing was moved.
     """
-    states, hypergradients = [], []
-    cotangents = list(grads)
-    for k, level in enumerate(levels):
-        after, hypergradient = replay(
-            level, tower.raw[k], tower.fixed[k], tower.moves[k], cotangents
-        )
-        states.append(after)
-        hypergradients.append(hypergradient)
-        cotangents = [hypergradient]
+    count, n = raw.shape
+    if move.g is None:
+        below = len(block.owners[0])  # type: ignore[arg-type]
+        return move.state, list(raw.new_zeros(count, below, n))
 
-    raws, read = list(tower.raw), list(tower.moves)
-    for k in reversed(range(1, len(levels))):
-        (raws[k - 1],), read[k] = move(
-            levels[k], raws[k], tower.fixed[k], states[k], [raws[k - 1]], [hypergradients[k - 1]]
-        )
-    moved, read[0] = move(levels[0], raws[0], tower.fixed[0], states[0], weights, grads)
-    return moved, TowerState(tuple(raws), tower.fixed, tuple(read))
+    def rerun(
+        raw: Tensor, fixed: Tensor, w: Tensor, g: Tensor, state: State
+    ) -> tuple[Tensor, State]:
+        return block.rule.update(w, g, state, block.values(raw, fixed, block.owners[0]))
+
+    w = move.g if move.w is None else move.w
+    inputs = raw, fixed, w, move.g, move.state
+    if n == 0:
+        return torch.vmap(rerun)(*inputs)[1], list(raw.new_zeros(count, w.shape[1], n))
+    jacobian, after = torch.vmap(torch.func.jacrev(rerun, has_aux=True))(*inputs)
+    return after, list(jacobian)
 
 
-def move(
-    level: Level,
-    raw: Tensor,
-    fixed: Tensor,
-    states: Sequence[State],
-    vectors: Sequence[Tensor],
-    grads: Sequence[Tensor],
-) -> tuple[list[Tensor], tuple[Move, ...]]:
-    """Move each of a level's vectors: the new vectors, and what the moves have read."""
-    moved, moves = [], []
-    for owner, state, w, g in zip(level.owners, states, vectors, grads, strict=True):
-        moved.append(level.rule.update(w, g, state, level.values(raw, fixed, owner))[0])
-        moves.append(Move(w if level.depends_on_weights else None, g, state))
-    return moved, tuple(moves)
+def accumulate(hypergradient: Tensor, jacobians: Sequence[Tensor]) -> list[Tensor]:
+    """dr_k = dr_{k-1}^T dU_k/dr_k, level by level from the one above ``hypergradient``."""
+    found = []
+    for jacobian in jacobians:
+        hypergradient = (hypergradient[:, None] * jacobian).sum(0)
+        found.append(hypergradient)
+    return found
