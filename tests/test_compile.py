@@ -1,0 +1,230 @@
+"""The compiled step computes what the eager one does, is compiled once, and waits for nothing."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hyperopt.compile
+import hyperopt.shard
+from hyperopt import HyperOptimizer
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        pytest.skip("needs a C++ compiler")
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> list:
+    """The layouts that the test compiles, starting from nothing."""
+    layouts = []
+    compile = hyperopt.compile._compile
+
+    def counted(layout, *args):
+        layouts.append(layout)
+        return compile(layout, *args)
+
+    monkeypatch.setattr(hyperopt.compile, "_compile", counted)
+    monkeypatch.setattr(hyperopt.compile, "_compiled", {})
+    monkeypatch.setattr(hyperopt.compile, "_broken", [])
+    monkeypatch.setattr(hyperopt.shard, "LARGE", 500)  # so that there are shards of both kinds
+    return layouts
+
+
+SHAPES = [(40, 20), (20,), (), (300,), (3, 4)]
+# Together: every rule, all ways in which weights reach the step, and all kinds of hyperparameters.
+STACKS = [
+    (
+        "SGD(0.05, momentum=0.9, weight_decay=0.01, nesterov=True) / AdaGrad(1e-3)",
+        torch.float32,
+        {},
+    ),
+    ("Adam(0.01) / Adam({lr: 1e-4, beta1: 1e-3, beta2: 1e-2}) / SGD(1e-4)", torch.float64, {}),
+    (
+        # eps is large, or else the first hypergradient of beta2, 0 but for rounding, would count.
+        "AdamW(0.01)[lr: log, beta2, eps: log] / RMSProp(1e-3, eps=0.1)",
+        torch.float32,
+        {"lr": 0.02, "weight_decay": 0.0},
+    ),
+    ("RMSProp(0.01, weight_decay=0.1)", torch.float64, {"lr": 0.02}),
+]
+
+
+def made(dtype: torch.dtype, own: dict) -> tuple[list[Tensor], list[dict]]:
+    generator = torch.Generator().manual_seed(0)
+    w = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in SHAPES]
+    return w, [{"params": w[:2]}, {"params": w[2:], **own}] if own else [{"params": w}]
+
+
+def step(w: list[Tensor], optimizer: HyperOptimizer, t: int) -> None:
+    generator = torch.Generator().manual_seed(t)
+    for p in w:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        p.grad.view(-1)[::7] = 0  # weights without a gradient, as under the border pixels of MNIST
+    optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stack", "dtype", "own"), STACKS, ids=[s[0] for s in STACKS])
+def test_compiled_is_eager_to_rounding_and_compiled_once(
+    stack, dtype, own, compiler, compilations, monkeypatch
+):
+    precision = 1e-9 if dtype == torch.float64 else 1e-5
+    ours, groups = made(dtype, own)
+    theirs, their_groups = made(dtype, own)
+    fast = HyperOptimizer(groups, stack)
+    slow = HyperOptimizer(their_groups, stack, compile=False)
+    for t in range(20):
+        step(ours, fast, t)
+        step(theirs, slow, t)
+        assert fast.compiled is (t > 0) and slow.compiled is False
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=precision, atol=precision)
+        torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=precision, atol=0)
+        if t == 2:
+            monkeypatch.setattr(hyperopt.compile, "make_fx", None)  # nothing is traced any more
+        if t == 10 and fast.stack.height == 0:  # what may be set, without compiling anew
+            for group in fast.param_groups + slow.param_groups:
+                group["lr"] /= 2
+    assert len(compilations) == 1
+    start = HyperOptimizer(made(dtype, own)[1], stack).snapshot()
+    assert not torch.equal(fast.snapshot(), start), "the hyperparameters must have moved"
+
+    # Another run of the same structure, with other numbers, shares it.
+    for numbers in ("0.05", "0.01"):
+        stack = stack.replace(numbers, "0.003", 1)
+    w, groups = made(dtype, {**own, "lr": 0.1} if own else {})
+    other = HyperOptimizer(groups, stack)
+    for t in range(3):
+        step(w, other, t)
+    assert other.compiled
+    assert len(compilations) == 1
+
+
+@pytest.mark.slow
+def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compiler, compilations):
+    for seed in range(2):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        optimizer = HyperOptimizer(
+            net.parameters(), "SGD(0.1, momentum=0.9, weight_decay=0.1)[momentum] / SGD(0.01)"
+        )
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        x, y = torch.randn(20, 6), torch.randn(20, 2)
+        for epoch in range(3):
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**epoch)
+            for batch in torch.arange(20).split(8):  # 8, 8 and 4
+                optimizer.zero_grad()
+                ((net(x[batch]) - y[batch]) ** 2).mean().backward()
+                optimizer.step()
+            schedule.step()
+        assert optimizer.compiled
+    assert len(compilations) == 1
+
+
+class Watch(TorchDispatchMode):
+    """Sees what makes the host wait for the device: a number read, or a copy between devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero") or (
+            name in ("_to_copy", "to") and (kwargs or {}).get("device")
+        ):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_what_it_should():
+    one = torch.ones(())
+    for read in (Tensor.item, float, bool, lambda t: t > 0 and True, lambda t: t.to("meta")):
+        with Watch() as watch:
+            read(one)
+        assert watch.waits, read
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_a_step_waits_for_nothing(compile, compiler, compilations, monkeypatch):
+    stack, dtype, own = STACKS[2]
+    w, groups = made(dtype, own)
+    optimizer = HyperOptimizer(groups, stack, compile=compile)
+    for t in range(3):
+        step(w, optimizer, t)
+    assert optimizer.compiled is compile
+    # What reads memory without a call that can be watched.
+    for name in ("tolist", "numpy", "cpu"):
+        monkeypatch.setattr(Tensor, name, lambda *_, name=name: pytest.fail(f"called {name}()"))
+    with Watch() as watch:
+        for _ in range(3):
+            optimizer.step()
+            optimizer.snapshot()
+    assert watch.calls > 3
+    assert watch.waits == []
+
+
+def test_without_a_compiler_it_warns_once_and_computes_the_same(compilations, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("\n  no compiler\nhere is a long trace")
+
+    monkeypatch.setattr(hyperopt.compile, "_compile", broken)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ours, groups = made(torch.float64, {})
+            optimizer = HyperOptimizer(groups, "Adam(0.01) / SGD(1e-4)")
+            for t in range(4):
+                step(ours, optimizer, t)
+            assert optimizer.compiled is False
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "no compiler" in message and "eagerly" in message and "\n" not in message
+    assert caught[0].filename == __file__, "the warning must point at the caller's step()"
+
+    theirs, groups = made(torch.float64, {})
+    slow = HyperOptimizer(groups, "Adam(0.01) / SGD(1e-4)", compile=False)
+    for t in range(4):
+        step(theirs, slow, t)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler(tmp_path):
+    program = """
+import torch, hyperopt
+w = torch.ones(300, requires_grad=True)
+optimizer = hyperopt.HyperOptimizer([w], "Adam(0.01) / SGD(1e-4)")
+for _ in range(4):
+    optimizer.zero_grad()
+    w.square().sum().backward()
+    optimizer.step()
+print(optimizer.compiled, w[0].item())
+"""
+    env = {**os.environ, "PATH": str(tmp_path), "CXX": "no-such-compiler"}
+    env["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    compiled, w = done.stdout.split()
+    assert compiled == "False" and float(w) < 1
+    assert done.stderr.count("could not be compiled") == 1
+    assert "Traceback" not in done.stderr
