@@ -75,16 +75,9 @@ class _Run:
         self.directory = directory
         torch.set_num_threads(config.trainer.threads)
         self.device = torch.device(config.device)
-        self.data = load(config.data.name, config.data.root)
-        self.x_train, self.y_train, self.x_test, self.y_test = (
-            tensor.to(self.device)
-            for tensor in (
-                self.data.x_train,
-                self.data.y_train,
-                self.data.x_test,
-                self.data.y_test,
-            )
-        )
+        data = self.data = load(config.data.name, config.data.root)
+        self.x_train, self.y_train = data.x_train.to(self.device), data.y_train.to(self.device)
+        self.x_test, self.y_test = data.x_test.to(self.device), data.y_test.to(self.device)
         self._start()
 
     def _start(self) -> None:
@@ -127,9 +120,9 @@ class _Run:
             recorded = len(self.trajectory)
             self._train_epoch(report)
             directory.save_checkpoint(self._state())
-            directory.append_curves("curves", self._curve_rows()[-1:])
+            directory.append_curves("curves", [list(self._last_row().values())])
             directory.append_curves("hyperparameters", self.trajectory[recorded:])
-            logger.epoch(dict(zip(self._curve_names(), self._curve_rows()[-1], strict=True)))
+            logger.epoch(self._last_row())
             report(self._progress())
         self._write_curves()
         summary = self._summary()
@@ -223,11 +216,16 @@ class _Run:
             self.config.trainer.epochs * self.steps_per_epoch,
         )
         if self.curves:
-            row = dict(zip(self._curve_names(), self._curve_rows()[-1], strict=True))
+            row = self._last_row()
             progress.train_loss = row["train_loss"]
             progress.test_error = row["test_error"]
-            progress.lr = row.get("0.lr")
+            progress.lr = row["0.lr"]
         return progress
+
+    def _last_row(self) -> dict[str, float]:
+        """The last finished epoch's numbers, by their names."""
+        values = [*self.curves[-1], *self.trajectory[-1][1:]]
+        return dict(zip(self._curve_names(), values, strict=True))
 
     def _curve_names(self) -> list[str]:
         return ["epoch", "step", "train_loss", "test_error", *self.optimizer.names]

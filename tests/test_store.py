@@ -1,0 +1,172 @@
+"""The run store: what identifies a run, when it is finished, and who may work on it."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.config import Config, compose, identity, resolve, run_hash
+from experiments.store import RunDirectory, RunStore, write_text
+
+
+def resolved(*overrides: str) -> Config:
+    return resolve(compose(["data=mnist-5k", "device=cpu", *overrides]), "mnist-5k")
+
+
+# What identifies a run.
+
+
+def test_the_same_config_has_the_same_hash_however_it_is_written() -> None:
+    hashes = {
+        run_hash(resolved("stack=SGD(0.01) / SGD(0.01)")),
+        run_hash(resolved("stack=SGD(1e-2)/SGD(lr=.01)")),
+        run_hash(resolved("stack.rule=SGD", "stack.height=1", "stack.lr=0.01")),
+    }
+    assert len(hashes) == 1
+    program = "from tests.test_store import *; print(run_hash(resolved()))"
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert other.stdout.split() == [run_hash(resolved())], other.stderr
+
+
+def test_any_changed_field_of_the_identity_changes_the_hash() -> None:
+    config = resolved("stack=SGD(0.01) / SGD(0.01)")
+    others = [
+        replace(config, model=replace(config.model, name="other")),
+        replace(config, data=replace(config.data, name="mnist")),
+        replace(config, stack=replace(config.stack, notation="SGD(0.01) / SGD(0.02)")),
+        replace(config, seed=1),
+        replace(config, device="cuda"),
+    ]
+    for field in fields(config.trainer):
+        value = getattr(config.trainer, field.name)
+        changed = not value if isinstance(value, bool) else value + 1
+        others.append(replace(config, trainer=replace(config.trainer, **{field.name: changed})))
+    hashes = [run_hash(other) for other in (config, *others)]
+    assert len(set(hashes)) == len(hashes)
+    assert set(identity(config)) == {"model", "data", "stack", "trainer", "seed", "device"}
+
+
+def test_folders_loggers_and_the_like_do_not_change_the_hash(tmp_path: Path) -> None:
+    config = resolved()
+    root = f"data.root={tmp_path}"
+    others = ("workers=7", "logger=wandb", "progress=false", f"store={tmp_path}", root, "row=a")
+    assert {run_hash(resolved(other)) for other in others} == {run_hash(config)}
+
+
+# When it is finished.
+
+
+def test_a_run_is_finished_once_its_summary_is_whole(tmp_path: Path) -> None:
+    run = RunStore(tmp_path).run("0123456789abcdef")
+    assert run.summary() is None
+    run.save_config({"seed": 0})
+    run.save_checkpoint({"epoch": 1})
+    run.save_curves("curves", ["epoch"], [[1]])
+    assert run.summary() is None
+    run.finish({"test_error": 1.5})
+    assert run.summary() == {"hash": "0123456789abcdef", "test_error": 1.5}
+    assert not (run.path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20])
+def test_a_half_written_summary_is_not_a_finished_run(tmp_path: Path, keep: int) -> None:
+    run = RunDirectory(tmp_path / "0123456789abcdef")
+    run.finish({"test_error": 1.5})
+    whole = (run.path / "summary.json").read_text()
+    (run.path / "summary.json").write_text(whole[:keep])
+    assert run.summary() is None
+
+
+def test_a_summary_of_another_run_is_not_read(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "one").finish({"test_error": 1.5})
+    (tmp_path / "one").rename(tmp_path / "two")
+    assert RunDirectory(tmp_path / "two").summary() is None
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def cut_short(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", cut_short)
+    with pytest.raises(OSError, match="disk full"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_checkpoints_come_back_as_they_were(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "a")
+    assert run.checkpoint() is None
+    run.save_checkpoint({"epoch": 3, "weights": torch.arange(5.0)})
+    state = run.checkpoint()
+    assert state is not None and state["epoch"] == 3
+    assert state["weights"].equal(torch.arange(5.0))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "cut"])
+def test_an_unreadable_checkpoint_is_named(tmp_path: Path, content: bytes | None) -> None:
+    run = RunDirectory(tmp_path / "a")
+    run.save_checkpoint({"weights": torch.arange(5000.0)})
+    path = run.path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:9000] if content is None else content)
+    with pytest.raises(ValueError, match=r"a/checkpoint.pt cannot be read as a checkpoint"):
+        run.checkpoint()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "a").save_checkpoint({"epoch": 1})
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(ValueError, match="is not a checkpoint of run b"):
+        RunDirectory(tmp_path / "b").checkpoint()
+
+
+# Who works on it.
+
+
+def hold(root: str, pipe: Any) -> None:
+    with RunStore(root).claim("a"):
+        pipe.send("claimed")
+        time.sleep(60)
+
+
+def test_a_claim_ends_with_its_process_even_by_sigkill(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=hold, args=(str(tmp_path), there))
+    process.start()
+    assert here.recv() == "claimed"
+    process.kill()
+    process.join()
+    with RunStore(tmp_path).claim("a"):
+        pass
+
+
+def test_a_run_that_another_process_does_is_waited_for_and_then_read(tmp_path: Path) -> None:
+    """The other one is this test, which says in the end that the error was 12.34%."""
+    overrides = ["data=mnist-5k", "device=cpu", f"store={tmp_path}", "trainer.epochs=1"]
+    config = resolved(*overrides)
+    command = [sys.executable, "-m", "experiments.run", *overrides]
+    with RunStore(tmp_path).claim(run_hash(config)) as run:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=10)
+        assert sorted(path.name for path in run.path.iterdir()) == ["lock"]
+        summary = {**identity(config), "test_error": 12.34, "diverged": False}
+        run.finish({**summary, "hyperparameters": [{"lr": 0.01}]})
+    said, error = process.communicate(timeout=60)
+    assert "test error 12.34%" in said, error
+    assert json.loads((run.path / "summary.json").read_text())["test_error"] == 12.34
+    assert not (run.path / "curves.csv").exists()
