@@ -267,9 +267,9 @@ class _Bars:
 
     def __init__(self, console: Console, total: int, finished: int) -> None:
         self.bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             refresh_per_second=4,

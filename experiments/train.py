@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import platform
 import subprocess
@@ -28,6 +29,9 @@ from .logger import make_logger
 from .store import RunDirectory, RunStore
 
 EVALUATION_BATCH = 2000
+
+# Compiling makes it say, once for each process, that there is no GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 @dataclass

@@ -8,6 +8,7 @@ The same CSVs give the same files, byte for byte.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -143,6 +144,13 @@ def markdown(table: pd.DataFrame, own: pd.DataFrame | None, words: str, own_word
                 error_text(line.published_error, line.published_sd),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+        for tower, row in itertools.pairwise(table.itertuples()):
+            if row.kind == "relearned" and row.row not in set(own.row):
+                lines += [
+                    "",
+                    f"`{tower.row}` is left out: no plain optimizer can start at the mean of what "
+                    f"our towers learned, {learned_text(table.loc[tower.Index])}.",
+                ]
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from experiments import table1
 from experiments.config import Config
 from experiments.store import csv_text
-from experiments.table1 import COLUMNS, PRESETS, reference, row_configs, table_runs
+from experiments.table1 import COLUMNS, PRESETS, own_runs, reference, row_configs, table_runs
 from hyperopt import parse
 from scripts import tables
 
@@ -147,6 +148,49 @@ def test_a_reduced_setting_is_labelled_and_not_judged(tmp_path: Path, reduced: s
         assert ("MNIST-5k" in text) == (reduced == "other data")
         assert "yes" not in text
     assert "agrees" not in next(iter(read(tmp_path / "table1.csv").values()))
+
+
+def test_relearned_rows_start_at_the_mean_of_what_our_towers_learned(
+    configs: dict[str, Config], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    preset = PRESETS["paper"]
+    runs = table_runs(configs, preset)
+    values = {
+        "Adam(0.001) / Adam(0.001)": {"lr": 0.0012345, "beta1": 0.87, "beta2": 0.999},
+        "SGD(0.01) / Adam(0.1)": {"lr": -0.2},
+        "SGD(0.01) / RMSProp(0.1)": {"lr": math.nan},
+    }
+    summaries = [
+        {
+            "tuned": list(learned),
+            "hyperparameters": [{**learned, "lr": learned["lr"] + config.seed}],
+        }
+        for row, config in runs
+        for learned in [values.get(row["stack"], {"lr": 1.0})]
+    ]
+    own = own_runs(runs, summaries, preset)
+    said = capsys.readouterr().err
+    assert "RMSProp(0.1) is left out" in said and "-0.2" not in said  # its mean is 0.8
+    assert [config.seed for _, config in own] == [0, 1, 2] * 13
+    starts = {row["stack"]: config.stack.notation for row, config in own}
+    assert starts["Adam(0.0038, 0.870, 0.999)"] == "Adam(1.001, beta1=0.87, v0=1e-8)"
+    assert starts["SGD(0.4538)"] == "SGD(0.8)"
+    assert starts["RMSProp(0.0021)"] == "RMSProp(2.0, eps_inside=True)"
+    assert "SGD(0.5920)" not in starts
+
+    fake_runs(tmp_path, {})
+    table_csv = tmp_path / "table1_runs.csv"
+    lines = [line for line in table_csv.read_text().splitlines() if "relearned" in line]
+    kept = [line.replace("relearned,SGD(0.4538)", "relearned,SGD(0.8)") for line in lines]
+    kept = [line for line in kept if "SGD(0.5920)" not in line]
+    header = ",".join(COLUMNS)
+    (tmp_path / "table1_own_runs.csv").write_text("\n".join([header, *kept]) + "\n")
+    tables.draw_table1(tmp_path)
+    text = (tmp_path / "table1.md").read_text()
+    assert "| `SGD(0.01) / Adam(0.1)` | `SGD(0.8)` | 2.80 ± 0.09 | 3 | `SGD(0.4538)` |" in text
+    assert "`SGD(0.01) / RMSProp(0.1)` is left out" in text
+    own_table = read(tmp_path / "table1_own.csv")
+    assert len(own_table) == 13 and own_table["SGD(0.4538)"]["start"] == "SGD(0.8)"
 
 
 def test_without_runs_there_is_no_table(tmp_path: Path) -> None:
