@@ -92,7 +92,7 @@ class Layout:
         raw = [(block.count, len(block.tuned)) for block in self.blocks]
         shapes: list[tuple[int, ...]] = [(sum(count * n for count, n in raw),)]
         shapes += [(block.count, len(block.fixed)) for block in self.blocks]
-        shapes += raw
+        shapes += [(1, len(self.blocks[0].fixed)), *raw]
         for block, state in zip(self.blocks[1:], self.states[1:], strict=True):
             rows = block.count, len(block.owners[0])  # type: ignore[arg-type]
             shapes += [rows, rows, *(rows if vector else rows[:1] for vector in state.values())]
@@ -105,6 +105,7 @@ class Layout:
         parts = (piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
         next(parts)
         fixed = tuple(next(parts) for _ in self.blocks)
+        last_fixed = next(parts)
         raw = tuple(next(parts) for _ in self.blocks)
         upper = []
         for names in self.states[1:]:
@@ -120,7 +121,7 @@ class Layout:
             lowest.append(
                 Move(shard.last_w, shard.last_g, state) if moved else Move(None, None, state)
             )
-        return TowerState(raw, fixed, tuple(lowest), tuple(upper))
+        return TowerState(raw, fixed, last_fixed, tuple(lowest), tuple(upper))
 
     def pack(self, tower: TowerState) -> Tensor:
         """The inverse of `unpack`, but for the large vectors."""
@@ -135,7 +136,7 @@ class Layout:
             if domain is not REAL and domain in domains:
                 here = torch.tensor([d is domain for d in domains], device=raw.device)
                 values = torch.where(here, domain.value(raw), values)
-        parts = [values, *tower.fixed, raw]
+        parts = [values, *tower.fixed, tower.last_fixed, raw]
         for block, (w, g, state) in zip(self.blocks[1:], tower.upper, strict=True):
             blank = raw.new_zeros(block.count, len(block.owners[0]))  # type: ignore[arg-type]
             parts += [blank if w is None else w, blank if g is None else g, *state.values()]

@@ -75,26 +75,41 @@ class HyperOptimizer(torch.optim.Optimizer):
                 f"{near(name, ['params', *rule.hypers])}"
             )
         Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
-            if p.is_complex():
-                raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
-            if p.layout != torch.strided:
-                raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
-            if p.device != self.param_groups[0]["params"][0].device:
-                raise ValueError(
-                    f"parameters on {self.param_groups[0]['params'][0].device} and on {p.device}; "
-                    "make one optimizer for each device"
-                )
-        self._overrides.append(frozenset(own))
         if self._laid_groups:
+            self._follow_groups()
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
                         f"{name} = {value} in a new group, but no group had {name} so far"
                     )
-            self._lay_out(self._export())
+        super().add_param_group(param_group)
+        try:
+            self._check_params(self.param_groups[-1]["params"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._overrides.append(frozenset(own))
+        if self._laid_groups:
+            saved = self._export()
+            if self._laid_groups == 1 and self.stack.height:
+                # What the only group so far had to itself is not what the others share.
+                parts = [saved[0]["tuned"], *saved[1]["last"].values()]
+                for numbers in filter(lambda part: isinstance(part, dict), parts):
+                    for name in self._overrides[0] & numbers.keys():
+                        numbers[f"{name}[0]"] = numbers.pop(name)
+            self._lay_out(saved)
+
+    def _check_params(self, params: Iterable[Tensor]) -> None:
+        device = self.param_groups[0]["params"][0].device
+        for p in params:
+            if p.is_complex():
+                raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
+            if p.layout != torch.strided:
+                raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
+            if p.device != device:
+                raise ValueError(
+                    f"parameters on {device} and on {p.device}; make one optimizer for each device"
+                )
 
     # The step.
 
@@ -116,13 +131,13 @@ class HyperOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_groups()
         if any(p.grad is None for shard in self._shards for p in shard.params) or any(
             p.grad is not None for p in self._resting
         ):
             self._arrange()
         if not self._shards:
             return loss
-        self._follow_groups()
         vectors = [shard.read() for shard in self._shards]
         if self._run is None and self._layout.regular:
             if self.compile:
@@ -183,7 +198,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 continue
             if isinstance(seen, Tensor):
                 raise ValueError(self._tuned_message(name))
-            if not self._rule.on(name):
+            if value != 0 and not self._rule.on(name):
                 raise ValueError(
                     f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
                     f"to set it later, give it a value then"
@@ -231,7 +246,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Let a shard forget its last move, of which the state that it led to remains."""
         if shard.moved:
             block, tower = self._layout.blocks[0], self._tower()
-            h = block.values(tower.raw[0][0], tower.fixed[0][0], shard.group)
+            h = block.values(tower.raw[0][0], tower.last_fixed[0], shard.group)
             w = shard.last_g if shard.last_w is None else shard.last_w
             _, shard.state = block.rule.update(w, shard.last_g, shard.state, h)
             shard.moved = False
@@ -250,7 +265,9 @@ class HyperOptimizer(torch.optim.Optimizer):
                 "tuned": _by_name(block.tuned, tower.raw[b][row]),
                 "fixed": _by_name(block.fixed, tower.fixed[b][row]),
             }
-            if k > 0:
+            if k == 0:
+                entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed[0])
+            else:
                 below = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
                 w, g, state = tower.upper[b - 1]
                 parts = state if w is None or g is None else {"w": w, "g": g, **state}
@@ -308,7 +325,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         lasts: list[dict[str, Tensor]] = []
         for k, (b, _) in enumerate(self._layout.levels):
             block = self._layout.blocks[b]
-            old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last": {}}
+            old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
             start = [block.rule.tuned[s.name].raw(float(initial(k, s))) for s in block.tuned]
             raw.append(
                 vector(
@@ -316,7 +333,11 @@ class HyperOptimizer(torch.optim.Optimizer):
                 )
             )
             fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
-            if k > 0:
+            if k == 0:
+                last_fixed = vector(
+                    [recall(old["last_fixed"], s, initial(k, s)) for s in block.fixed]
+                )
+            else:
                 slots = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
                 parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1])}
                 parts |= block.rule.init(raw[k - 1])
@@ -346,6 +367,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         tower = TowerState(
             tuple(rows(b, raw) for b in blocks),
             tuple(rows(b, fixed) for b in blocks),
+            last_fixed[None],
             tuple(Move(None, None, shard.state) for shard in self._shards),
             tuple(upper_moves),
         )
@@ -380,6 +402,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         ``state`` is, as in ``torch.optim``, by the number of the parameter: what the rule keeps of
         it, in its shape, and the last gradient that it was moved by.
         """
+        self._follow_groups()
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         state: dict[int, dict[str, Any]] = {}
         for i, shard in enumerate(self._shards + self._parked):

@@ -147,7 +147,7 @@ class Rule:
                     f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
                 )
         self.subset: dict[str, Domain] | None = None
-        self.used = frozenset(name for name, value in self.values.items() if value != 0)
+        self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)
 
     def _number(self, hyper: Hyper, value: Any) -> float:
         try:
@@ -184,11 +184,14 @@ class Rule:
         return {
             name: hyper.domain
             for name, hyper in self.hypers.items()
-            if hyper.tuned and (hyper.default != 0 or name in self.used)
+            if hyper.tuned and name in self.used
         }
 
     def on(self, name: str) -> bool:
-        """Whether a hyperparameter takes part: it is not 0, or a subset asks for it by name."""
+        """Whether a hyperparameter takes part: all do but those that are 0, as is their default.
+
+        One that a subset asks for by name takes part in any case.
+        """
         return name in self.used or name in (self.subset or ())
 
     def with_values(self, values: Mapping[str, Number]) -> Rule:

@@ -52,6 +52,8 @@ class TowerState(NamedTuple):
     Attributes:
         raw: per block, the raw values of the tuned hyperparameters, [levels, tuned slots].
         fixed: per block, the values of the others, [levels, fixed slots].
+        last_fixed: those of the lowest block when it last moved, since they may be set from outside
+            between two steps.
         lowest: the last move of each shard of the weights.
         upper: per block but the lowest, the last moves of the raw values below, as one `Move` whose
             tensors have one row for each level.
@@ -59,6 +61,7 @@ class TowerState(NamedTuple):
 
     raw: tuple[Tensor, ...]
     fixed: tuple[Tensor, ...]
+    last_fixed: Tensor
     lowest: tuple[Move, ...]
     upper: tuple[Move, ...]
 
@@ -208,7 +211,7 @@ def step(
 
     # 1. Hypergradients, bottom up.
     lowest, *upper = blocks
-    lowest_states, hypergradient = replay(lowest, raws[0], tower.fixed[0], tower.lowest, grads)
+    lowest_states, hypergradient = replay(lowest, raws[0], tower.last_fixed, tower.lowest, grads)
     hypergradients = [hypergradient]
     states = []
     for b, block in enumerate(upper, start=1):
@@ -241,7 +244,7 @@ def step(
     raw = [
         torch.stack(raws[end - block.count : end]) for block, end in zip(blocks, ends, strict=True)
     ]
-    return moved, TowerState(tuple(raw), tower.fixed, tuple(moves), tuple(read))
+    return moved, TowerState(tuple(raw), tower.fixed, tower.fixed[0], tuple(moves), tuple(read))
 
 
 def replay(
