@@ -427,6 +427,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 for group, own in zip(self.param_groups, self._overrides, strict=True)
             ],
             "stack": str(self.stack),
+            "on": self._on(),
             "started": self._started,
             "levels": self._export(),
         }
@@ -475,6 +476,11 @@ class HyperOptimizer(torch.optim.Optimizer):
             raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
         if _kind(parse(theirs)) != _kind(self.stack):
             raise ValueError(f"this is the state of the stack {theirs}, not of {self.stack}")
+        if state_dict["on"] != self._on():
+            raise ValueError(
+                f"this is the state of the stack {theirs} with {', '.join(state_dict['on'])} in "
+                f"its param groups, not of {self.stack} with {', '.join(self._on())}"
+            )
         counts = [len(group["params"]) for group in state_dict["param_groups"]]
         ours = [len(group["params"]) for group in self.param_groups]
         if counts != ours:
@@ -482,13 +488,22 @@ class HyperOptimizer(torch.optim.Optimizer):
                 f"this is the state of param groups with {counts} parameters, not with {ours}"
             )
         params = [p for group in self.param_groups for p in group["params"]]
+        numbers = {n for n, value in self._rule.init(torch.empty(0)).items() if not value.ndim}
         for i, entry in state_dict["state"].items():
-            grad = entry.get("last_grad")
-            if grad is not None and grad.shape != params[i].shape:
-                raise ValueError(
-                    f"this is the state of parameters of other shapes: number {i} has "
-                    f"{tuple(params[i].shape)} here and {tuple(grad.shape)} there"
-                )
+            for name, value in entry.items():
+                if (
+                    isinstance(value, Tensor)
+                    and name not in numbers
+                    and value.shape != params[i].shape
+                ):
+                    raise ValueError(
+                        f"this is the state of parameters of other shapes: number {i} has "
+                        f"{tuple(params[i].shape)} here and {tuple(value.shape)} there"
+                    )
+
+    def _on(self) -> list[str]:
+        """The hyperparameters of the lowest level that take part."""
+        return [name for name in self._rule.hypers if self._rule.on(name)]
 
 
 def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
@@ -504,6 +519,12 @@ def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
 def _kind(stack: Stack) -> list[tuple]:
     """A stack but for its numbers."""
     return [
-        (rule.name, [(n, d.name) for n, d in rule.tuned.items()], sorted(rule.settings.items()))
-        for rule in stack.levels
+        (
+            rule.name,
+            [(name, domain.name) for name, domain in rule.tuned.items()],
+            [name for name in rule.hypers if k and rule.on(name)],
+            [(n, set(value)) for n, value in rule.values.items() if isinstance(value, dict)],
+            rule.settings,
+        )
+        for k, rule in enumerate(stack.levels)
     ]
