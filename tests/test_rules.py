@@ -148,7 +148,7 @@ def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(lowest, top):
         ("Adam(0.1)", False),
         ("Adam(0.1)[weight_decay]", True),
         ("AdamW(0.1)", True),
-        ("AdamW(0.1, weight_decay=0)", False),
+        ("AdamW(0.1, weight_decay=0)", True),
     ],
 )
 def test_the_weights_of_the_last_step_are_kept_only_where_an_update_needs_them(rule, expected):

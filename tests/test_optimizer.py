@@ -1,0 +1,408 @@
+"""`HyperOptimizer` as an optimizer: what it is like from outside, and what it refuses."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyperopt import RULES, HyperOptimizer, parse
+
+RULES_WITH_EVERYTHING = {
+    "SGD": "SGD(0.01, momentum=0.9, weight_decay=0.1)",
+    "AdaGrad": "AdaGrad(0.01, weight_decay=0.1)",
+    "RMSProp": "RMSProp(0.01, weight_decay=0.1)",
+    "Adam": "Adam(0.01, weight_decay=0.1)",
+    "AdamW": "AdamW(0.01)",
+}
+
+
+def weights(*shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def give_gradients(params: list[Tensor], t: int) -> None:
+    generator = torch.Generator().manual_seed(t)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def run(stack: str, steps: int = 30, shapes=((5, 4), (3,), ())) -> tuple[Tensor, list[dict]]:
+    w = weights(*shapes)
+    optimizer = HyperOptimizer(w, stack, compile=False)
+    for t in range(steps):
+        give_gradients(w, t)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in w]), optimizer.hyperparameters()
+
+
+@pytest.mark.parametrize("below", ["", " / SGD(1e-4)", " / Adam(1e-4)", " / RMSProp(1e-4)"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_level_that_moves_nothing_changes_nothing(name, below):
+    stack = RULES_WITH_EVERYTHING[name] + below
+    plain, values = run(stack)
+    moved, under_zero = run(f"{stack} / SGD(0)")
+    assert torch.equal(plain, moved), "the weights must be the same bit for bit"
+    for level, other in zip(values, under_zero, strict=False):
+        # A value that goes through its domain and back is rounded.
+        assert level == pytest.approx(other, rel=1e-12)
+
+
+# As an optimizer of torch.
+
+
+def test_it_trains_a_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    x = torch.randn(64, 4)
+    y = x.prod(dim=1, keepdim=True)
+    optimizer = HyperOptimizer(net.parameters(), "Adam(1e-4) / Adam(1e-3)", compile=False)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    losses = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = ((net(x) - y) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert optimizer.param_groups[0]["lr"] > 1e-2, "far too small a step size must have grown"
+
+
+def test_zero_grad():
+    w = weights((3,))
+    optimizer = HyperOptimizer(w, "SGD(0.1)", compile=False)
+    give_gradients(w, 0)
+    optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(w[0].grad, torch.zeros(3))  # type: ignore[arg-type]
+    optimizer.zero_grad()
+    assert w[0].grad is None
+
+
+def test_step_evaluates_a_closure_with_gradients():
+    ours, theirs = weights((3,)), weights((3,))
+    optimizer = HyperOptimizer(ours, "SGD(0.1) / SGD(0)", compile=False)
+    peer = torch.optim.SGD(theirs, 0.1)
+
+    def closure(w: Tensor, o: torch.optim.Optimizer) -> Tensor:
+        o.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        with torch.no_grad():
+            loss = optimizer.step(lambda: closure(ours[0], optimizer))
+        assert loss == peer.step(lambda: closure(theirs[0], peer))
+    assert torch.equal(ours[0], theirs[0])
+    assert optimizer.step() is None
+
+
+def test_hooks_and_repr():
+    w = weights((3,))
+    optimizer = HyperOptimizer(w, "SGD(0.1) / SGD(0.01)", compile=False)
+    calls = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    give_gradients(w, 0)
+    optimizer.step()
+    assert calls == [1]
+    assert repr(optimizer).startswith("HyperOptimizer (\nParameter Group 0\n")
+    assert "lr: 0.1" in repr(optimizer)
+
+
+def test_a_step_leaves_gradients_and_the_graph_alone():
+    w = weights((100, 1000), (3,))  # one that is worked on in place and one that is gathered
+    optimizer = HyperOptimizer(w, "AdamW(0.1) / SGD(0.1)", compile=False)
+    for t in range(3):
+        give_gradients(w, t)
+        grads = [p.grad for p in w]
+        copies = [g.clone() for g in grads if g is not None]
+        optimizer.step()
+        for p, g, copy in zip(w, grads, copies, strict=True):
+            assert p.grad is g and g is not None and torch.equal(g, copy)
+            assert p.is_leaf and p.requires_grad and p.grad_fn is None
+    # A backward through weights that have changed since is refused, as with any optimizer.
+    for p in w:
+        loss = (p * p).sum()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+# Reading the hyperparameters.
+
+
+CONSTANTS = ("beta2", "eps", "weight_decay")
+
+
+def test_all_ways_to_read_the_hyperparameters_agree():
+    w = weights((5,), (4,))
+    optimizer = HyperOptimizer(
+        [{"params": w[:1]}, {"params": w[1:], "lr": 0.02, "eps": 0.1}],
+        "Adam(0.01)[lr: log, beta1] / RMSProp({lr: 1e-3, beta1: 1e-2}) / SGD(1e-4)",
+        compile=False,
+    )
+    for t in range(5):
+        values = optimizer.hyperparameters()
+        assert [list(level) for level in values] == [
+            f"lr lr[1] beta1 {' '.join(f'{n}[0] {n}[1]' for n in CONSTANTS)}".split(),
+            ["lr[lr]", "lr[beta1]", "gamma", "eps", "weight_decay"],
+            ["lr", "momentum", "weight_decay"],
+        ]
+        snapshot = optimizer.snapshot()
+        assert snapshot.dtype == torch.float64 and snapshot.shape == (len(optimizer.names),)
+        assert dict(zip(optimizer.names, snapshot.tolist(), strict=True)) == {
+            f"{k}.{name}": value for k, level in enumerate(values) for name, value in level.items()
+        }
+        raw = optimizer.state_dict()["levels"][0]["tuned"]
+        assert values[0]["lr"] == raw["lr"].exp().item()
+        assert values[0]["lr[1]"] == raw["lr[1]"].exp().item()
+        assert values[0]["beta1"] == ((raw["beta1"].tanh() + 1) / 2).item()
+        first, second = optimizer.param_groups
+        assert first["lr"].item() == values[0]["lr"] and first["lr"].shape == ()
+        assert second["lr"].item() == values[0]["lr[1]"]
+        assert first["beta1"].item() == second["beta1"].item() == values[0]["beta1"]
+        assert (first["eps"], second["eps"], first["beta2"]) == (1e-8, 0.1, 0.999)
+        before = snapshot.clone()
+        give_gradients(w, t)
+        optimizer.step()
+        assert torch.equal(snapshot, before), "a snapshot must not follow the optimizer"
+    assert values[0]["lr"] != 0.01 and values[0]["lr"] != values[0]["lr[1]"]
+    give_gradients(w, 9)
+    optimizer.step()
+    assert optimizer.param_groups[1]["lr"].item() == optimizer.hyperparameters()[0]["lr[1]"]
+    assert optimizer.param_groups[1]["lr"].dtype == torch.float64
+
+
+def test_values_that_no_level_moves_may_be_set_between_steps():
+    ours, theirs = weights((4,), (3,)), weights((4,), (3,))
+    optimizer = HyperOptimizer(
+        [{"params": ours[:1]}, {"params": ours[1:]}], "SGD(0.1, momentum=0.9)", compile=False
+    )
+    peer = torch.optim.SGD([{"params": theirs[:1]}, {"params": theirs[1:]}], 0.1, momentum=0.9)
+    for t in range(10):
+        for o, w in ((optimizer, ours), (peer, theirs)):
+            o.param_groups[0]["lr"] *= 0.9
+            o.param_groups[1]["momentum"] = 0.5 + t / 100
+            o.param_groups[1]["weight_decay"] = 0.0  # as it was
+            give_gradients(w, t)
+            o.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q)
+    assert optimizer.hyperparameters()[0]["lr[0]"] == pytest.approx(0.1 * 0.9**10)
+    assert optimizer.hyperparameters()[0]["momentum[1]"] == 0.59
+
+
+def test_what_is_set_in_a_group_holds_from_the_next_step_on():
+    """The hypergradient of the last step is that of the values it was made with."""
+    w = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
+    optimizer = HyperOptimizer([w], "SGD(0.1, momentum=0.5)[momentum] / SGD(0.01)", compile=False)
+    gradients = torch.randn(4, 2, dtype=torch.float64)
+    buffer, momentum = torch.zeros(2, dtype=torch.float64), 0.5
+    slope, expected = torch.zeros(2, dtype=torch.float64), w.detach().clone()
+    for g, lr in zip(gradients, (0.2, 0.3, 0.05, 0.4), strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        w.grad = g.clone()
+        optimizer.step()
+        momentum -= 0.01 * float(g @ slope)
+        slope = -lr * buffer
+        buffer = momentum * buffer + g
+        expected -= lr * buffer
+        assert optimizer.hyperparameters()[0]["momentum"] == pytest.approx(momentum, rel=1e-12)
+        torch.testing.assert_close(w.detach(), expected, rtol=1e-12, atol=0)
+
+
+def test_a_step_size_of_0_may_be_raised_later():
+    ours, theirs = weights((4,)), weights((4,))
+    optimizer, peer = HyperOptimizer(ours, "SGD(0)", compile=False), torch.optim.SGD(theirs, 0.0)
+    for t in range(5):
+        for o, w in ((optimizer, ours), (peer, theirs)):
+            o.param_groups[0]["lr"] = 0.1 * t
+            give_gradients(w, t)
+            o.step()
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+# What it refuses.
+
+
+def refused(kind: type[Exception], *words: str):
+    """Expect an error of one line that has all these words."""
+    pattern = "".join(f"(?=.*{re.escape(word)})" for word in words)
+    return pytest.raises(kind, match=rf"^{pattern}[^\n]*\Z")
+
+
+def test_parameters_that_cannot_be_moved():
+    w = weights((3,))
+    complex, sparse = torch.zeros(3, dtype=torch.cfloat), torch.zeros(3).to_sparse()
+    for bad, words in ((complex, ("complex", "complex64")), (sparse, ("sparse", "sparse_coo"))):
+        with refused(TypeError, *words):
+            HyperOptimizer([bad.requires_grad_()], "SGD(0.1)")
+    with refused(ValueError, "cpu", "meta", "one optimizer for each device"):
+        HyperOptimizer([*w, torch.zeros(3, device="meta", requires_grad=True)], "SGD(0.1)")
+    with refused(ValueError, "empty parameter list"):
+        HyperOptimizer([], "SGD(0.1)")
+
+
+def test_sparse_gradients():
+    table = nn.Embedding(5, 2, sparse=True)
+    optimizer = HyperOptimizer(table.parameters(), "SGD(0.1) / SGD(0.1)", compile=False)
+    table(torch.tensor([1, 2])).sum().backward()
+    with refused(TypeError, "gradient is sparse", "sparse=False"):
+        optimizer.step()
+
+
+def test_stacks_that_are_none():
+    w = weights((3,))
+    with refused(ValueError, "there is no rule 'Adma'; did you mean 'Adam'?", "column 1"):
+        HyperOptimizer(w, "Adma(0.1)")
+    with refused(ValueError, "SGD(0.1) has nothing to move", "Adam(0.1)[]"):
+        HyperOptimizer(w, "Adam(0.1)[] / SGD(0.1)")
+
+
+def test_groups_that_are_wrong():
+    w = weights((3,))
+    for own, words in {
+        "lrr": ("takes no 'lrr'", "did you mean 'lr'?"),
+        "alpha": ("takes no 'alpha'", "known are params, lr"),
+    }.items():
+        with refused(ValueError, *words):
+            HyperOptimizer([{"params": w, own: 0.1}], "Adam(0.1) / SGD(0.1)")
+    with refused(ValueError, "Adam: beta1 must lie in [0, 1), but is 1.5"):
+        HyperOptimizer([{"params": w, "beta1": 1.5}], "Adam(0.1) / SGD(0.1)")
+    with refused(ValueError, "beta1 = 0", "unit domain"):
+        HyperOptimizer([{"params": w, "beta1": 0}], "Adam(0.1) / SGD(0.1)")
+    with refused(ValueError, "lr must be a number, not 'fast'"):
+        HyperOptimizer([{"params": w, "lr": "fast"}], "SGD(0.1)")
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was():
+    w, more = weights((3,)), weights((4,))
+    optimizer = HyperOptimizer(w, "SGD(0.1) / SGD(0.01)", compile=False)
+    give_gradients(w, 0)
+    optimizer.step()
+    for bad in (
+        {"params": more, "lrr": 1},
+        {"params": more, "momentum": 0.9},
+        {"params": [torch.zeros(3, dtype=torch.cfloat, requires_grad=True)]},
+        {"params": [torch.zeros(3, device="meta", requires_grad=True)]},
+    ):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            optimizer.add_param_group(bad)
+        assert "\n" not in str(caught.value)
+        assert len(optimizer.param_groups) == 1
+        give_gradients(w, 1)
+        optimizer.step()
+    optimizer.add_param_group({"params": more})
+    give_gradients(w + more, 1)
+    optimizer.step()
+    assert len(optimizer.state_dict()["param_groups"]) == 2
+
+
+def test_a_tuned_value_that_is_set_from_outside():
+    for set_it in (
+        lambda group: group.update(lr=0.5),
+        lambda group: group["lr"].fill_(0.5),
+        lambda group: group["lr"].mul_(0.5),
+    ):
+        w = weights((3,))
+        optimizer = HyperOptimizer(w, "Adam(0.1)[lr] / SGD(0.01)", compile=False)
+        for t in range(2):
+            give_gradients(w, t)
+            optimizer.step()
+        set_it(optimizer.param_groups[0])
+        with refused(ValueError, "was set from outside", "SGD(0.01) moves it", "leave it out"):
+            optimizer.step()
+
+
+def test_what_was_off_cannot_be_switched_on():
+    w = weights((3,))
+    optimizer = HyperOptimizer(w, "SGD(0.1)", compile=False)
+    give_gradients(w, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with refused(ValueError, "momentum was 0 when the optimizer was made", "give it a value then"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("Adam(0.1) / SGD(0.1)", "Adam(0.1)"),
+        ("Adam(0.1)", "Adam(0.1) / SGD(0.1)"),
+        ("Adam(0.1)[lr] / SGD(0.1)", "Adam(0.1) / SGD(0.1)"),
+        ("Adam(0.1)[lr: log] / SGD(0.1)", "Adam(0.1)[lr] / SGD(0.1)"),
+        ("Adam(0.1)", "AdamW(0.1)"),
+        ("SGD(0.1, momentum=0.9)", "SGD(0.1)"),
+        ("SGD(0.1)", "SGD(0.1, momentum=0.9)"),
+        ("SGD(0.1, weight_decay=0.1)", "SGD(0.1)"),
+        ("Adam(0.1)", "Adam(0.1, weight_decay=0.1)"),
+        ("SGD(0.1, momentum=0.9, nesterov=True)", "SGD(0.1, momentum=0.9)"),
+        ("Adam(0.1, v0=1e-8)", "Adam(0.1)"),
+        ("SGD(0.1) / Adam(0.1, weight_decay=0.1)", "SGD(0.1) / Adam(0.1)"),
+        ("SGD(0.1) / SGD({lr: 0.1})", "SGD(0.1) / SGD(0.1)"),
+    ],
+)
+def test_the_state_of_another_stack(theirs, ours):
+    w, x = weights((3,)), weights((3,))
+    optimizer = HyperOptimizer(w, theirs, compile=False)
+    for t in range(2):
+        give_gradients(w, t)
+        optimizer.step()
+    other = HyperOptimizer(x, ours, compile=False)
+    before = other.snapshot()
+    with refused(
+        ValueError, "this is the state of the stack", str(parse(theirs)), str(parse(ours))
+    ):
+        other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.snapshot(), before)
+
+
+def test_the_state_of_groups_with_other_hyperparameters():
+    def made(**own) -> HyperOptimizer:
+        return HyperOptimizer([{"params": weights((3,)), **own}], "SGD(0.1)", compile=False)
+
+    with refused(ValueError, "SGD(0.1) with lr, momentum in its", "not of SGD(0.1) with lr"):
+        made().load_state_dict(made(momentum=0.9).state_dict())
+    with refused(ValueError, "SGD(0.1) with lr in its", "not of SGD(0.1) with lr, momentum"):
+        made(momentum=0.9).load_state_dict(made().state_dict())
+
+
+def test_the_state_of_the_same_stack_with_other_numbers_is_taken():
+    w, x = weights((3,)), weights((3,))
+    optimizer = HyperOptimizer(w, "Adam(0.1) / SGD(0.01)", compile=False)
+    give_gradients(w, 0)
+    optimizer.step()
+    other = HyperOptimizer(x, "Adam(0.3) / SGD(0.2)", compile=False)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.hyperparameters() == optimizer.hyperparameters()
+
+
+def test_states_that_do_not_fit():
+    def trained(stack: str, params: list, some: list[Tensor]) -> dict:
+        optimizer = HyperOptimizer(params, stack, compile=False)
+        for t in range(2):
+            give_gradients(some, t)
+            optimizer.step()
+        some[-1].grad = None  # its last gradient is not in the state, what the rule keeps is
+        optimizer.step()
+        return optimizer.state_dict()
+
+    stack = "Adam(0.1) / SGD(0.01)"
+    other = HyperOptimizer(weights((3,), (4,)), stack, compile=False)
+    for shapes, words in {
+        ((3,),): ("[1]", "[2]"),
+        ((3,), (4,), (5,)): ("[3]", "[2]"),
+        ((3,), (5,)): ("shapes", "number 1", "(4,)", "(5,)"),
+        ((2,), (4,)): ("shapes", "number 0", "(3,)", "(2,)"),
+        ((3,), (2, 2)): ("shapes", "number 1", "(4,)", "(2, 2)"),
+    }.items():
+        w = weights(*shapes)
+        with refused(ValueError, *words):
+            other.load_state_dict(trained(stack, w, w))
+    w = weights((3,), (4,))
+    with refused(ValueError, "[1, 1]", "[2]"):
+        other.load_state_dict(trained(stack, [{"params": p} for p in w], w))
+    with refused(ValueError, "another optimizer", "HyperOptimizer"):
+        other.load_state_dict(torch.optim.Adam(weights((3,), (4,))).state_dict())
