@@ -145,7 +145,9 @@ class _Run:
         steps: list[int] = []
         batches = order.split(trainer.batch_size)
         for batch in batches:
-            losses.append(self.gradient(self.x_train.index_select(0, batch), self.y_train[batch]))
+            images = self.x_train.index_select(0, batch)
+            labels = self.y_train.index_select(0, batch)
+            losses.append(self.gradient(images, labels))
             optimizer.step()
             self.step += 1
             if self.step % trainer.record_every == 0:
