@@ -52,10 +52,12 @@ def test_the_variants_below_have_every_hyperparameter_of_every_rule():
         assert tuned == rule.hypers.keys()
 
 
-@pytest.mark.parametrize("height", [1, 2, 3])
+@pytest.mark.parametrize("height", [1, 2, 3, 4])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.partition("[")[0])
 def test_whole_runs_follow_the_definition(variant, height):
-    levels = [variant.format(lr=lr) for lr in (0.1, 1e-3, 1e-5)[:height]] + ["SGD(1e-5)"]
+    levels = [variant.format(lr=lr) for lr in (0.1, 1e-3, 1e-5, 1e-8)[:height]] + [
+        f"SGD(1e-{4 + height})"
+    ]
     stack = " / ".join(levels)
     w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     optimizer = HyperOptimizer([w], stack, compile=False)
