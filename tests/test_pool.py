@@ -89,21 +89,21 @@ class FakeWorker(_Worker):
 
 
 def test_the_longest_run_goes_first_and_compiled_steps_are_kept(tmp_path: Path) -> None:
-    sgd, adam = "stack=SGD(0.1)", "stack=Adam(0.1)"
+    sgd, adam, adagrad = "stack=SGD(0.1)", "stack=Adam(0.1)", "stack=AdaGrad(0.1)"
     jobs = [
         Outcome(config(tmp_path, stack, f"seed={seed}", f"trainer.epochs={epochs}"))
-        for stack, epochs in ((sgd, 1), (adam, 5), (sgd, 5))
+        for stack, epochs in ((sgd, 1), (adam, 5), (sgd, 5), (adagrad, 5))
         for seed in (0, 1)
     ]
     pool = _Pool(list(jobs), 2, _Silence())
     pool.workers = [FakeWorker(), FakeWorker()]
     given = []
-    for slot in (0, 1, 0, 1, 0, 1):
+    for slot in (0, 1, 0, 1, 0, 1, 0, 1):
         pool._next_job(slot)
         job = pool.workers[slot].job
         assert job is not None
         given.append((job.config.trainer.epochs, structure(job.config)[0][0]))
-    first, second = given[0][1], given[1][1]
-    assert {first, second} == {"SGD", "Adam"}  # the second worker takes what no one has compiled
+    first, second, third = given[0][1], given[1][1], given[4][1]
+    assert {first, second, third} == {"SGD", "Adam", "AdaGrad"}
     assert given[:4] == [(5, first), (5, second), (5, first), (5, second)]
-    assert given[4:] == [(1, "SGD"), (1, "SGD")]
+    assert given[4:] == [(5, third), (5, third), (1, "SGD"), (1, "SGD")]
