@@ -8,7 +8,8 @@ belongs to a layout, and layouts that differ in numbers alone share one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .layout import Layout, Vectors
 
 Step = Callable[[Tensor, Sequence[Vectors]], Any]
+Kernel = Callable[..., Any]
 
-_compiled: dict[tuple, Step] = {}
+# Up to this many shards a step is one kernel; with more of them, each shard has kernels of its own,
+# which shards of the same size share. That costs a few calls more, and compiles much faster.
+TOGETHER = 4
+
+_compiled: dict[tuple, Kernel] = {}
 _broken: list[str] = []  # why compiling failed, once it has
 
 
@@ -28,53 +34,106 @@ def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step 
 
     The first failure is a warning; after it, this process does not try again.
     """
-    key = (
-        tuple(block.structure() for block in layout.blocks),
-        layout.sizes,
-        packed.device,
-        packed.dtype,
-        *(shard.w.dtype for shard in shards),
-        torch.get_num_threads() if packed.device.type == "cpu" else None,
+    if _broken:
+        return None
+    try:
+        with torch.no_grad():
+            together = len(shards) <= TOGETHER
+            return (_one_kernel if together else _kernel_by_shard)(layout, packed, shards)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        _broken.append(f"{type(error).__name__}: {reason}")
+        warnings.warn(
+            f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
+            "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
+            "such as g++.",
+            stacklevel=5,  # compiled, step, and the two wrappers that torch puts around step
+        )
+        return None
+
+
+def _one_kernel(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
+    def step(packed: Tensor, *tensors: Tensor) -> None:
+        each = iter(tensors)
+        layout.step(packed, [_regroup(layout, shard, each) for shard in shards])
+
+    run = _kernel(
+        ("step", _structure(layout), layout.sizes),
+        step,
+        packed,
+        *(t for s in shards for t in s.flat()),
     )
-    if key not in _compiled and not _broken:
-        try:
-            _compiled[key] = _compile(layout, packed, shards)
-        except Exception as error:  # whatever a missing or broken compiler raises
-            reason = next((line for line in str(error).splitlines() if line.strip()), "")
-            _broken.append(f"{type(error).__name__}: {reason}")
-            warnings.warn(
-                f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
-                "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
-                "such as g++.",
-                stacklevel=5,  # compiled, step, and the two wrappers that torch puts around step
-            )
-    return _compiled.get(key)
+    return lambda packed, shards: run(packed, *[t for shard in shards for t in shard.flat()])
 
 
-def _compile(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
+def _kernel_by_shard(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
+    structure = _structure(replace(layout, sizes=()))
+    replays, advances = [], []
+    everything = zip(shards, layout.counters(packed), layout.blocks[0].owners, strict=True)
+    for shard, counters, owner in everything:
+        arguments = counters.clone(), *shard.flat()
+
+        def replay(
+            packed: Tensor, counters: Tensor, *tensors: Tensor, of: Vectors = shard, by: Any = owner
+        ) -> Tensor:
+            own = _regroup(layout, of, iter(tensors))
+            return layout.replay(packed, counters, own, by, moved=True)
+
+        def advance(
+            packed: Tensor, counters: Tensor, *tensors: Tensor, of: Vectors = shard, by: Any = owner
+        ) -> None:
+            layout.advance(packed, counters, _regroup(layout, of, iter(tensors)), by)
+
+        key = structure, len(shard.w), owner
+        replays.append(_kernel(("replay", *key), replay, packed, *arguments))
+        advances.append(_kernel(("advance", *key), advance, packed, *arguments))
+
+    hypergradient = torch.zeros_like(layout.lowest(packed)[0])
+    climb = _kernel(
+        ("climb", structure), lambda *tensors: layout.climb(*tensors), packed, hypergradient
+    )
+
+    def step(packed: Tensor, shards: Sequence[Vectors]) -> None:
+        inputs = [
+            (packed, counters, *shard.flat())
+            for counters, shard in zip(layout.counters(packed), shards, strict=True)
+        ]
+        parts = [run(*own)[0] for run, own in zip(replays, inputs, strict=True)]
+        climb(packed, torch.stack(parts).sum(0))
+        for run, own in zip(advances, inputs, strict=True):
+            run(*own)
+
+    return step
+
+
+def _structure(layout: Layout) -> tuple:
+    return tuple(block.structure() for block in layout.blocks), layout.sizes
+
+
+def _regroup(layout: Layout, like: Vectors, tensors: Iterator[Tensor]) -> Vectors:
+    """The inverse of `Vectors.flat`."""
+    last_w = None if like.last_w is None else next(tensors)
+    last_g = None if like.last_g is None else next(tensors)
+    w, g = next(tensors), next(tensors)
+    names = [name for name, vector in layout.states[0].items() if vector]
+    return Vectors(w, g, last_w, last_g, {name: next(tensors) for name in names})
+
+
+def _kernel(name: tuple, function: Callable[..., Any], *arguments: Tensor) -> Kernel:
+    """A function of these tensors, compiled once in this process for each name and kind of them."""
+    kinds = tuple((tensor.dtype, tensor.device) for tensor in arguments)
+    key = (*name, kinds, torch.get_num_threads() if arguments[0].device.type == "cpu" else None)
+    if key not in _compiled:
+        _compiled[key] = _compile(function, arguments)
+    return _compiled[key]
+
+
+def _compile(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Kernel:
     from torch import _inductor
 
-    names = [name for name, vector in layout.states[0].items() if vector]
-
-    def flat_step(packed: Tensor, *tensors: Tensor) -> None:
-        each = iter(tensors)
-        inputs = []
-        for shard in shards:
-            last_w = None if shard.last_w is None else next(each)
-            w, g, last_g = next(each), next(each), next(each)
-            inputs.append(Vectors(w, g, last_w, last_g, {name: next(each) for name in names}))
-        layout.step(packed, inputs)
-
-    arguments: list[Any] = [packed, *(tensor for shard in shards for tensor in shard.flat())]
-    with torch.no_grad():
-        graph = make_fx(flat_step, tracing_mode="fake")(*arguments)
-        _realize_scalars(graph)
-        run = _inductor.compile(graph, arguments)
-
-    def call(packed: Tensor, shards: Sequence[Vectors]) -> Any:
-        return run(packed, *[tensor for shard in shards for tensor in shard.flat()])
-
-    return call
+    graph = make_fx(function, tracing_mode="fake")(*arguments)
+    _realize_scalars(graph)
+    return _inductor.compile(graph, list(arguments))
 
 
 def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
@@ -96,5 +155,7 @@ def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
         and numel(node) == 1
         and any(numel(user) >= large for user in node.users)
     ]
-    graph.graph.output_node().args = (tuple(scalars),)
+    output = graph.graph.output_node()
+    own = [output.args[0]] if isinstance(output.args[0], fx.Node) else []
+    output.args = ((*own, *scalars),)
     graph.recompile()

@@ -234,9 +234,8 @@ class HyperOptimizer(torch.optim.Optimizer):
                         f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
                         "make the layer with sparse=False"
                     )
-            shards += [
-                Shard.new(params, number, self._rule, self._keeps_weights) for params in divide(new)
-            ]
+            lowest = self._layout.blocks[0]
+            shards += [Shard.new(params, number, lowest) for params in divide(new)]
         place = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
@@ -246,13 +245,15 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Let a shard forget its last move, of which the state that it led to remains."""
         if shard.moved:
             block, tower = self._layout.blocks[0], self._tower()
-            h = block.values(tower.raw[0][0], tower.last_fixed[0], shard.group)
+            h = block.values(tower.raw[0][0], tower.last_fixed, shard.group)
+            assert shard.last_g is not None
             w = shard.last_g if shard.last_w is None else shard.last_w
             _, shard.state = block.rule.update(w, shard.last_g, shard.state, h)
             shard.moved = False
 
     def _tower(self) -> TowerState:
-        lasts = [Vectors(s.last_g, s.last_g, s.last_w, s.last_g, s.state) for s in self._shards]
+        none = self._packed.new_empty(0)
+        lasts = [Vectors(none, none, s.last_w, s.last_g, s.state) for s in self._shards]
         return self._layout.unpack(self._packed, lasts)
 
     def _export(self) -> list[dict[str, Any]]:
@@ -266,7 +267,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 "fixed": _by_name(block.fixed, tower.fixed[b][row]),
             }
             if k == 0:
-                entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed[0])
+                entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed)
             else:
                 below = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
                 w, g, state = tower.upper[b - 1]
@@ -292,7 +293,6 @@ class HyperOptimizer(torch.optim.Optimizer):
         stack = Stack(self._rule, *self.stack.levels[1:])
         lowest, *upper = build(stack, self._overrides)
         lowest = replace(lowest, owners=tuple(shard.group for shard in self._shards))
-        self._keeps_weights = lowest.depends_on_weights
         self._layout = Layout(
             (lowest, *upper),
             tuple(len(shard) for shard in self._shards),
@@ -367,7 +367,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         tower = TowerState(
             tuple(rows(b, raw) for b in blocks),
             tuple(rows(b, fixed) for b in blocks),
-            last_fixed[None],
+            last_fixed,
             tuple(Move(None, None, shard.state) for shard in self._shards),
             tuple(upper_moves),
         )
@@ -407,14 +407,17 @@ class HyperOptimizer(torch.optim.Optimizer):
         state: dict[int, dict[str, Any]] = {}
         for i, shard in enumerate(self._shards + self._parked):
             kept = dict(shard.state)
-            if shard.moved:
+            if shard.moved and shard.last_g is not None:
                 kept["last_grad"] = shard.last_g
                 if shard.last_w is not None:
                     kept["last_weight"] = shard.last_w
             views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
             for j, p in enumerate(shard.params):
-                state[number[p]] = {"shard": i, "active": i < len(self._shards)} | {
-                    name: views[name][j] if value.ndim else value for name, value in kept.items()
+                state[number[p]] = {
+                    "shape": list(p.shape),
+                    "shard": i,
+                    "active": i < len(self._shards),
+                    **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
                 }
         return {
             "state": dict(sorted(state.items())),
@@ -458,7 +461,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 for name, value in entries[0].items()
                 if isinstance(value, Tensor)
             }
-            shard = Shard.new(chosen, groups[chosen[0]], self._rule, self._keeps_weights)
+            shard = Shard.new(chosen, groups[chosen[0]], self._layout.blocks[0])
             shard.moved = "last_grad" in kept
             shard.last_g = kept.pop("last_grad", shard.last_g)
             shard.last_w = kept.pop("last_weight", shard.last_w)
@@ -488,18 +491,12 @@ class HyperOptimizer(torch.optim.Optimizer):
                 f"this is the state of param groups with {counts} parameters, not with {ours}"
             )
         params = [p for group in self.param_groups for p in group["params"]]
-        numbers = {n for n, value in self._rule.init(torch.empty(0)).items() if not value.ndim}
         for i, entry in state_dict["state"].items():
-            for name, value in entry.items():
-                if (
-                    isinstance(value, Tensor)
-                    and name not in numbers
-                    and value.shape != params[i].shape
-                ):
-                    raise ValueError(
-                        f"this is the state of parameters of other shapes: number {i} has "
-                        f"{tuple(params[i].shape)} here and {tuple(value.shape)} there"
-                    )
+            if entry["shape"] != list(params[i].shape):
+                raise ValueError(
+                    f"this is the state of parameters of other shapes: number {i} has "
+                    f"{tuple(params[i].shape)} here and {tuple(entry['shape'])} there"
+                )
 
     def _on(self) -> list[str]:
         """The hyperparameters of the lowest level that take part."""

@@ -387,7 +387,9 @@ class Adam(Rule):
         exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
         lr = h.lr / (1 - h.beta1**step)
         correction = torch.rsqrt(1 - h.beta2**step)
-        w = w - lr * exp_avg / (root(exp_avg_sq) * correction + h.eps)
+        # A reciprocal and a product: the derivative of a quotient takes two more divisions.
+        scale = torch.reciprocal(root(exp_avg_sq) * correction + h.eps)
+        w = w - lr * exp_avg * scale
         return w, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .layout import Vectors
-from .rules import Rule, State
+from .rules import State
+from .tower import Block
 
 # From this many elements on, a parameter is worked on where it lies, and not gathered with others:
 # the copies would cost more than one more loop in the step.
@@ -27,9 +28,9 @@ class Shard:
         params: the parameters, n elements in all.
         group: the number of their param group.
         state: the rule's state before the last move, or its initial state.
-        last_w, last_g: what the last move read, [n] each; the first is None where the rule does not
-            need it, and both are scratch if there has been none.
-        moved: whether there has been a last move.
+        last_w, last_g: what the last move read, [n] each, or None where it is not needed; scratch
+            if there has been none.
+        moved: whether there has been a last move that the next step will ask for.
     """
 
     def __init__(
@@ -38,25 +39,31 @@ class Shard:
         group: int,
         state: State,
         last_w: Tensor | None,
-        last_g: Tensor,
+        last_g: Tensor | None,
         moved: bool,
     ) -> None:
         self.params, self.group, self.state, self.moved = params, group, state, moved
         self.last_w, self.last_g = last_w, last_g
-        self._gathered: tuple[Tensor, Tensor] | None = None  # w and g
+        self._n = sum(p.numel() for p in params)
+        self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
         self._in_place = False
 
     @classmethod
-    def new(cls, params: list[Tensor], group: int, rule: Rule, keep_weights: bool) -> Shard:
-        """A shard that has not been moved yet."""
+    def new(cls, params: list[Tensor], group: int, block: Block) -> Shard:
+        """A shard that has not been moved yet.
+
+        Args:
+            block: the lowest level.
+        """
         n = sum(p.numel() for p in params)
         blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
-        last_w = blank.clone() if keep_weights else None
-        return cls(params, group, rule.init(blank), last_w, blank, moved=False)
+        last_w = blank.clone() if block.depends_on_weights else None
+        last_g = blank.clone() if block.tuned else None
+        return cls(params, group, block.rule.init(blank), last_w, last_g, moved=False)
 
     def __len__(self) -> int:
-        return len(self.last_g)
+        return self._n
 
     def read(self) -> Vectors:
         """What a step reads and writes: the weights and gradients as they are now, and the rest."""
@@ -65,7 +72,7 @@ class Shard:
             len(self) >= LARGE
             and len(self.params) == 1
             and grad is not None
-            and first.dtype == grad.dtype == self.last_g.dtype
+            and first.dtype == grad.dtype == precision(first)
             and first.is_contiguous()
             and grad.is_contiguous()
         )
@@ -73,7 +80,10 @@ class Shard:
             w, g = first.view(-1), grad.view(-1)
         else:
             if self._gathered is None:
-                self._gathered = torch.empty_like(self.last_g), torch.empty_like(self.last_g)
+                self._gathered = tuple(
+                    torch.empty(len(self), dtype=precision(first), device=first.device)
+                    for _ in range(2)
+                )
                 self._views = self.shaped(self._gathered[0]), self.shaped(self._gathered[1])
             w, g = self._gathered
             grads: list[Any] = [p.grad for p in self.params]
@@ -88,7 +98,7 @@ class Shard:
             torch.autograd.graph.increment_version(self.params[0])
         else:
             torch._foreach_copy_(self.params, self._views[0])
-        self.moved = True
+        self.moved = self.last_g is not None
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
         """A flat vector, [n], cut and shaped like the parameters."""
@@ -107,7 +117,8 @@ class Shard:
         params = [p for p, here in zip(self.params, chosen, strict=True) if here]
         state = {name: cut(value) for name, value in self.state.items()}
         last_w = None if self.last_w is None else cut(self.last_w)
-        return Shard(params, self.group, state, last_w, cut(self.last_g), self.moved)
+        last_g = None if self.last_g is None else cut(self.last_g)
+        return Shard(params, self.group, state, last_w, last_g, self.moved)
 
 
 def precision(p: Tensor) -> torch.dtype:

@@ -14,7 +14,8 @@ needed (Chandra et al. 2022, section 2).
 A level therefore keeps what its rule read at the last step, its `Move`, and not what the rule
 returned: the next step runs the rule again on the same inputs, which gives both the state to go on
 from and, by reverse-mode differentiation, the hypergradients. This costs one copy of the gradient
-and, for rules whose update depends on the weights themselves, one of the weights.
+and, for rules whose update depends on the weights themselves, one of the weights. Weights whose
+rule nobody tunes need none of this: their level keeps the state alone.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Move(NamedTuple):
 
     Attributes:
         w: the weights before the move, [n]; None where the update does not depend on them.
-        g: the gradient, [n]; None if nothing has been moved yet.
-        state: the state before the move; the initial state if nothing has been moved yet.
+        g: the gradient, [n]; None if nothing has been moved yet, or nobody will ask.
+        state: the state before the move; with no ``g``, the state to go on from.
     """
 
     w: Tensor | None
@@ -52,7 +53,7 @@ class TowerState(NamedTuple):
     Attributes:
         raw: per block, the raw values of the tuned hyperparameters, [levels, tuned slots].
         fixed: per block, the values of the others, [levels, fixed slots].
-        last_fixed: those of the lowest block when it last moved, since they may be set from outside
+        last_fixed: those of the lowest level when it last moved, since they may be set from outside
             between two steps.
         lowest: the last move of each shard of the weights.
         upper: per block but the lowest, the last moves of the raw values below, as one `Move` whose
@@ -64,10 +65,6 @@ class TowerState(NamedTuple):
     last_fixed: Tensor
     lowest: tuple[Move, ...]
     upper: tuple[Move, ...]
-
-    def rows(self) -> list[Tensor]:
-        """The raw values level by level, [tuned slots of that level] each."""
-        return [row for raw in self.raw for row in raw]
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,8 @@ def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) ->
             slots = tuned if name in rule.tuned and not top else fixed
             slots += [Slot(name, owner) for owner in owners]
         below = (tuple(slot.name for slot in blocks[-1].tuned),) if k else ()
-        block = Block(rule, tuple(tuned), tuple(fixed), below, depends_on_weights(rule))
+        keeps_weights = bool(tuned) and depends_on_weights(rule)
+        block = Block(rule, tuple(tuned), tuple(fixed), below, keeps_weights)
         if k > 1 and replace(blocks[-1], count=1).structure() == block.structure():
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
         else:
@@ -207,76 +205,102 @@ def step(
     Returns:
         the new weights, shard by shard, and the new state of the tower.
     """
-    raws = tower.rows()
+    lowest, raw, fixed = blocks[0], tower.raw[0][0], tower.fixed[0][0]
+    states, hypergradient = [], torch.zeros_like(raw)
+    for owner, last, g in zip(lowest.owners, tower.lowest, grads, strict=True):
+        state, part = replay(lowest, raw, tower.last_fixed, owner, last, g)
+        states.append(state)
+        hypergradient = hypergradient + part
 
-    # 1. Hypergradients, bottom up.
-    lowest, *upper = blocks
-    lowest_states, hypergradient = replay(lowest, raws[0], tower.last_fixed, tower.lowest, grads)
-    hypergradients = [hypergradient]
-    states = []
-    for b, block in enumerate(upper, start=1):
+    tower = climb(blocks, tower, hypergradient)
+
+    moved, moves = [], []
+    for owner, state, w, g in zip(lowest.owners, states, weights, grads, strict=True):
+        new, after = advance(lowest, tower.raw[0][0], fixed, owner, w, g, state)
+        moved.append(new)
+        kept = Move(w if lowest.depends_on_weights else None, g, state)
+        moves.append(kept if lowest.tuned else Move(None, None, after))
+    return moved, tower._replace(lowest=tuple(moves))
+
+
+def replay(
+    block: Block, raw: Tensor, fixed: Tensor, owner: int | tuple[str, ...], last: Move, g: Tensor
+) -> tuple[State, Tensor]:
+    """Run the last move of one shard again: the state that it led to, and the hypergradients.
+
+    Args:
+        raw, fixed: the hyperparameters of level 0 that the move was made with.
+        g: the shard's new gradient.
+
+    Returns:
+        the state after the move, and the gradient with respect to ``raw``, [tuned slots]; the
+        initial state and zero if nothing was moved.
+    """
+    before, gradient, start = last
+    if gradient is None:
+        return start, torch.zeros_like(raw)
+    # Where w was not kept, no derivative and no state depends on it: any vector will do.
+    w = gradient if before is None else before
+
+    def rerun(raw: Tensor) -> tuple[Tensor, State]:
+        return block.rule.update(w, gradient, start, block.values(raw, fixed, owner))
+
+    _, pullback, state = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
+    return state, pullback(g)[0]
+
+
+def climb(blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor) -> TowerState:
+    """Move the hyperparameters of all levels.
+
+    Args:
+        hypergradient: that of level 0, summed over the shards, [tuned slots].
+
+    Returns:
+        the tower with its new raw values and the upper levels' moves; level 0's are left alone.
+    """
+    raws = [row for raw in tower.raw for row in raw]
+    upper = list(enumerate(blocks))[1:]
+
+    # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
+    hypergradients, states = [hypergradient], []
+    for b, block in upper:
         after, jacobians = differentiate(block, tower.raw[b], tower.fixed[b], tower.upper[b - 1])
-        hypergradients += accumulate(hypergradients[-1], jacobians)
         states.append(after)
+        for jacobian in jacobians:
+            hypergradients.append((hypergradients[-1][:, None] * jacobian).sum(0))
 
-    # 2. Hyperparameters, top down.
-    read: list[Move] = []
+    # Hyperparameters, top down.
+    moves: list[Move] = []
     k = len(raws) - 1
-    for b, block in reversed(list(enumerate(upper, start=1))):
+    for b, block in reversed(upper):
         state, below = states[b - 1], range(k - block.count, k)
         vectors, gradients = [raws[i] for i in below], [hypergradients[i] for i in below]
         for i in reversed(range(block.count)):
-            h = block.values(raws[k], tower.fixed[b][i], block.owners[0])
             own = {name: rows[i] for name, rows in state.items()}
-            raws[k - 1] = block.rule.update(vectors[i], gradients[i], own, h)[0]
+            fixed, owner = tower.fixed[b][i], block.owners[0]
+            raws[k - 1] = advance(block, raws[k], fixed, owner, vectors[i], gradients[i], own)[0]
             k -= 1
         w = torch.stack(vectors) if block.depends_on_weights else None
-        read.insert(0, Move(w, torch.stack(gradients), state))
-
-    # 3. Weights.
-    moved, moves = [], []
-    for owner, state, w, g in zip(lowest.owners, lowest_states, weights, grads, strict=True):
-        h = lowest.values(raws[0], tower.fixed[0][0], owner)
-        moved.append(lowest.rule.update(w, g, state, h)[0])
-        moves.append(Move(w if lowest.depends_on_weights else None, g, state))
+        moves.insert(0, Move(w, torch.stack(gradients), state))
 
     ends = itertools.accumulate(block.count for block in blocks)
     raw = [
         torch.stack(raws[end - block.count : end]) for block, end in zip(blocks, ends, strict=True)
     ]
-    return moved, TowerState(tuple(raw), tower.fixed, tower.fixed[0], tuple(moves), tuple(read))
+    return tower._replace(raw=tuple(raw), last_fixed=tower.fixed[0][0], upper=tuple(moves))
 
 
-def replay(
-    block: Block, raw: Tensor, fixed: Tensor, moves: Sequence[Move], grads: Sequence[Tensor]
-) -> tuple[list[State], Tensor]:
-    """Run the last moves of the weights again: the states that they led to, and the hypergradients.
-
-    Args:
-        grads: the new gradient of each shard.
-
-    Returns:
-        the state after each move, and the gradient with respect to ``raw``, zero where nothing was
-        moved.
-    """
-    done = [i for i, move in enumerate(moves) if move.g is not None]
-    states = [move.state for move in moves]
-
-    def rerun(raw: Tensor) -> tuple[list[Tensor], list[State]]:
-        moved, after = [], list(states)
-        for i in done:
-            w, g, state = moves[i]
-            assert g is not None
-            h = block.values(raw, fixed[0], block.owners[i])
-            # Where w was not kept, no derivative and no state depends on it: any vector will do.
-            new, after[i] = block.rule.update(g if w is None else w, g, state, h)
-            moved.append(new)
-        return moved, after
-
-    if not done or not len(raw):
-        return rerun(raw)[1], torch.zeros_like(raw)
-    _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
-    return after, pullback([grads[i] for i in done])[0]
+def advance(
+    block: Block,
+    raw: Tensor,
+    fixed: Tensor,
+    owner: int | tuple[str, ...],
+    w: Tensor,
+    g: Tensor,
+    state: State,
+) -> tuple[Tensor, State]:
+    """Where a rule moves one vector, and the state after it."""
+    return block.rule.update(w, g, state, block.values(raw, fixed, owner))
 
 
 def differentiate(
@@ -304,12 +328,3 @@ def differentiate(
         return torch.vmap(rerun)(*inputs)[1], list(raw.new_zeros(count, w.shape[1], n))
     jacobian, after = torch.vmap(torch.func.jacrev(rerun, has_aux=True))(*inputs)
     return after, list(jacobian)
-
-
-def accumulate(hypergradient: Tensor, jacobians: Sequence[Tensor]) -> list[Tensor]:
-    """dr_k = dr_{k-1}^T dU_k/dr_k, level by level from the one above ``hypergradient``."""
-    found = []
-    for jacobian in jacobians:
-        hypergradient = (hypergradient[:, None] * jacobian).sum(0)
-        found.append(hypergradient)
-    return found

@@ -1,0 +1,47 @@
+"""Karpathy's char-rnn: a character-level language model of stacked LSTMs.
+
+Input characters are one-hot, which is what an embedding into the first layer's gates amounts to.
+Weights start uniform in +-0.08 and the forget gates' biases at 1, as in char-rnn's ``train.lua``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Hidden = tuple[Tensor, Tensor]
+
+
+class CharRNN(nn.Module):
+    """Characters (batch, time), int64, to log-probabilities of the next ones (batch, time, vocabulary).
+
+    Args:
+        vocabulary: the number of distinct characters.
+        hidden: units of each layer.
+        layers: LSTM layers on top of each other.
+    """
+
+    def __init__(self, vocabulary: int, hidden: int = 128, layers: int = 2) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.lstm = nn.LSTM(vocabulary, hidden, layers, batch_first=True)
+        self.linear = nn.Linear(hidden, vocabulary)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.uniform_(-0.08, 0.08)
+            # torch orders the gates input, forget, cell, output, and adds two biases.
+            for layer in range(layers):
+                getattr(self.lstm, f"bias_ih_l{layer}")[hidden : 2 * hidden] = 1.0
+                getattr(self.lstm, f"bias_hh_l{layer}")[hidden : 2 * hidden] = 0.0
+
+    def forward(self, characters: Tensor, state: Hidden | None = None) -> tuple[Tensor, Hidden]:
+        """The log-probabilities, and the hidden state to go on from.
+
+        Args:
+            state: what an earlier call returned for the text before; zeros if None. Each of the pair
+                is (layers, batch, hidden).
+        """
+        one_hot = F.one_hot(characters, self.vocabulary).to(self.linear.weight.dtype)
+        output, state = self.lstm(one_hot, state)
+        return F.log_softmax(self.linear(output), dim=-1), state
