@@ -26,7 +26,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 tables clean other-python
+.PHONY: help setup test lint format reproduce-table1 tables benchmark clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -56,6 +56,9 @@ format: setup ## format the code and mend what ruff can mend
 
 reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PRESET=quick for a trial)
 	@$(PY) -m experiments.table1 $(TABLE_OPTIONS)
+
+benchmark: setup ## time a step beside torch.optim and the published package, on one core (15 minutes)
+	@$(PY) -m scripts.benchmark
 
 tables: setup ## redraw every table and figure from the results in the repository, without training
 	@$(PY) -m scripts.tables

@@ -139,7 +139,7 @@ def published(family: str, height: int) -> Any:
     return gdtuo.SGD(1e-6, mu=0.9 * (family == "SGD momentum"), **above)
 
 
-def reference(family: str, parameters: Iterable[Tensor], **how: bool) -> torch.optim.Optimizer:
+def reference(family: str, parameters: Iterable[Tensor], **how: Any) -> torch.optim.Optimizer:
     if family == "Adam":
         return torch.optim.Adam(parameters, 1e-6, **how)
     return torch.optim.SGD(parameters, 1e-6, momentum=0.9 * (family == "SGD momentum"), **how)
@@ -201,7 +201,12 @@ def rounds(actions: dict[Any, Callable[[], None]], count: int, at_least: float) 
 
 def held(optimizer: Any, model: nn.Module) -> float:
     """Bytes of tensors that an optimizer holds beyond weights and gradients, per parameter."""
-    own = {t.untyped_storage().data_ptr() for p in model.parameters() for t in (p, p.grad)}
+    own = {
+        t.untyped_storage().data_ptr()
+        for p in model.parameters()
+        for t in (p, p.grad)
+        if t is not None
+    }
     seen: dict[int, int] = {}
     todo, known = [optimizer], set()
     while todo:
