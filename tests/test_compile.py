@@ -114,6 +114,36 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
 
 
 @pytest.mark.slow
+def test_many_shards_share_kernels(compiler, compilations):
+    stack = "AdamW(0.01) / SGD(1e-3)"
+
+    def many() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(40, 20), (20, 40), (600,), (800,), (600,), (7,), ()]
+        return [
+            torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
+            for s in shapes
+        ]
+
+    ours, theirs = many(), many()
+    fast = HyperOptimizer(ours, stack)
+    slow = HyperOptimizer(theirs, stack, compile=False)
+    for t in range(20):
+        step(ours, fast, t)
+        step(theirs, slow, t)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=1e-9, atol=0)
+        if t == 1:
+            done = len(compilations)
+    assert fast.compiled
+    assert len(fast.state_dict()["state"]) == 7
+    assert len({entry["shard"] for entry in fast.state_dict()["state"].values()}) == 6
+    # Two for each of the three sizes, and the one of the upper levels.
+    assert len(compilations) == done == 7
+
+
+@pytest.mark.slow
 def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compiler, compilations):
     for seed in range(2):
         torch.manual_seed(seed)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hyperopt.compile
+import hyperopt.shard
 from hyperopt import HyperOptimizer
 
 STACK = "AdamW(0.01) / Adam(1e-3) / SGD(1e-5)"
@@ -94,14 +95,17 @@ def test_nothing_of_an_optimizer_outlives_it(without_collector):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_holds_no_optimizer_and_no_weights(monkeypatch):
+@pytest.mark.parametrize("shards", [1, 6])
+def test_a_compiled_step_holds_no_optimizer_and_no_weights(shards, monkeypatch):
     monkeypatch.setattr(hyperopt.compile, "_compiled", {})
+    monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
 
     def train() -> weakref.ref:
-        w = torch.randn(1234, requires_grad=True)
-        optimizer = HyperOptimizer([w], "SGD(0.1, momentum=0.9) / SGD(1e-3)")
+        params = [torch.randn(1234, requires_grad=True) for _ in range(shards)]
+        optimizer = HyperOptimizer(params, "SGD(0.1, momentum=0.9) / SGD(1e-3)")
         for _ in range(4):
-            w.grad = torch.randn(1234)
+            for w in params:
+                w.grad = torch.randn(1234)
             optimizer.step()
         if not optimizer.compiled:
             pytest.skip("needs a C++ compiler")
@@ -115,8 +119,8 @@ def test_a_compiled_step_holds_no_optimizer_and_no_weights(monkeypatch):
 
     before = large()
     gone = [train()]
-    after = large()
+    after, kernels = large(), len(hyperopt.compile._compiled)
     gone += [train() for _ in range(19)]
     assert large() == after == before
     assert not any(ref() is not None for ref in gone)
-    assert len(hyperopt.compile._compiled) == 1
+    assert len(hyperopt.compile._compiled) == kernels
