@@ -253,13 +253,17 @@ def test_the_readmes_sweep(tmp_path: Path) -> None:
 
 def test_a_sweep_over_stacks(tmp_path: Path) -> None:
     done = run(
-        *("-m", "stack=SGD(0.1, 0.9),Adam(0.001)[lr] / SGD({lr: 1e-5})", f"store={tmp_path}"),
+        *(
+            "-m",
+            "stack=Adam(0.001)[lr, beta1] / SGD({lr: 1e-5, beta1: 1e-6}),SGD(0.1, 0.9)",
+            f"store={tmp_path}",
+        ),
         *(*EAGER, "trainer.epochs=1"),
     )
     assert done.returncode == 0, done.stderr
     assert [line.split(", seed")[0] for line in done.stdout.splitlines()] == [
+        "Adam(0.001)[lr, beta1] / SGD({lr: 1e-5, beta1: 1e-6})",
         "SGD(0.1, momentum=0.9)",
-        "Adam(0.001)[lr] / SGD({lr: 1e-5})",
     ]
 
 
