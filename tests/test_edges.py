@@ -71,6 +71,20 @@ def test_parameters_rest_as_in_torch_optim(memory, stack):
             assert entry["step"] + ("last_grad" in entry) == their[i]["step"]
 
 
+def test_constants_that_change_while_parameters_rest(memory):
+    """A parameter that comes to rest has made its last move with the constants of that time."""
+    ours, theirs = parameters((3,), (4,)), parameters((3,), (4,))
+    optimizer = HyperOptimizer(ours, "SGD(0.1, momentum=0.9)[lr] / SGD(0)", compile=False)
+    peer = torch.optim.SGD(theirs, 0.1, momentum=0.9)
+    for t in range(12):
+        for o, params in ((optimizer, ours), (peer, theirs)):
+            o.param_groups[0]["momentum"] = 0.5 + 0.04 * t
+            give(params, values(t, (3,), (4,)), lambda i, t=t: i == 0 or t % 4 < 2)
+            o.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("lowest", ["SGD(0.1, momentum=0.6)", "Adam(0.1, 0.6, 0.8, eps=0.1)"])
 def test_hypergradients_where_parameters_rest(memory, lowest):
     stack = f"{lowest} / Adam(1e-3, eps=0.1)"

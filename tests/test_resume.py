@@ -1,5 +1,6 @@
 """A run that is saved and loaded into fresh objects goes on bit for bit."""
 
+import copy
 import io
 from collections.abc import Callable
 
@@ -94,6 +95,20 @@ def test_a_resumed_run_is_the_same_from_a_file(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_is_the_same_when_compiled():
     resume(STACKS[1], "one group", True, False, (0, 1, 2, 4))
+
+
+def test_constants_that_were_just_set_are_in_the_state():
+    stack = "SGD(0.05, momentum=0.9)[momentum] / SGD(1e-2)"
+    net, optimizer = make(stack, "one group", False)
+    train(net, optimizer, range(3), False)
+    optimizer.param_groups[0]["lr"] = 0.01
+    fresh, other = make(stack, "one group", False)
+    fresh.load_state_dict(net.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["lr"] == 0.01
+    rest = train(fresh, other, range(3, 6), False)
+    for ours, expected in zip(rest, train(net, optimizer, range(3, 6), False), strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_a_state_holds_numbers_strings_and_tensors_alone():
