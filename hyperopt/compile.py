@@ -7,6 +7,7 @@ belongs to a layout, and layouts that differ in numbers alone share one.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -147,13 +148,22 @@ def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
         value = node.meta.get("val")
         return value.numel() if isinstance(value, Tensor) else 0
 
+    def is_view(node: fx.Node) -> bool:
+        return node.target is operator.getitem or getattr(node.target, "is_view", False)
+
+    def meets_vector(node: fx.Node) -> bool:
+        return any(
+            meets_vector(user) if is_view(user) else numel(user) >= large for user in node.users
+        )
+
     scalars = [
         node
         for node in graph.graph.nodes
         if node.op == "call_function"
         and node.all_input_nodes
-        and numel(node) == 1
-        and any(numel(user) >= large for user in node.users)
+        and not is_view(node)
+        and 0 < numel(node) < large
+        and meets_vector(node)
     ]
     output = graph.graph.output_node()
     own = [output.args[0]] if isinstance(output.args[0], fx.Node) else []
