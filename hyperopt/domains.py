@@ -32,6 +32,9 @@ class Domain:
     low: float = -math.inf
     high: float = math.inf
 
+    def __reduce__(self) -> tuple:
+        return domain, (self.name,)  # copies and pickles are the same object
+
     def __contains__(self, value: float) -> bool:
         return self.low < value < self.high or (self is SQUARE and value == 0)
 
@@ -41,4 +44,8 @@ UNIT = Domain("unit", lambda r: (torch.tanh(r) + 1) / 2, lambda h: math.atanh(2 
 SQUARE = Domain("square", lambda r: r * r, math.sqrt, low=0.0)
 LOG = Domain("log", torch.exp, math.log, low=0.0)
 
-DOMAINS = {domain.name: domain for domain in (REAL, UNIT, SQUARE, LOG)}
+DOMAINS = {each.name: each for each in (REAL, UNIT, SQUARE, LOG)}
+
+
+def domain(name: str) -> Domain:
+    return DOMAINS[name]

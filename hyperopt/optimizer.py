@@ -396,6 +396,14 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # Saving and loading.
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._run = None
+        self._lay_out(self._export())
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on bit for bit, as tensors, numbers and strings.
 

@@ -62,6 +62,9 @@ class Shard:
         last_g = blank.clone() if block.tuned else None
         return cls(params, group, block.rule.init(blank), last_w, last_g, moved=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
+
     def __len__(self) -> int:
         return self._n
 

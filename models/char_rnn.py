@@ -14,7 +14,7 @@ Hidden = tuple[Tensor, Tensor]
 
 
 class CharRNN(nn.Module):
-    """Characters (batch, time), int64, to log-probabilities of the next ones (batch, time, vocabulary).
+    """Log-probabilities (batch, time, vocabulary) of what follows characters (batch, time), int64.
 
     Args:
         vocabulary: the number of distinct characters.
@@ -39,8 +39,8 @@ class CharRNN(nn.Module):
         """The log-probabilities, and the hidden state to go on from.
 
         Args:
-            state: what an earlier call returned for the text before; zeros if None. Each of the pair
-                is (layers, batch, hidden).
+            state: what an earlier call returned for the text before, a pair of tensors (layers,
+                batch, hidden); zeros if None.
         """
         one_hot = F.one_hot(characters, self.vocabulary).to(self.linear.weight.dtype)
         output, state = self.lstm(one_hot, state)

@@ -1,14 +1,16 @@
 """He et al.'s residual networks for CIFAR-10 ("Deep Residual Learning", 2016, section 4.2).
 
 Depth 6n + 2: a 3x3 convolution, three stages of n blocks with 16, 32 and 64 channels at 32x32,
-16x16 and 8x8 pixels, global average pooling and one linear layer. Shortcuts are of type A: where the
-shape changes, every second pixel with zeros for the new channels, without parameters.
+16x16 and 8x8 pixels, global average pooling and one linear layer. Shortcuts are of type A: where
+the shape changes, every second pixel with zeros for the new channels, without parameters.
 
     ResNet-20   269,722 parameters        ResNet-44   658,586
     ResNet-32   464,154                   ResNet-56   853,018
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A CIFAR ResNet of 6n + 2 layers; images (batch, 3, 32, 32) to log-probabilities (batch, classes).
+    """Log-probabilities (batch, classes) of images (batch, 3, 32, 32), by 6n + 2 layers.
 
     Weights start as He et al. (2015) have it: normal with variance 2 / fan-out.
 
@@ -53,7 +55,7 @@ class ResNet(nn.Module):
         self.norm = nn.BatchNorm2d(16)
         widths = [16] + [16] * blocks + [32] * blocks + [64] * blocks
         self.blocks = nn.Sequential(
-            *(BasicBlock(before, after) for before, after in zip(widths, widths[1:], strict=False))
+            *(BasicBlock(before, after) for before, after in itertools.pairwise(widths))
         )
         self.linear = nn.Linear(64, classes)
         for module in self.modules():

@@ -1,8 +1,11 @@
 """The models compute what their docstrings say."""
 
+import pytest
 import torch
 
+from models.char_rnn import CharRNN
 from models.mlp import MLP
+from models.resnet import ResNet
 
 
 def test_mlp_is_tanh_after_both_layers_then_log_softmax() -> None:
@@ -18,3 +21,37 @@ def test_mlp_is_tanh_after_both_layers_then_log_softmax() -> None:
 def test_mlp_has_the_papers_size() -> None:
     assert [tuple(p.shape) for p in MLP().parameters()] == [(128, 784), (128,), (10, 128), (10,)]
     assert sum(p.numel() for p in MLP().parameters()) == 101_770
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018)]
+)
+def test_resnets_have_the_parameters_of_he_et_al(depth, parameters):
+    assert sum(p.numel() for p in ResNet(depth).parameters()) == parameters
+
+
+def test_resnet_gives_log_probabilities_and_refuses_other_depths():
+    output = ResNet()(torch.randn(2, 3, 32, 32))
+    assert output.shape == (2, 10)
+    torch.testing.assert_close(output.exp().sum(1), torch.ones(2))
+    with pytest.raises(ValueError, match="layers .* not 21"):
+        ResNet(21)
+
+
+def test_char_rnn_carries_its_state_as_one_long_pass_would():
+    torch.manual_seed(0)
+    model, text = CharRNN(7, hidden=5), torch.randint(7, (3, 12))
+    whole, _ = model(text)
+    first, state = model(text[:, :5])
+    second, _ = model(text[:, 5:], state)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+    torch.testing.assert_close(whole.exp().sum(-1), torch.ones(3, 12))
+
+
+def test_char_rnn_starts_as_char_rnn_does():
+    model = CharRNN(82)
+    for layer in range(2):
+        biases = dict(model.lstm.named_parameters())
+        bias = biases[f"bias_ih_l{layer}"] + biases[f"bias_hh_l{layer}"]
+        assert (bias[128:256] == 1).all() and (bias[:128].abs() <= 0.16).all()
+    assert 0.07 < dict(model.lstm.named_parameters())["weight_hh_l0"].abs().max() <= 0.08

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -169,3 +170,28 @@ def test_a_group_added_in_mid_run_is_in_the_state():
     assert other.names == optimizer.names
     for ours, expected in zip(train(fresh, other, range(5, 8), False), whole[2:], strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "stack", ["SGD(0.1, momentum=0.9)", "AdamW(0.01)[lr: log, beta1] / SGD(1e-4) / RMSProp(1e-5)"]
+)
+def test_a_copy_goes_on_as_the_original_does(copied, stack):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer = HyperOptimizer(model.parameters(), stack, compile=False)
+
+    def train(model, optimizer, first, last):
+        for step in range(first, last):
+            optimizer.zero_grad()
+            model(torch.full((4, 5), 0.1 * step)).sin().sum().backward()
+            optimizer.step()
+
+    train(model, optimizer, 0, 5)
+    twin, other = copied((model, optimizer))
+    train(model, optimizer, 5, 10)
+    assert other.hyperparameters() != optimizer.hyperparameters() or not optimizer.stack.height
+    train(twin, other, 5, 10)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert other.hyperparameters() == optimizer.hyperparameters()
+    assert float(other.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
