@@ -34,7 +34,7 @@ def test_resnet_gives_log_probabilities_and_refuses_other_depths():
     output = ResNet()(torch.randn(2, 3, 32, 32))
     assert output.shape == (2, 10)
     torch.testing.assert_close(output.exp().sum(1), torch.ones(2))
-    with pytest.raises(ValueError, match="layers .* not 21"):
+    with pytest.raises(ValueError, match=r"layers .* not 21"):
         ResNet(21)
 
 
