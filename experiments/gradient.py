@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from hyperopt.compile import compile_graph
 
 from .data import pixels
 
@@ -82,8 +83,6 @@ def _kernel(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel | None:
 
 
 def _compile(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel:
-    from torch import _inductor
-
     names = [name for name, _ in model.named_parameters()]
 
     def loss_and_gradients(images: Tensor, labels: Tensor, *parameters: Tensor) -> list[Tensor]:
@@ -94,6 +93,6 @@ def _compile(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel:
         gradients, value = grad_and_value(loss)(parameters)
         return [value, *gradients]
 
-    arguments: list[Any] = [images, labels, *(p.detach() for p in model.parameters())]
+    arguments = [images, labels, *(p.detach() for p in model.parameters())]
     graph = make_fx(loss_and_gradients, tracing_mode="fake")(*arguments)
-    return _inductor.compile(graph, arguments)
+    return compile_graph(graph, arguments)

@@ -130,11 +130,35 @@ def _kernel(name: tuple, function: Callable[..., Any], *arguments: Tensor) -> Ke
 
 
 def _compile(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Kernel:
-    from torch import _inductor
-
     graph = make_fx(function, tracing_mode="fake")(*arguments)
     _realize_scalars(graph)
-    return _inductor.compile(graph, list(arguments))
+    return compile_graph(graph, arguments)
+
+
+def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
+    """A graph of tensor operations, compiled by Inductor for arguments like these.
+
+    Raises:
+        Exception: whatever a missing or broken compiler raises.
+    """
+    from torch import _inductor
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import cpu_vec_isa
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    def attempt(options: dict[str, Any]) -> Kernel:
+        # Inductor looks into its cache on disk only where there is an environment of shapes.
+        with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+            return _inductor.compile(graph, list(arguments), options)
+
+    try:
+        # Taking the C++ compiler's word for what this processor can do saves the ten seconds in
+        # which Inductor would try all of its instruction sets, once on each machine.
+        return attempt({"cpp.vec_isa_ok": True})
+    except Exception:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        return attempt({})
 
 
 def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
