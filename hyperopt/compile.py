@@ -147,10 +147,14 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    # Inductor looks into its cache on disk only where there is an environment of shapes; it need
+    # not be told that the shapes are fixed if the arguments are stand-ins of fixed shapes already.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    stand_ins: list[Any] = [mode.from_tensor(t, static_shapes=True) for t in arguments]
+
     def attempt(options: dict[str, Any]) -> Kernel:
-        # Inductor looks into its cache on disk only where there is an environment of shapes.
-        with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
-            return _inductor.compile(graph, list(arguments), options)
+        with tracing(TracingContext(mode)):
+            return _inductor.compile(graph, stand_ins, options)
 
     try:
         # Taking the C++ compiler's word for what this processor can do saves the ten seconds in
