@@ -284,7 +284,11 @@ def alive(session: int) -> list[int]:
 
 def test_ctrl_c_ends_the_command_with_a_hint(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        command(tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True
+        command(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job may ignore it
     )
     wait_for(tmp_path, 1)
     os.killpg(process.pid, signal.SIGINT)

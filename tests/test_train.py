@@ -277,7 +277,12 @@ def test_a_mistyped_command_line_fails_at_once_with_what_was_meant(key: str) -> 
 
 def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path: Path) -> None:
     arguments = (*EAGER, "trainer.epochs=400", f"store={tmp_path}", "stack=SGD(0.01) / SGD(0.01)")
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job may ignore it
+    )
     wait_for(lambda: list(tmp_path.glob("*/checkpoint.pt")))
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
