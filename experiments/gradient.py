@@ -1,9 +1,9 @@
 """Loss and gradient of one batch: by `backward()`, or as one compiled function of tensors.
 
-The compiled one skips autograd's engine and fuses what lies between the matrix products. For the
-MLP of Table 1 on a CPU core that leaves little but those: measured beside each other, with another
-load on the machine, eager took 1.43 ms a batch, `torch.compile` of the loss 1.53 ms, this 1.02 ms,
-and the two large products alone 0.78 ms.
+The compiled one skips autograd's engine, fuses what lies between the matrix products, and leaves
+these to oneDNN, which on one core of an AMD EPYC multiplies twice as fast as MKL. For the MLP of
+Table 1 there, eager took 1.30 ms a batch, the compiled one with MKL's products 1.14 ms, this 0.65
+ms, and the two large products alone 0.49 ms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, grad_and_value
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -25,6 +25,20 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 Kernel = Callable[..., Sequence[Tensor]]
 
 _kernels: dict[tuple, Kernel | None] = {}
+
+# Inductor takes oneDNN's product for inference alone, where one factor is constant; an operator of
+# our own it calls as it is.
+_library = torch.library.Library("hyperopt", "DEF")
+_library.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a @ b.T + bias, in full float32, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+_library.impl("product", _product, "CPU")
+_library.impl("product", lambda a, b, bias: a.new_empty(len(a), len(b)), "Meta")
 
 
 def make_gradient(model: nn.Module, batch_size: int, compile: bool) -> Gradient:
@@ -95,4 +109,22 @@ def _compile(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel:
 
     arguments = [images, labels, *(p.detach() for p in model.parameters())]
     graph = make_fx(loss_and_gradients, tracing_mode="fake")(*arguments)
+    if images.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        _multiply_by_onednn(graph)
     return compile_graph(graph, arguments)
+
+
+def _multiply_by_onednn(graph: fx.GraphModule) -> None:
+    """Replace the matrix products of a float32 graph on a CPU."""
+    aten = torch.ops.aten
+    for node in graph.graph.nodes:
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+            continue
+        *bias, a, b = node.args
+        if node.meta["val"].dtype == torch.float32:
+            with graph.graph.inserting_before(node):
+                transposed = graph.graph.call_function(aten.t.default, (b,))
+                transposed.meta["val"] = b.meta["val"].t()
+            node.target = torch.ops.hyperopt.product.default
+            node.args = (a, transposed, bias[0] if bias else None)
+    graph.recompile()
