@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,57 +57,102 @@ def _one_kernel(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> St
         each = iter(tensors)
         layout.step(packed, [_regroup(layout, shard, each) for shard in shards])
 
-    run = _kernel(
-        ("step", _structure(layout), layout.sizes),
-        step,
-        packed,
-        *(t for s in shards for t in s.flat()),
-    )
+    name = "step", _structure(layout), layout.owners, layout.sizes
+    run = _kernel(name, step, packed, *(t for s in shards for t in s.flat()))
     return lambda packed, shards: run(packed, *[t for shard in shards for t in shard.flat()])
 
 
 def _kernel_by_shard(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
-    structure = _structure(replace(layout, sizes=()))
+    structure = _structure(layout)
+    parts = layout.parts(packed)
+    raw, fixed, last_fixed = parts.raw[0][0], parts.fixed[0][0], parts.last_fixed
+    of_raw = _Gather(layout.tuned, raw)
+    of_fixed = _Gather(layout.fixed, fixed)
     replays, advances = [], []
-    everything = zip(shards, layout.counters(packed), layout.blocks[0].owners, strict=True)
-    for shard, counters, owner in everything:
-        arguments = counters.clone(), *shard.flat()
+    everything = zip(of_raw(raw), of_fixed(fixed), parts.small, shards, strict=True)
+    for own, constant, small, shard in everything:
+        # Clones: stand-ins for views would say that they share the memory of something unknown.
+        numbers = own.clone(), constant.clone()
+        vectors = shard.flat()
 
         def replay(
-            packed: Tensor, counters: Tensor, *tensors: Tensor, of: Vectors = shard, by: Any = owner
+            own: Tensor, constant: Tensor, small: Tensor, *tensors: Tensor, of: Vectors = shard
         ) -> Tensor:
-            own = _regroup(layout, of, iter(tensors))
-            return layout.replay(packed, counters, own, by, moved=True)
+            return layout.replay(own, constant, small, _regroup(layout, of, iter(tensors)))
 
         def advance(
-            packed: Tensor, counters: Tensor, *tensors: Tensor, of: Vectors = shard, by: Any = owner
+            own: Tensor,
+            constant: Tensor,
+            going: Tensor,
+            small: Tensor,
+            *tensors: Tensor,
+            of: Vectors = shard,
         ) -> None:
-            layout.advance(packed, counters, _regroup(layout, of, iter(tensors)), by)
+            layout.advance(own, constant, going, small, _regroup(layout, of, iter(tensors)))
 
-        key = structure, len(shard.w), owner
-        replays.append(_kernel(("replay", *key), replay, packed, *arguments))
-        advances.append(_kernel(("advance", *key), advance, packed, *arguments))
+        lowest = layout.blocks[0]
+        kind = type(lowest.rule), *structure[0][:4], bool(lowest.tuned), len(shard.w)
+        own_small = small.clone()
+        replays.append(_kernel(("replay", *kind), replay, *numbers, own_small, *vectors))
+        going = parts.going.clone()
+        advances.append(_kernel(("advance", *kind), advance, *numbers, going, own_small, *vectors))
 
-    hypergradient = torch.zeros_like(layout.lowest(packed)[0])
     climb = _kernel(
-        ("climb", structure), lambda *tensors: layout.climb(*tensors), packed, hypergradient
+        ("climb", structure),
+        lambda *tensors: layout.climb(*tensors),
+        packed,
+        torch.zeros_like(raw),
+        torch.zeros_like(parts.steps),
     )
 
     def step(packed: Tensor, shards: Sequence[Vectors]) -> None:
-        inputs = [
-            (packed, counters, *shard.flat())
-            for counters, shard in zip(layout.counters(packed), shards, strict=True)
-        ]
-        parts = [run(*own)[0] for run, own in zip(replays, inputs, strict=True)]
-        climb(packed, torch.stack(parts).sum(0))
-        for run, own in zip(advances, inputs, strict=True):
-            run(*own)
+        vectors = [shard.flat() for shard in shards]
+        everything = [*zip(parts.small, vectors, strict=True)]
+        numbers = zip(of_raw(raw), of_fixed(last_fixed), everything, strict=True)
+        found = [run(a, b, c, *d)[0] for run, (a, b, (c, d)) in zip(replays, numbers, strict=True)]
+        climb(packed, *of_raw.total(found))
+        numbers = zip(of_raw(raw), of_fixed(fixed), everything, strict=True)
+        for run, (a, b, (c, d)) in zip(advances, numbers, strict=True):
+            run(a, b, parts.going, c, *d)
 
     return step
 
 
+class _Gather:
+    """The values of each shard's owner; all of them, where all shards are of one owner, are a view.
+
+    Args:
+        places: for each shard those of its values.
+        values: a vector like those that will be gathered from.
+    """
+
+    def __init__(self, places: Sequence[Sequence[int]], values: Tensor) -> None:
+        def index(rows: Iterable[Sequence[int]]) -> Tensor:
+            return torch.tensor([i for row in rows for i in row], device=values.device).long()
+
+        self.counts = [len(own) for own in places]
+        self.n = len(values)
+        self.shared = all(list(own) == [*range(self.n)] for own in places)
+        self.index = index(places)
+        self.index_of_parts = index([*own, self.n] for own in places)
+
+    def __call__(self, values: Tensor) -> Sequence[Tensor]:
+        if self.shared:
+            return [values] * len(self.counts)
+        return values.index_select(0, self.index).split(self.counts)
+
+    def total(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """`Layout.total`, in as few calls as may be."""
+        if self.shared:
+            whole = torch.stack([*parts]).sum(0)
+        else:
+            whole = parts[0].new_zeros(self.n + 1)
+            whole.index_add_(0, self.index_of_parts, torch.cat([*parts]))
+        return whole[:-1], whole[-1]
+
+
 def _structure(layout: Layout) -> tuple:
-    return tuple(block.structure() for block in layout.blocks), layout.sizes
+    return tuple(block.structure() for block in layout.blocks)
 
 
 def _regroup(layout: Layout, like: Vectors, tensors: Iterator[Tensor]) -> Vectors:

@@ -24,6 +24,8 @@ class Domain:
         value: T, elementwise on a tensor of raw values of any shape.
         raw: the inverse of T for one number.
         low, high: T's image is the open interval (low, high), but for ``square``, which has its 0.
+        reach: how far from 0 a raw value may be moved; further out T would round to the border of
+            its image, or h or its square would overflow.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Domain:
     raw: Callable[[float], float]
     low: float = -math.inf
     high: float = math.inf
+    reach: float = 1e150
 
     def __reduce__(self) -> tuple:
         return domain, (self.name,)  # copies and pickles are the same object
@@ -40,9 +43,11 @@ class Domain:
 
 
 REAL = Domain("real", lambda r: r, lambda h: h)
-UNIT = Domain("unit", lambda r: (torch.tanh(r) + 1) / 2, lambda h: math.atanh(2 * h - 1), 0.0, 1.0)
-SQUARE = Domain("square", lambda r: r * r, math.sqrt, low=0.0)
-LOG = Domain("log", torch.exp, math.log, low=0.0)
+UNIT = Domain(
+    "unit", lambda r: (torch.tanh(r) + 1) / 2, lambda h: math.atanh(2 * h - 1), 0.0, 1.0, reach=18
+)
+SQUARE = Domain("square", lambda r: r * r, math.sqrt, low=0.0, reach=1e75)
+LOG = Domain("log", torch.exp, math.log, low=0.0, reach=345)
 
 DOMAINS = {each.name: each for each in (REAL, UNIT, SQUARE, LOG)}
 

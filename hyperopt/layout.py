@@ -7,7 +7,6 @@ function of a handful of tensors, which compiles into one kernel.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .domains import DOMAINS, REAL
 from .rules import State
-from .tower import Block, Move, TowerState, advance, climb, replay
+from .tower import Block, Move, Owner, TowerState, advance, climb, replay
 
 
 class Vectors(NamedTuple):
@@ -43,21 +42,42 @@ class Vectors(NamedTuple):
         return [*kept, self.w, self.g, *self.state.values()]
 
 
+class Parts(NamedTuple):
+    """What `packed` holds; as views of it, or as their shapes.
+
+    Attributes:
+        values: those of the tuned hyperparameters; to be read only. With `fixed`, which follows,
+            these are all in the order of `Layout.names`.
+        small: for each shard its `Move.moved`, and the 0-dim parts of its state.
+
+    The others are those of a `TowerState`.
+    """
+
+    values: Any
+    fixed: Any
+    bounds: Any
+    raw: Any
+    last_fixed: Any
+    steps: Any
+    skipped: Any
+    going: Any
+    upper: Any
+    small: Any
+
+
 @dataclass(frozen=True)
 class Layout:
     """The static shape of a stack and its weights: what a compiled step depends on.
 
     Attributes:
         blocks: the stack.
+        owners: whose hyperparameters each shard of the weights is moved by.
         sizes: the number of weights of each shard.
-        moved: for each shard, whether it has a last move.
-        started: whether the upper levels have made a step.
     """
 
     blocks: tuple[Block, ...]
+    owners: tuple[Owner, ...]
     sizes: tuple[int, ...]
-    moved: tuple[bool, ...]
-    started: bool
 
     @cached_property
     def levels(self) -> list[tuple[int, int]]:
@@ -74,11 +94,6 @@ class Layout:
         return tuple(f"{k}.{slot}" for k, slot in slots)
 
     @cached_property
-    def regular(self) -> bool:
-        """Whether nothing moves for the first time, as in every step but few."""
-        return self.started and (all(self.moved) or not self.blocks[0].tuned)
-
-    @cached_property
     def states(self) -> tuple[dict[str, bool], ...]:
         """For each block, the names of its rule's state, and whether each is a vector."""
         empty = torch.empty(0)
@@ -88,126 +103,182 @@ class Layout:
         )
 
     @cached_property
-    def shapes(self) -> list[tuple[int, ...]]:
+    def tuned(self) -> list[list[int]]:
+        """For each shard the places of its owner's raw values among those of level 0."""
+        return [owner.among(self.blocks[0].tuned) for owner in self.owners]
+
+    @cached_property
+    def fixed(self) -> list[list[int]]:
+        """For each shard the places of its owner's fixed values among those of level 0."""
+        return [owner.among(self.blocks[0].fixed) for owner in self.owners]
+
+    @cached_property
+    def shapes(self) -> Parts:
         """The shapes of the parts of `packed`."""
         raw = [(block.count, len(block.tuned)) for block in self.blocks]
-        shapes: list[tuple[int, ...]] = [(sum(count * n for count, n in raw),)]
-        shapes += [(block.count, len(block.fixed)) for block in self.blocks]
-        shapes += [(len(self.blocks[0].fixed),), *raw]
+        fixed = [(block.count, len(block.fixed)) for block in self.blocks]
+        upper = []
         for block, state in zip(self.blocks[1:], self.states[1:], strict=True):
-            rows = block.count, len(block.owners[0])  # type: ignore[arg-type]
-            shapes += [rows, rows, *(rows if vector else rows[:1] for vector in state.values())]
+            rows = block.count, len(block.below)
+            parts = {name: rows if vector else rows[:1] for name, vector in state.items()}
+            upper.append(Move(rows, rows, parts, rows[:1]))  # type: ignore[arg-type]
         counters = sum(not vector for vector in self.states[0].values())
-        return [*shapes, *[(counters,)] * len(self.sizes)]
+        return Parts(
+            values=(sum(count * slots for count, slots in raw),),
+            fixed=fixed,
+            bounds=[(2, *shape) for shape in raw],
+            raw=raw,
+            last_fixed=(len(self.blocks[0].fixed),),
+            steps=(),
+            skipped=(len(self.levels),),
+            going=(),
+            upper=upper,
+            small=[(1 + counters,)] * len(self.sizes),
+        )
+
+    def parts(self, packed: Tensor) -> Parts:
+        """The parts of `packed`, as views."""
+        shapes, tree = tree_flatten(self.shapes, is_leaf=_is_shape)
+        pieces = packed.split([math.prod(shape) for shape in shapes])
+        views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        return tree_unflatten(views, tree)
 
     def unpack(self, packed: Tensor, shards: Sequence[Vectors]) -> TowerState:
         """The tower's state as views of `packed` and of the shards' vectors."""
-        pieces = packed.split([math.prod(shape) for shape in self.shapes])
-        parts = (piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True))
-        next(parts)
-        fixed = tuple(next(parts) for _ in self.blocks)
-        last_fixed = next(parts)
-        raw = tuple(next(parts) for _ in self.blocks)
-        upper = []
-        for names in self.states[1:]:
-            w, g = next(parts), next(parts)
-            state = {name: next(parts) for name in names}
-            upper.append(Move(w, g, state) if self.started else Move(None, None, state))
-        lowest = []
-        for shard, moved in zip(shards, self.moved, strict=False):
-            lowest.append(self.last(next(parts), shard, moved))
-        return TowerState(raw, fixed, last_fixed, tuple(lowest), tuple(upper))
+        parts = self.parts(packed)
+        return TowerState(
+            raw=tuple(parts.raw),
+            bounds=tuple(parts.bounds),
+            fixed=tuple(parts.fixed),
+            last_fixed=parts.last_fixed,
+            steps=parts.steps,
+            skipped=parts.skipped,
+            lowest=tuple(
+                self.last(small, shard.last_w, shard.last_g, shard.state)
+                for small, shard in zip(parts.small, shards, strict=False)
+            ),
+            upper=tuple(parts.upper),
+        )
 
-    def last(self, counters: Tensor, shard: Vectors, moved: bool) -> Move:
-        """The last move of a shard, given the 0-dim parts of its state as one vector."""
-        each = iter(counters)
+    def last(self, small: Tensor, w: Tensor | None, g: Tensor | None, vectors: State) -> Move:
+        """The last move of a shard: its large vectors, and what `Parts.small` has of it."""
+        moved, *counters = small.unbind()
+        rest = iter(counters)
         state = {
-            name: shard.state[name] if vector else next(each)
+            name: vectors[name] if vector else next(rest)
             for name, vector in self.states[0].items()
         }
-        return Move(shard.last_w, shard.last_g, state) if moved else Move(None, None, state)
+        return Move(w, g, state, moved)
 
-    def pack(self, tower: TowerState) -> Tensor:
-        """The inverse of `unpack`, but for the large vectors."""
-        raw = torch.cat([rows.reshape(-1) for rows in tower.raw])
-        domains = [
-            block.rule.tuned[slot.name]
-            for block in self.blocks
-            for slot in block.tuned * block.count
+    def pack(self, tower: TowerState, going: Tensor) -> Tensor:
+        """The inverse of `unpack`, but for the large vectors.
+
+        Args:
+            going: whether the weights are to be moved, as `climb` says.
+        """
+        values = [
+            block.numbers(raw).reshape(-1)
+            for block, raw in zip(self.blocks, tower.raw, strict=True)
         ]
-        values = raw
-        for domain in DOMAINS.values():
-            if domain is not REAL and domain in domains:
-                here = torch.tensor([d is domain for d in domains], device=raw.device)
-                values = torch.where(here, domain.value(raw), values)
-        parts = [values, *tower.fixed, tower.last_fixed, raw]
-        for block, (w, g, state) in zip(self.blocks[1:], tower.upper, strict=True):
-            blank = raw.new_zeros(block.count, len(block.owners[0]))  # type: ignore[arg-type]
-            parts += [blank if w is None else w, blank if g is None else g, *state.values()]
-        parts += [s for move in tower.lowest for s in move.state.values() if not s.ndim]
-        return torch.cat([part.reshape(-1) for part in parts])
+        upper = [
+            move if move.w is not None else move._replace(w=move.g.new_zeros(move.g.shape))  # type: ignore[union-attr]
+            for move in tower.upper
+        ]
+        small = [
+            torch.stack([move.moved, *(s for s in move.state.values() if not s.ndim)])
+            for move in tower.lowest
+        ]
+        parts = Parts(
+            values=torch.cat(values),
+            fixed=tower.fixed,
+            bounds=tower.bounds,
+            raw=tower.raw,
+            last_fixed=tower.last_fixed,
+            steps=tower.steps,
+            skipped=tower.skipped,
+            going=going,
+            upper=upper,
+            small=small,
+        )
+        return torch.cat([part.reshape(-1) for part in tree_leaves(parts)])
 
     # One step in place, in three parts: of each shard, of the tower, and of each shard again.
 
     def step(self, packed: Tensor, shards: Sequence[Vectors]) -> None:
         """One step of the stack: writes all of `packed` and of the shards but for ``g``."""
-        everything = list(zip(self.counters(packed), shards, self.blocks[0].owners, strict=True))
-        hypergradient = torch.zeros_like(self.lowest(packed)[0])
-        for (counters, shard, owner), moved in zip(everything, self.moved, strict=True):
-            part = self.replay(packed, counters, shard, owner, moved)
-            hypergradient = hypergradient + part
-        self.climb(packed, hypergradient)
-        for counters, shard, owner in everything:
-            self.advance(packed, counters, shard, owner)
+        parts = self.parts(packed)
+        raw, fixed, last_fixed = parts.raw[0][0], parts.fixed[0][0], parts.last_fixed
+        everything = list(zip(self.tuned, self.fixed, parts.small, shards, strict=True))
+        found = [
+            self.replay(pick(raw, tuned), pick(last_fixed, constant), small, shard)
+            for tuned, constant, small, shard in everything
+        ]
+        self.climb(packed, *self.total(found))
+        for tuned, constant, small, shard in everything:
+            self.advance(pick(raw, tuned), pick(fixed, constant), parts.going, small, shard)
 
-    def lowest(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The raw values, the fixed ones and the last fixed ones of level 0, as views."""
-        sizes = [math.prod(shape) for shape in self.shapes]
-        starts = [0, *itertools.accumulate(sizes)]
-        last = 1 + len(self.blocks)
-        views = [packed[starts[i] : starts[i] + sizes[i]] for i in (last + 1, 1, last)]
-        return views[0], views[1], views[2]
+    def replay(self, raw: Tensor, last_fixed: Tensor, small: Tensor, shard: Vectors) -> Tensor:
+        """The state that a shard's last move led to, in place; returns what `tower.replay` does.
 
-    def counters(self, packed: Tensor) -> list[Tensor]:
-        """For each shard the 0-dim parts of its state, as one vector, a view."""
-        *_, (n,) = self.shapes if self.sizes else [(0,)]
-        end = packed[len(packed) - n * len(self.sizes) :]
-        return [end[i * n : (i + 1) * n] for i in range(len(self.sizes))]
-
-    def replay(
-        self, packed: Tensor, counters: Tensor, shard: Vectors, owner: Any, moved: bool
-    ) -> Tensor:
-        """The state that a shard's last move led to, in place; returns its hypergradient."""
-        if not self.blocks[0].tuned:
-            return packed.new_zeros(0)
-        last = self.last(counters, shard, moved)
-        raw, _, last_fixed = self.lowest(packed)
-        state, part = replay(self.blocks[0], raw, last_fixed, owner, last, shard.g)
-        self.store(counters, shard, state)
+        Args:
+            raw, last_fixed: the values of its owner.
+            small: what `Parts.small` has of it.
+        """
+        last = self.last(small, shard.last_w, shard.last_g, shard.state)
+        state, part = replay(self.blocks[0], raw, last_fixed, last, shard.g)
+        if self.blocks[0].tuned:
+            self.store(small, shard, state)
         if shard.last_g is not None:
             shard.last_g.copy_(shard.g)
         if shard.last_w is not None:
             shard.last_w.copy_(shard.w)
         return part
 
-    def store(self, counters: Tensor, shard: Vectors, state: State) -> None:
-        for name, value in shard.state.items():
-            if value.ndim:
-                value.copy_(state[name])
-        if len(counters):
-            counters.copy_(torch.stack([value for value in state.values() if not value.ndim]))
+    def total(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What `climb` is given: the sums of what `replay` has returned for each shard."""
+        every = range(len(self.blocks[0].tuned))
+        if all(tuned == [*every] for tuned in self.tuned):
+            whole = torch.stack([*parts]).sum(0)
+            return whole[:-1], whole[-1]
+        of_slot: list[list[Tensor]] = [[] for _ in every]
+        for tuned, part in zip(self.tuned, parts, strict=True):
+            for place, number in zip(tuned, part, strict=False):
+                of_slot[place].append(number)
+        sums = [sum(numbers, start=parts[0].new_zeros(())) for numbers in of_slot]
+        return torch.stack(sums), sum((part[-1] for part in parts), start=parts[0].new_zeros(()))
 
-    def climb(self, packed: Tensor, hypergradient: Tensor) -> None:
+    def store(self, small: Tensor, shard: Vectors, state: State) -> None:
+        for name, value in shard.state.items():
+            value.copy_(state[name])
+        if len(small) > 1:
+            counters = [name for name, vector in self.states[0].items() if not vector]
+            small[1:].copy_(torch.stack([state[name] for name in counters]))
+
+    def climb(self, packed: Tensor, hypergradient: Tensor, finite: Tensor) -> None:
         """Move the hyperparameters of all levels, in place."""
-        tower = self.unpack(packed, ())
-        new = self.pack(climb(self.blocks, tower, hypergradient))
+        tower, going = climb(self.blocks, self.unpack(packed, ()), hypergradient, finite)
+        new = self.pack(tower, going)
         packed[: len(new)].copy_(new)
 
-    def advance(self, packed: Tensor, counters: Tensor, shard: Vectors, owner: Any) -> None:
+    def advance(
+        self, raw: Tensor, fixed: Tensor, going: Tensor, small: Tensor, shard: Vectors
+    ) -> None:
         """Move a shard's weights, in place."""
-        state = self.last(counters, shard, True).state
-        raw, fixed, _ = self.lowest(packed)
-        w, state = advance(self.blocks[0], raw, fixed, owner, shard.w, shard.g, state)
-        if not self.blocks[0].tuned:
-            self.store(counters, shard, state)
+        state = self.last(small, None, None, shard.state).state
+        w, state = advance(self.blocks[0], raw, fixed, shard.w, shard.g, state, going)
+        if self.blocks[0].tuned:
+            small[:1].copy_(going)
+        else:
+            self.store(small, shard, state)
         shard.w.copy_(w)
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(size, int) for size in node)
+
+
+def pick(values: Tensor, places: Sequence[int]) -> Tensor:
+    """Some of the values; all of them in their order are a view."""
+    if list(places) == [*range(len(values))]:
+        return values
+    return torch.stack([values[place] for place in places])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .compile import Step, compiled
-from .layout import Layout, Vectors
+from .layout import Layout, pick
 from .rules import Rule, near
 from .shard import Shard, divide, precision
 from .stack import Stack, parse
-from .tower import Move, Slot, TowerState, build
+from .tower import Move, Owner, Slot, TowerState, build, replay
 
 
 class HyperOptimizer(torch.optim.Optimizer):
@@ -55,7 +55,6 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._overrides: list[frozenset[str]] = []
         self._shards: list[Shard] = []  # what the last step moved
         self._parked: list[Shard] = []  # what earlier steps moved, and the last one did not
-        self._started = False
         self._laid_groups = 0
         super().__init__(params, dict(self.stack.levels[0].values))
         self._lay_out()
@@ -139,19 +138,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         if not self._shards:
             return loss
         vectors = [shard.read() for shard in self._shards]
-        if self._run is None and self._layout.regular:
+        if self._run is None:
             if self.compile:
                 self._run = compiled(self._layout, self._packed, vectors)
             self.compiled = self._run is not None
             self._run = self._run or self._layout.step
-        (self._run or self._layout.step)(self._packed, vectors)
+        self._run(self._packed, vectors)
         for shard in self._shards:
             shard.write()
-        if not self._layout.regular:
-            self._started = True
-            self._layout = replace(
-                self._layout, moved=tuple(s.moved for s in self._shards), started=True
-            )
         self._version = self._packed._version
         return loss
 
@@ -235,7 +229,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                         "make the layer with sparse=False"
                     )
             lowest = self._layout.blocks[0]
-            shards += [Shard.new(params, number, lowest) for params in divide(new)]
+            shards += [Shard.new(params, Owner(number), lowest) for params in divide(new)]
         place = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
@@ -243,18 +237,16 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def _settle(self, shard: Shard) -> None:
         """Let a shard forget its last move, of which the state that it led to remains."""
-        if shard.moved:
-            block, tower = self._layout.blocks[0], self._tower()
-            h = block.values(tower.raw[0][0], tower.last_fixed, shard.group)
-            assert shard.last_g is not None
-            w = shard.last_g if shard.last_w is None else shard.last_w
-            _, shard.state = block.rule.update(w, shard.last_g, shard.state, h)
-            shard.moved = False
+        lowest, parts = self._layout.blocks[0], self._layout.parts(self._packed)
+        raw = pick(parts.raw[0][0], shard.owner.among(lowest.tuned))
+        fixed = pick(parts.last_fixed, shard.owner.among(lowest.fixed))
+        if shard.last.g is not None:
+            state, _ = replay(lowest, raw, fixed, shard.last, shard.last.g)
+            shard.last = shard.last._replace(state=state, moved=torch.zeros_like(shard.last.moved))
 
     def _tower(self) -> TowerState:
-        none = self._packed.new_empty(0)
-        lasts = [Vectors(none, none, s.last_w, s.last_g, s.state) for s in self._shards]
-        return self._layout.unpack(self._packed, lasts)
+        tower = self._layout.unpack(self._packed, ())
+        return tower._replace(lowest=tuple(shard.last for shard in self._shards))
 
     def _export(self) -> list[dict[str, Any]]:
         """For each level its hyperparameters by name and, above the lowest, its last move."""
@@ -265,16 +257,17 @@ class HyperOptimizer(torch.optim.Optimizer):
             entry: dict[str, Any] = {
                 "tuned": _by_name(block.tuned, tower.raw[b][row]),
                 "fixed": _by_name(block.fixed, tower.fixed[b][row]),
+                "skipped": tower.skipped[k].clone(),
             }
             if k == 0:
                 entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed)
+                entry["steps"] = tower.steps.clone()
             else:
                 below = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
-                w, g, state = tower.upper[b - 1]
-                parts = state if w is None or g is None else {"w": w, "g": g, **state}
+                w, g, state, moved = tree_map(lambda rows, row=row: rows[row], tower.upper[b - 1])
                 entry["last"] = {
-                    name: _by_name(below, part[row]) if part[row].ndim else part[row].clone()
-                    for name, part in parts.items()
+                    name: _by_name(below, part) if part.ndim else part.clone()
+                    for name, part in {"w": w, "g": g, "moved": moved, **state}.items()
                 }
             exported.append(entry)
         return exported
@@ -291,13 +284,10 @@ class HyperOptimizer(torch.optim.Optimizer):
                 rule = rule.with_values({name: group[name] for name in rule.hypers})
             self._rule = rule.with_values(self.stack.levels[0].values)
         stack = Stack(self._rule, *self.stack.levels[1:])
-        lowest, *upper = build(stack, self._overrides)
-        lowest = replace(lowest, owners=tuple(shard.group for shard in self._shards))
         self._layout = Layout(
-            (lowest, *upper),
+            build(stack, self._overrides),
+            tuple(shard.owner for shard in self._shards),
             tuple(len(shard) for shard in self._shards),
-            tuple(shard.moved for shard in self._shards),
-            self._started,
         )
         self._run = None
         device = self.param_groups[0]["params"][0].device
@@ -322,16 +312,23 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         raw: list[Tensor] = []
         fixed: list[Tensor] = []
-        lasts: list[dict[str, Tensor]] = []
+        bounds: list[Tensor] = []
+        moves: list[list[Move]] = [[] for _ in self._layout.blocks]
         for k, (b, _) in enumerate(self._layout.levels):
             block = self._layout.blocks[b]
             old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
-            start = [block.rule.tuned[s.name].raw(float(initial(k, s))) for s in block.tuned]
+            domains = [block.rule.tuned[slot.name] for slot in block.tuned]
+            start = [
+                domain.raw(float(initial(k, slot)))
+                for domain, slot in zip(domains, block.tuned, strict=True)
+            ]
             raw.append(
                 vector(
                     [recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)]
                 )
             )
+            reach = vector([domain.reach for domain in domains])
+            bounds.append(torch.stack([-reach, reach]))
             fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
             if k == 0:
                 last_fixed = vector(
@@ -339,41 +336,42 @@ class HyperOptimizer(torch.optim.Optimizer):
                 )
             else:
                 slots = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
-                parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1])}
+                parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1]), "moved": vector([0])}
                 parts |= block.rule.init(raw[k - 1])
                 for name in parts.keys() & old["last"].keys():
                     part, known = parts[name], old["last"][name]
-                    if part.ndim:
+                    if isinstance(known, dict):
                         below = zip(slots, part, strict=True)
                         parts[name] = vector([recall(known, slot, x) for slot, x in below])
                     else:
-                        parts[name] = vector([known]).view(())
-                lasts.append(parts)
-
-        def rows(b: int, tensors: Sequence[Tensor]) -> Tensor:
-            own = [k for k, (block, _) in enumerate(self._layout.levels) if block == b]
-            return torch.stack([tensors[k] for k in own])
+                        parts[name] = vector([known]).view(part.shape)
+                w, g, moved = parts.pop("w"), parts.pop("g"), parts.pop("moved")
+                moves[b].append(Move(w, g, parts, moved.view(())))
 
         blocks = range(len(self._layout.blocks))
-        upper_moves = []
-        for b in blocks[1:]:
-            own = [
-                last
-                for last, (block, _) in zip(lasts, self._layout.levels[1:], strict=True)
-                if block == b
-            ]
-            joined = {name: torch.stack([last[name] for last in own]) for name in own[0]}
-            upper_moves.append(Move(joined.pop("w"), joined.pop("g"), joined))
+
+        def rows(tensors: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
+            """One tensor for each block, of one for each level."""
+            blocks_of = [b for b, _ in self._layout.levels]
+            own = [[t for t, at in zip(tensors, blocks_of, strict=True) if at == b] for b in blocks]
+            return tuple(torch.stack(each, dim) for each in own)
+
+        counts = vector([level["skipped"] for level in saved] or [0] * len(self._layout.levels))
+        going = vector([0]).view(())
         tower = TowerState(
-            tuple(rows(b, raw) for b in blocks),
-            tuple(rows(b, fixed) for b in blocks),
-            last_fixed,
-            tuple(Move(None, None, shard.state) for shard in self._shards),
-            tuple(upper_moves),
+            raw=rows(raw),
+            bounds=rows(bounds, 1),
+            fixed=rows(fixed),
+            last_fixed=last_fixed,
+            steps=vector([saved[0]["steps"] if saved else 0]).view(()),
+            skipped=counts,
+            lowest=tuple(shard.last for shard in self._shards),
+            upper=tuple(tree_map(lambda *each: torch.stack(each), *own) for own in moves[1:]),
         )
-        self._packed = self._layout.pack(tower).to(dtype)
-        for shard, move in zip(self._shards, self._tower().lowest, strict=True):
-            shard.state = move.state
+        self._packed = self._layout.pack(tower, going).to(dtype)
+        small = self._layout.parts(self._packed).small
+        for shard, own in zip(self._shards, small, strict=True):
+            shard.last = self._layout.last(own, shard.last.w, shard.last.g, shard.last.state)
         self._laid_groups = len(self.param_groups)
         self._show()
 
@@ -414,11 +412,12 @@ class HyperOptimizer(torch.optim.Optimizer):
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         state: dict[int, dict[str, Any]] = {}
         for i, shard in enumerate(self._shards + self._parked):
-            kept = dict(shard.state)
-            if shard.moved and shard.last_g is not None:
-                kept["last_grad"] = shard.last_g
-                if shard.last_w is not None:
-                    kept["last_weight"] = shard.last_w
+            w, g, last_state, moved = shard.last
+            kept = dict(last_state)
+            if moved and g is not None:
+                kept["last_grad"] = g
+                if w is not None:
+                    kept["last_weight"] = w
             views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
             for j, p in enumerate(shard.params):
                 state[number[p]] = {
@@ -439,7 +438,6 @@ class HyperOptimizer(torch.optim.Optimizer):
             ],
             "stack": str(self.stack),
             "on": self._on(),
-            "started": self._started,
             "levels": self._export(),
         }
 
@@ -469,15 +467,18 @@ class HyperOptimizer(torch.optim.Optimizer):
                 for name, value in entries[0].items()
                 if isinstance(value, Tensor)
             }
-            shard = Shard.new(chosen, groups[chosen[0]], self._layout.blocks[0])
-            shard.moved = "last_grad" in kept
-            shard.last_g = kept.pop("last_grad", shard.last_g)
-            shard.last_w = kept.pop("last_weight", shard.last_w)
-            for name, value in shard.state.items():
-                joined = kept[name] if value.ndim else entries[0][name]
-                shard.state[name] = joined.to(value.device, copy=True)
+            shard = Shard.new(chosen, Owner(groups[chosen[0]]), self._layout.blocks[0])
+            w, g, fresh, moved = shard.last
+            shard.last = Move(
+                kept.get("last_weight", w),
+                kept.get("last_grad", g),
+                {
+                    name: (kept[name] if value.ndim else entries[0][name]).to(value, copy=True)
+                    for name, value in fresh.items()
+                },
+                moved + ("last_grad" in kept),
+            )
             (self._shards if entries[0]["active"] else self._parked).append(shard)
-        self._started = state_dict["started"]
         self._lay_out(state_dict["levels"])
 
     def _check(self, state_dict: dict[str, Any]) -> None:

@@ -111,6 +111,12 @@ class Rule:
     hypers: ClassVar[dict[str, Hyper]] = {}
     options: ClassVar[dict[str, Option]] = {}
 
+    # Of any rule that moves hyperparameters.
+    clip_value = Option(math.inf)
+    clip_norm = Option(math.inf)
+    every = Option(1)
+    until = Option(math.inf)
+
     def __init_subclass__(cls) -> None:
         members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
         cls.hypers = {n: m for n, m in members.items() if isinstance(m, Hyper)}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import Vectors
-from .rules import State
-from .tower import Block
+from .tower import Block, Move, Owner
 
 # From this many elements on, a parameter is worked on where it lies, and not gathered with others:
 # the copies would cost more than one more loop in the step.
@@ -26,31 +25,19 @@ class Shard:
 
     Args:
         params: the parameters, n elements in all.
-        group: the number of their param group.
-        state: the rule's state before the last move, or its initial state.
-        last_w, last_g: what the last move read, [n] each, or None where it is not needed; scratch
-            if there has been none.
-        moved: whether there has been a last move that the next step will ask for.
+        owner: whose hyperparameters they are moved by.
+        last: their last move, with vectors of [n].
     """
 
-    def __init__(
-        self,
-        params: list[Tensor],
-        group: int,
-        state: State,
-        last_w: Tensor | None,
-        last_g: Tensor | None,
-        moved: bool,
-    ) -> None:
-        self.params, self.group, self.state, self.moved = params, group, state, moved
-        self.last_w, self.last_g = last_w, last_g
+    def __init__(self, params: list[Tensor], owner: Owner, last: Move) -> None:
+        self.params, self.owner, self.last = params, owner, last
         self._n = sum(p.numel() for p in params)
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
         self._in_place = False
 
     @classmethod
-    def new(cls, params: list[Tensor], group: int, block: Block) -> Shard:
+    def new(cls, params: list[Tensor], owner: Owner, block: Block) -> Shard:
         """A shard that has not been moved yet.
 
         Args:
@@ -58,9 +45,10 @@ class Shard:
         """
         n = sum(p.numel() for p in params)
         blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
-        last_w = blank.clone() if block.depends_on_weights else None
-        last_g = blank.clone() if block.tuned else None
-        return cls(params, group, block.rule.init(blank), last_w, last_g, moved=False)
+        w = blank.clone() if block.depends_on_weights else None
+        g = blank.clone() if block.tuned else None
+        moved = torch.zeros((), dtype=torch.float64, device=blank.device)
+        return cls(params, owner, Move(w, g, block.rule.init(blank), moved))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
@@ -92,8 +80,8 @@ class Shard:
             grads: list[Any] = [p.grad for p in self.params]
             torch._foreach_copy_(self._views[0], self.params)
             torch._foreach_copy_(self._views[1], grads)
-        state = {name: value for name, value in self.state.items() if value.ndim}
-        return Vectors(w, g, self.last_w, self.last_g, state)
+        state = {name: value for name, value in self.last.state.items() if value.ndim}
+        return Vectors(w, g, self.last.w, self.last.g, state)
 
     def write(self) -> None:
         """Give the parameters the weights that a step has left in what `read` returned."""
@@ -101,7 +89,6 @@ class Shard:
             torch.autograd.graph.increment_version(self.params[0])
         else:
             torch._foreach_copy_(self.params, self._views[0])
-        self.moved = self.last_g is not None
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
         """A flat vector, [n], cut and shaped like the parameters."""
@@ -117,11 +104,15 @@ class Shard:
             pieces = zip(self.shaped(value), chosen, strict=True)
             return torch.cat([piece.reshape(-1) for piece, here in pieces if here])
 
+        w, g, state, moved = self.last
+        last = Move(
+            None if w is None else cut(w),
+            None if g is None else cut(g),
+            {name: cut(value) for name, value in state.items()},
+            moved.clone(),
+        )
         params = [p for p, here in zip(self.params, chosen, strict=True) if here]
-        state = {name: cut(value) for name, value in self.state.items()}
-        last_w = None if self.last_w is None else cut(self.last_w)
-        last_g = None if self.last_g is None else cut(self.last_g)
-        return Shard(params, self.group, state, last_w, last_g, self.moved)
+        return Shard(params, self.owner, last)
 
 
 def precision(p: Tensor) -> torch.dtype:

@@ -16,11 +16,16 @@ returned: the next step runs the rule again on the same inputs, which gives both
 from and, by reverse-mode differentiation, the hypergradients. This costs one copy of the gradient
 and, for rules whose update depends on the weights themselves, one of the weights. Weights whose
 rule nobody tunes need none of this: their level keeps the state alone.
+
+What is not finite stops where it arises: a level whose gradient holds an infinity or NaN, or whose
+move would lead to one, stays as it is for this step, state included, and counts that. (A plain
+stack, of height 0, does what `torch.optim` does, and passes it on.)
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -38,13 +43,16 @@ class Move(NamedTuple):
 
     Attributes:
         w: the weights before the move, [n]; None where the update does not depend on them.
-        g: the gradient, [n]; None if nothing has been moved yet, or nobody will ask.
+        g: the gradient, [n]; None if nobody will ask.
         state: the state before the move; with no ``g``, the state to go on from.
+        moved: 1, or 0 where the last step left the move out, or there was none: ``state`` is then
+            the state to go on from, and ``w`` and ``g`` mean nothing.
     """
 
     w: Tensor | None
     g: Tensor | None
     state: State
+    moved: Tensor
 
 
 class TowerState(NamedTuple):
@@ -52,17 +60,23 @@ class TowerState(NamedTuple):
 
     Attributes:
         raw: per block, the raw values of the tuned hyperparameters, [levels, tuned slots].
+        bounds: per block, the lowest and the highest raw values, [2, levels, tuned slots].
         fixed: per block, the values of the others, [levels, fixed slots].
         last_fixed: those of the lowest level when it last moved, since they may be set from outside
             between two steps.
+        steps: how many steps were made, 0-dim.
+        skipped: how many moves each level has left out since something was not finite, [levels].
         lowest: the last move of each shard of the weights.
         upper: per block but the lowest, the last moves of the raw values below, as one `Move` whose
             tensors have one row for each level.
     """
 
     raw: tuple[Tensor, ...]
+    bounds: tuple[Tensor, ...]
     fixed: tuple[Tensor, ...]
     last_fixed: Tensor
+    steps: Tensor
+    skipped: Tensor
     lowest: tuple[Move, ...]
     upper: tuple[Move, ...]
 
@@ -71,7 +85,8 @@ class TowerState(NamedTuple):
 class Slot:
     """One value of a hyperparameter: for everything that the level moves, or for one owner alone.
 
-    On level 0 an owner is the number of a param group; above, the name of a hyperparameter below.
+    On level 0 an owner is the number of a param group, or that of a parameter as ``"p3"``; above,
+    the name of a hyperparameter below.
     """
 
     name: str
@@ -79,6 +94,21 @@ class Slot:
 
     def __str__(self) -> str:
         return self.name if self.owner is None else f"{self.name}[{self.owner}]"
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose hyperparameters a shard of weights is moved by: a param group, or one parameter."""
+
+    group: int
+    parameter: int | None = None
+
+    def among(self, slots: Sequence[Slot]) -> list[int]:
+        """The places of this owner's values, one for each name, in the order of the slots."""
+        names = dict.fromkeys(slot.name for slot in slots)
+        mine = (f"p{self.parameter}", self.group, None)
+        candidates = ([Slot(name, owner) for owner in mine] for name in names)
+        return [slots.index(next(s for s in each if s in slots)) for each in candidates]
 
 
 @dataclass(frozen=True)
@@ -90,10 +120,11 @@ class Block:
 
     Attributes:
         rule: what each level computes. Its initial values are not used.
-        tuned: the slots of the raw values, which the level above moves.
-        fixed: the slots of the constants.
-        owners: who owns each vector that is moved: on level 0 the param group of each shard, above
-            one tuple with the names of the hyperparameters below, element by element.
+        tuned: the slots of the raw values, which the level above moves; those of one name stand
+            together.
+        fixed: the slots of the constants, in the same way.
+        below: the names of the hyperparameters that are moved, element by element; on level 0,
+            which moves weights, nothing.
         depends_on_weights: whether `Move.w` is kept.
         count: the number of levels.
     """
@@ -101,26 +132,44 @@ class Block:
     rule: Rule
     tuned: tuple[Slot, ...]
     fixed: tuple[Slot, ...]
-    owners: tuple[int | tuple[str, ...], ...]
+    below: tuple[str, ...]
     depends_on_weights: bool
     count: int = 1
 
-    def values(self, raw: Tensor, fixed: Tensor, owner: int | tuple[str, ...]) -> SimpleNamespace:
-        """The namespace h that the rule reads, for the vector that belongs to ``owner``."""
-        slots = {
-            slot: self.rule.tuned[slot.name].value(r)
-            for slot, r in zip(self.tuned, raw, strict=True)
-        }
-        slots |= dict(zip(self.fixed, fixed, strict=True))
+    def values(self, raw: Tensor, fixed: Tensor) -> SimpleNamespace:
+        """The namespace h that the rule reads.
 
-        def value(name: str) -> Tensor:
-            if isinstance(owner, int):
-                return slots[Slot(name, owner) if Slot(name, owner) in slots else Slot(name)]
-            if Slot(name) in slots:
-                return slots[Slot(name)]
-            return torch.stack([slots[Slot(name, one)] for one in owner])
+        Args:
+            raw, fixed: on level 0 the values of one owner, one for each name; above, [slots].
+        """
+        found: dict[str, Tensor] = {}
+        for slots, numbers in ((self.tuned, self.numbers(raw)), (self.fixed, fixed)):
+            if self.below:
+                found |= {name: self._spread(name, slots, numbers) for name in _names(slots)}
+            else:
+                found |= zip(_names(slots), numbers, strict=True)
+        return SimpleNamespace(**found)
 
-        return SimpleNamespace(**{name: value(name) for name in self.rule.hypers})
+    def numbers(self, raw: Tensor) -> Tensor:
+        """The values of the raw ones: T, each in its domain; of one owner, or [..., slots]."""
+        names = [slot.name for slot in self.tuned]
+        if raw.shape[-1] != len(names):
+            names = _names(self.tuned)
+        parts, start = [], 0
+        for domain, run in itertools.groupby(names, lambda name: self.rule.tuned[name]):
+            end = start + len(list(run))
+            parts.append(domain.value(raw[..., start:end]))
+            start = end
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0] if parts else raw
+
+    def _spread(self, name: str, slots: Sequence[Slot], numbers: Tensor) -> Tensor:
+        """A hyperparameter's value for each element below, or the one for all of them, 0-dim."""
+        mine = [i for i, slot in enumerate(slots) if slot.name == name]
+        if slots[mine[0]].owner is None:
+            return numbers[mine[0]]
+        by_owner = {slots[i].owner: numbers[i] for i in mine}
+        runs = [(owner, len(list(run))) for owner, run in itertools.groupby(self.below)]
+        return torch.cat([by_owner[owner].expand(count) for owner, count in runs])
 
     def structure(self) -> tuple:
         """What tells two blocks apart but for numbers; equal structures share a compiled step."""
@@ -132,14 +181,18 @@ class Block:
             tuple(name for name in rule.hypers if rule.on(name)),
             self.tuned,
             self.fixed,
-            self.owners,
+            self.below,
             self.depends_on_weights,
             self.count,
         )
 
 
+def _names(slots: Sequence[Slot]) -> list[str]:
+    return list(dict.fromkeys(slot.name for slot in slots))
+
+
 def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) -> tuple[Block, ...]:
-    """The blocks of a stack whose weights come in param groups; no shard is laid out yet.
+    """The blocks of a stack whose weights come in param groups.
 
     Args:
         overrides: for each param group, the hyperparameters of the lowest level for which it has a
@@ -163,7 +216,7 @@ def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) ->
                     owners.insert(0, None)
             slots = tuned if name in rule.tuned and not top else fixed
             slots += [Slot(name, owner) for owner in owners]
-        below = (tuple(slot.name for slot in blocks[-1].tuned),) if k else ()
+        below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
         keeps_weights = bool(tuned) and depends_on_weights(rule)
         block = Block(rule, tuple(tuned), tuple(fixed), below, keeps_weights)
         if k > 1 and replace(blocks[-1], count=1).structure() == block.structure():
@@ -193,80 +246,105 @@ def depends_on_weights(rule: Rule) -> bool:
 
 
 def step(
-    blocks: Sequence[Block], tower: TowerState, weights: Sequence[Tensor], grads: Sequence[Tensor]
+    blocks: Sequence[Block],
+    owners: Sequence[Owner],
+    tower: TowerState,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
 ) -> tuple[list[Tensor], TowerState]:
     """One step of the whole stack.
 
     Args:
         blocks: the static shape of the stack.
+        owners: whose hyperparameters each shard of the weights is moved by.
         weights, grads: the weights and their gradient, one pair of equally long 1-D tensors for
             each shard.
 
     Returns:
         the new weights, shard by shard, and the new state of the tower.
     """
-    lowest, raw, fixed = blocks[0], tower.raw[0][0], tower.fixed[0][0]
-    states, hypergradient = [], torch.zeros_like(raw)
-    for owner, last, g in zip(lowest.owners, tower.lowest, grads, strict=True):
-        state, part = replay(lowest, raw, tower.last_fixed, owner, last, g)
+    lowest = blocks[0]
+    tuned = [owner.among(lowest.tuned) for owner in owners]
+    constant = [owner.among(lowest.fixed) for owner in owners]
+    states, hypergradient = [], torch.zeros_like(tower.raw[0][0])
+    finite = torch.zeros_like(tower.steps)
+    for own, fixed, last, g in zip(tuned, constant, tower.lowest, grads, strict=True):
+        raw = tower.raw[0][0][own]
+        state, part = replay(lowest, raw, tower.last_fixed[fixed], last, g)
         states.append(state)
-        hypergradient = hypergradient + part
+        hypergradient = hypergradient.index_add(0, torch.tensor(own, dtype=torch.long), part[:-1])
+        finite = finite + part[-1]
 
-    tower = climb(blocks, tower, hypergradient)
+    tower, going = climb(blocks, tower, hypergradient, finite)
 
     moved, moves = [], []
-    for owner, state, w, g in zip(lowest.owners, states, weights, grads, strict=True):
-        new, after = advance(lowest, tower.raw[0][0], fixed, owner, w, g, state)
+    everything = zip(tuned, constant, states, weights, grads, strict=True)
+    for own, fixed, state, w, g in everything:
+        numbers = tower.raw[0][0][own], tower.fixed[0][0][fixed]
+        new, after = advance(lowest, *numbers, w, g, state, going)
         moved.append(new)
-        kept = Move(w if lowest.depends_on_weights else None, g, state)
-        moves.append(kept if lowest.tuned else Move(None, None, after))
+        kept = Move(w if lowest.depends_on_weights else None, g, state, going)
+        moves.append(kept if lowest.tuned else Move(None, None, after, going))
     return moved, tower._replace(lowest=tuple(moves))
 
 
 def replay(
-    block: Block, raw: Tensor, fixed: Tensor, owner: int | tuple[str, ...], last: Move, g: Tensor
+    block: Block, raw: Tensor, fixed: Tensor, last: Move, g: Tensor
 ) -> tuple[State, Tensor]:
     """Run the last move of one shard again: the state that it led to, and the hypergradients.
 
     Args:
-        raw, fixed: the hyperparameters of level 0 that the move was made with.
+        raw, fixed: its owner's hyperparameters of level 0, as the move was made with.
         g: the shard's new gradient.
 
     Returns:
-        the state after the move, and the gradient with respect to ``raw``, [tuned slots]; the
-        initial state and zero if nothing was moved.
+        the state after the move, or the one before where none was made; and the gradient with
+        respect to ``raw``, 0 where no move was made, followed by one number that is 0, or NaN where
+        ``g`` is not finite.
     """
-    before, gradient, start = last
+    before, gradient, start, moved = last
     if gradient is None:
-        return start, torch.zeros_like(raw)
+        return start, raw.new_zeros(len(raw) + 1)
     # Where w was not kept, no derivative and no state depends on it: any vector will do.
     w = gradient if before is None else before
 
     def rerun(raw: Tensor) -> tuple[Tensor, State]:
-        return block.rule.update(w, gradient, start, block.values(raw, fixed, owner))
+        return block.rule.update(w, gradient, start, block.values(raw, fixed))
 
-    _, pullback, state = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
-    return state, pullback(g)[0]
+    _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
+    there = moved > 0
+    part = torch.where(there, pullback(g)[0], 0.0)
+    state = {name: torch.where(there, after[name], old) for name, old in start.items()}
+    return state, torch.cat([part, (g - g).sum().to(part.dtype).view(1)])
 
 
-def climb(blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor) -> TowerState:
+def climb(
+    blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor, finite: Tensor
+) -> tuple[TowerState, Tensor]:
     """Move the hyperparameters of all levels.
 
     Args:
         hypergradient: that of level 0, summed over the shards, [tuned slots].
+        finite: 0, or NaN where a gradient of the weights is not finite; 0-dim.
 
     Returns:
-        the tower with its new raw values and the upper levels' moves; level 0's are left alone.
+        the tower with its new raw values and the upper levels' moves, level 0's being left alone;
+        and whether the weights are to be moved, 1 or 0.
     """
     raws = [row for raw in tower.raw for row in raw]
+    bounds = [row for bound in tower.bounds for row in bound.unbind(1)]
     upper = list(enumerate(blocks))[1:]
+    going = (finite == 0).to(tower.steps.dtype)
 
     # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
-    hypergradients, states = [hypergradient], []
+    hypergradients, states, lost = [hypergradient], [], [1 - going]
     for b, block in upper:
-        after, jacobians = differentiate(block, tower.raw[b], tower.fixed[b], tower.upper[b - 1])
+        last = tower.upper[b - 1]
+        after, jacobians, missed = differentiate(block, tower.raw[b], tower.fixed[b], last)
         states.append(after)
+        lost += missed
         for jacobian in jacobians:
+            hypergradients[-1] = clipped(block.rule, hypergradients[-1])
             hypergradients.append((hypergradients[-1][:, None] * jacobian).sum(0))
 
     # Hyperparameters, top down.
@@ -274,57 +352,98 @@ def climb(blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor) -> 
     k = len(raws) - 1
     for b, block in reversed(upper):
         state, below = states[b - 1], range(k - block.count, k)
-        vectors, gradients = [raws[i] for i in below], [hypergradients[i] for i in below]
+        vectors = [raws[i] for i in below]
+        gradients = torch.stack([hypergradients[i] for i in below])
+        sound, turn = gradients.isfinite().all(1), its_turn(block.rule, tower.steps)
+        made = [turn] * block.count
         for i in reversed(range(block.count)):
             own = {name: rows[i] for name, rows in state.items()}
-            fixed, owner = tower.fixed[b][i], block.owners[0]
-            raws[k - 1] = advance(block, raws[k], fixed, owner, vectors[i], gradients[i], own)[0]
+            h = block.values(raws[k], tower.fixed[b][i])
+            new, _ = block.rule.update(vectors[i], gradients[i], own, h)
+            fine = sound[i] & new.isfinite().all()
+            lost[k] = lost[k] + (turn & ~fine)
+            made[i] = turn & fine
+            low, high = bounds[k - 1]
+            raws[k - 1] = torch.where(made[i], new.clamp(low, high), vectors[i])
             k -= 1
         w = torch.stack(vectors) if block.depends_on_weights else None
-        moves.insert(0, Move(w, torch.stack(gradients), state))
+        moved = torch.stack(made).to(gradients.dtype)
+        moves.insert(0, Move(w, gradients, state, moved))
 
     ends = itertools.accumulate(block.count for block in blocks)
     raw = [
         torch.stack(raws[end - block.count : end]) for block, end in zip(blocks, ends, strict=True)
     ]
-    return tower._replace(raw=tuple(raw), last_fixed=tower.fixed[0][0], upper=tuple(moves))
+    return tower._replace(
+        raw=tuple(raw),
+        last_fixed=tower.fixed[0][0],
+        steps=tower.steps + 1,
+        skipped=tower.skipped + torch.stack(lost),
+        upper=tuple(moves),
+    ), going
+
+
+def clipped(rule: Rule, g: Tensor) -> Tensor:
+    """The gradient that a level's rule is given: each element within clip_value, its norm within
+    clip_norm."""
+    if rule.clip_value < math.inf:
+        g = g.clamp(-rule.clip_value, rule.clip_value)
+    if rule.clip_norm < math.inf:
+        norm = torch.linalg.vector_norm(g)
+        g = torch.where(norm > rule.clip_norm, g * (rule.clip_norm / norm), g)
+    return g
+
+
+def its_turn(rule: Rule, steps: Tensor) -> Tensor:
+    """Whether a level moves what is below it in this step: a truth value, 0-dim."""
+    return (steps % rule.every == 0) & (steps < rule.until)
 
 
 def advance(
-    block: Block,
-    raw: Tensor,
-    fixed: Tensor,
-    owner: int | tuple[str, ...],
-    w: Tensor,
-    g: Tensor,
-    state: State,
+    block: Block, raw: Tensor, fixed: Tensor, w: Tensor, g: Tensor, state: State, going: Tensor
 ) -> tuple[Tensor, State]:
-    """Where a rule moves one vector, and the state after it."""
-    return block.rule.update(w, g, state, block.values(raw, fixed, owner))
+    """Where the lowest rule moves one shard, and the state after it.
+
+    Args:
+        raw, fixed: its owner's hyperparameters.
+        going: whether it is moved at all, where its rule is tuned; 1 or 0.
+    """
+    new, after = block.rule.update(w, g, state, block.values(raw, fixed))
+    return torch.where(going > 0, new, w) if block.tuned else new, after
 
 
 def differentiate(
     block: Block, raw: Tensor, fixed: Tensor, move: Move
-) -> tuple[State, list[Tensor]]:
+) -> tuple[State, list[Tensor], list[Tensor]]:
     """Run the last moves of a block's levels again, all at once.
 
     Returns:
-        the states that they led to, and for each level the derivative of the raw values that it
-        moved with respect to its own, [tuned slots below, tuned slots]; zero if nothing was moved.
+        the states that they led to; for each level the derivative of the raw values that it moved
+        with respect to its own, [tuned slots below, tuned slots]; and whether its state has to stay
+        as it was since the new one is not finite, 1 or 0. Where no move was made, the state is that
+        before, and the derivative 0.
     """
-    count, n = raw.shape
-    if move.g is None:
-        below = len(block.owners[0])  # type: ignore[arg-type]
-        return move.state, list(raw.new_zeros(count, below, n))
+    n = raw.shape[1]
 
     def rerun(
         raw: Tensor, fixed: Tensor, w: Tensor, g: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        return block.rule.update(w, g, state, block.values(raw, fixed, block.owners[0]))
+        return block.rule.update(w, g, state, block.values(raw, fixed))
 
+    assert move.g is not None
     w = move.g if move.w is None else move.w
     inputs = raw, fixed, w, move.g, move.state
-    if n == 0:
-        return torch.vmap(rerun)(*inputs)[1], list(raw.new_zeros(count, w.shape[1], n))
-    jacobian, after = torch.vmap(torch.func.jacrev(rerun, has_aux=True))(*inputs)
-    return after, list(jacobian)
+    if n:
+        jacobian, after = torch.vmap(torch.func.jacrev(rerun, has_aux=True))(*inputs)
+    else:
+        jacobian, after = w.new_zeros(*w.shape, n), torch.vmap(rerun)(*inputs)[1]
+    made = move.moved > 0
+    sound = made
+    for rows in after.values():
+        sound = sound & rows.isfinite().reshape(len(rows), -1).all(1)
+
+    def where(new: Tensor, old: Tensor | float) -> Tensor:
+        return torch.where(sound.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+    state = {name: where(after[name], rows) for name, rows in move.state.items()}
+    return state, list(where(jacobian, 0.0)), list((made & ~sound).to(raw.dtype))

@@ -25,13 +25,14 @@ def test_one_pure_step_of_many_runs_is_a_step_of_each():
 
     flat, structures = zip(*(tree_flatten(o._tower()) for o in optimizers), strict=True)
     tensors = [i for i, leaf in enumerate(flat[0]) if leaf is not None]
-    blocks = optimizers[0]._layout.blocks
+    layout = optimizers[0]._layout
 
     def one(w, *leaves):
         whole = list(flat[0])
         for i, leaf in zip(tensors, leaves, strict=True):
             whole[i] = leaf
-        (new,), tower = step(blocks, tree_unflatten(whole, structures[0]), [w], [torch.sin(3 * w)])
+        before = tree_unflatten(whole, structures[0])
+        (new,), tower = step(layout.blocks, layout.owners, before, [w], [torch.sin(3 * w)])
         return new, tower.raw
 
     stacked = [torch.stack([leaves[i] for leaves in flat]) for i in tensors]
