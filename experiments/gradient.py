@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad_and_value
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from hyperopt.compile import compile_graph
+from hyperopt.compile import compile_graph, trace
 
 from .data import pixels
 
@@ -108,7 +107,7 @@ def _compile(model: nn.Module, images: Tensor, labels: Tensor) -> Kernel:
         return [value, *gradients]
 
     arguments = [images, labels, *(p.detach() for p in model.parameters())]
-    graph = make_fx(loss_and_gradients, tracing_mode="fake")(*arguments)
+    graph = trace(loss_and_gradients, arguments)
     if images.device.type == "cpu" and torch.backends.mkldnn.is_available():
         _multiply_by_onednn(graph)
     return compile_graph(graph, arguments)

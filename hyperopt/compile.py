@@ -3,11 +3,17 @@
 The step is traced into a graph of plain tensor operations, in which differentiation is already
 done, and the graph goes to Inductor. Nothing is guarded or traced again afterwards: a compiled step
 belongs to a layout, and layouts that differ in numbers alone share one.
+
+Large vectors are changed in place. Inductor would first write their new values elsewhere, since
+something might still have to read the old ones; so the kernel is told that it writes to other
+vectors than it reads from, and is given the same ones. That is right if each element is read before
+it is written, as in a loop over the elements; `_works_in_place` tries this out on each kernel, and
+one for which it is wrong is compiled again, knowing what it does.
 """
 
 from __future__ import annotations
 
-import operator
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .layout import Layout, Vectors
+from .layout import Layout, Parts, Vectors
 
-Step = Callable[[Tensor, Sequence[Vectors]], Any]
+Step = Callable[[Sequence[Vectors]], Any]
 Kernel = Callable[..., Any]
 
-# Up to this many shards a step is one kernel; with more of them, each shard has kernels of its own,
+# Up to this many shards a step is two kernels; with more of them, each shard has two of its own,
 # which shards of the same size share. That costs a few calls more, and compiles much faster.
 TOGETHER = 4
 
@@ -29,8 +36,8 @@ _compiled: dict[tuple, Kernel] = {}
 _broken: list[str] = []  # why compiling failed, once it has
 
 
-def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step | None:
-    """`Layout.step`, compiled for this layout, or None where no compiler works.
+def compiled(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step | None:
+    """`Layout.step` of these parts, compiled, or None where no compiler works.
 
     The first failure is a warning; after it, this process does not try again.
     """
@@ -39,7 +46,7 @@ def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step 
     try:
         with torch.no_grad():
             together = len(shards) <= TOGETHER
-            return (_one_kernel if together else _kernel_by_shard)(layout, packed, shards)
+            return (_all_at_once if together else _by_shard)(layout, parts, shards)
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         _broken.append(f"{type(error).__name__}: {reason}")
@@ -52,68 +59,75 @@ def compiled(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step 
         return None
 
 
-def _one_kernel(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
-    def step(packed: Tensor, *tensors: Tensor) -> None:
+def _all_at_once(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
+    leaves, tree = tree_flatten(parts)
+
+    def half(do: Callable[..., None], *tensors: Tensor) -> None:
         each = iter(tensors)
-        layout.step(packed, [_regroup(layout, shard, each) for shard in shards])
+        own = tree_unflatten([next(each) for _ in leaves], tree)
+        do(own, *([_regroup(layout, shard, each) for shard in shards] for _ in range(2)))
 
-    name = "step", _structure(layout), layout.owners, layout.sizes
-    run = _kernel(name, step, packed, *(t for s in shards for t in s.flat()))
-    return lambda packed, shards: run(packed, *[t for shard in shards for t in shard.flat()])
+    halves = [layout.tune, layout.move] if layout.blocks[0].tuned else [layout.move]
+    vectors = [tensor for shard in shards for tensor in shard.flat()]
+    name = _structure(layout), layout.owners, layout.sizes
+    kernels = [
+        _kernel((do.__name__, *name), functools.partial(half, do), leaves, vectors) for do in halves
+    ]
+
+    def step(shards: Sequence[Vectors]) -> None:
+        vectors = [tensor for shard in shards for tensor in shard.flat()]
+        for run in kernels:
+            run(*leaves, *vectors, *vectors)
+
+    return step
 
 
-def _kernel_by_shard(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) -> Step:
-    structure = _structure(layout)
-    parts = layout.parts(packed)
+def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
+    lowest, structure = layout.blocks[0], _structure(layout)
     raw, fixed, last_fixed = parts.raw[0][0], parts.fixed[0][0], parts.last_fixed
     of_raw = _Gather(layout.tuned, raw)
     of_fixed = _Gather(layout.fixed, fixed)
     replays, advances = [], []
     everything = zip(of_raw(raw), of_fixed(fixed), parts.small, shards, strict=True)
     for own, constant, small, shard in everything:
-        # Clones: stand-ins for views would say that they share the memory of something unknown.
-        numbers = own.clone(), constant.clone()
-        vectors = shard.flat()
 
-        def replay(
-            own: Tensor, constant: Tensor, small: Tensor, *tensors: Tensor, of: Vectors = shard
-        ) -> Tensor:
-            return layout.replay(own, constant, small, _regroup(layout, of, iter(tensors)))
+        def both(tensors: Sequence[Tensor], like: Vectors = shard) -> tuple[Vectors, Vectors]:
+            each = iter(tensors)
+            return _regroup(layout, like, each), _regroup(layout, like, each)
+
+        def replay(a: Tensor, b: Tensor, c: Tensor, *tensors: Tensor, both: Any = both) -> Tensor:
+            return layout.replay(a, b, c, *both(tensors))
 
         def advance(
-            own: Tensor,
-            constant: Tensor,
-            going: Tensor,
-            small: Tensor,
-            *tensors: Tensor,
-            of: Vectors = shard,
+            a: Tensor, b: Tensor, c: Tensor, d: Tensor, *tensors: Tensor, both: Any = both
         ) -> None:
-            layout.advance(own, constant, going, small, _regroup(layout, of, iter(tensors)))
+            layout.advance(a, b, c, d, *both(tensors))
 
-        lowest = layout.blocks[0]
-        kind = type(lowest.rule), *structure[0][:4], bool(lowest.tuned), len(shard.w)
-        own_small = small.clone()
-        replays.append(_kernel(("replay", *kind), replay, *numbers, own_small, *vectors))
-        going = parts.going.clone()
-        advances.append(_kernel(("advance", *kind), advance, *numbers, going, own_small, *vectors))
+        kind = structure[0][:4], bool(lowest.tuned), len(shard.w)
+        if lowest.tuned:
+            numbers = [own, constant, small]
+            replays.append(_kernel(("replay", *kind), replay, numbers, shard.flat()))
+        numbers = [own, constant, parts.going, small]
+        advances.append(_kernel(("advance", *kind), advance, numbers, shard.flat()))
 
-    climb = _kernel(
-        ("climb", structure),
-        lambda *tensors: layout.climb(*tensors),
-        packed,
-        torch.zeros_like(raw),
-        torch.zeros_like(parts.steps),
-    )
+    leaves, tree = tree_flatten(parts._replace(small=[]))
 
-    def step(packed: Tensor, shards: Sequence[Vectors]) -> None:
-        vectors = [shard.flat() for shard in shards]
-        everything = [*zip(parts.small, vectors, strict=True)]
-        numbers = zip(of_raw(raw), of_fixed(last_fixed), everything, strict=True)
-        found = [run(a, b, c, *d)[0] for run, (a, b, (c, d)) in zip(replays, numbers, strict=True)]
-        climb(packed, *of_raw.total(found))
-        numbers = zip(of_raw(raw), of_fixed(fixed), everything, strict=True)
-        for run, (a, b, (c, d)) in zip(advances, numbers, strict=True):
-            run(a, b, parts.going, c, *d)
+    def climb(hypergradient: Tensor, largest: Tensor, *tensors: Tensor) -> None:
+        layout.climb(tree_unflatten(tensors, tree), hypergradient, largest)
+
+    if lowest.tuned:
+        run_climb = _kernel(("climb", structure), climb, [raw, parts.steps, *leaves])
+
+    def step(shards: Sequence[Vectors]) -> None:
+        vectors = [shard.flat() * 2 for shard in shards]
+        if lowest.tuned:
+            numbers = zip(of_raw(raw), of_fixed(last_fixed), parts.small, strict=True)
+            calls = zip(replays, numbers, vectors, strict=True)
+            found = [run(*own, *tensors)[0] for run, own, tensors in calls]
+            run_climb(*of_raw.total(found), *leaves)
+        owners = zip(of_raw(raw), of_fixed(fixed), parts.small, strict=True)
+        for run, (a, b, c), tensors in zip(advances, owners, vectors, strict=True):
+            run(a, b, parts.going, c, *tensors)
 
     return step
 
@@ -157,37 +171,80 @@ def _structure(layout: Layout) -> tuple:
 
 def _regroup(layout: Layout, like: Vectors, tensors: Iterator[Tensor]) -> Vectors:
     """The inverse of `Vectors.flat`."""
+    w, g = next(tensors), next(tensors)
     last_w = None if like.last_w is None else next(tensors)
     last_g = None if like.last_g is None else next(tensors)
-    w, g = next(tensors), next(tensors)
     names = [name for name, vector in layout.states[0].items() if vector]
     return Vectors(w, g, last_w, last_g, {name: next(tensors) for name in names})
 
 
-def _kernel(name: tuple, function: Callable[..., Any], *arguments: Tensor) -> Kernel:
-    """A function of these tensors, compiled once in this process for each name and kind of them."""
-    kinds = tuple((tensor.dtype, tensor.device) for tensor in arguments)
-    key = (*name, kinds, torch.get_num_threads() if arguments[0].device.type == "cpu" else None)
+def _kernel(
+    name: tuple,
+    function: Callable[..., Any],
+    small: Sequence[Tensor],
+    vectors: Sequence[Tensor] = (),
+) -> Kernel:
+    """A function of tensors, compiled once in this process for each name and kind of them.
+
+    Args:
+        small: its first arguments.
+        vectors: the others, which it is given twice: to read, and to write.
+    """
+    vectors = [*vectors]
+    kinds = tuple((tensor.dtype, tensor.device) for tensor in (*small, *vectors))
+    key = (*name, kinds, torch.get_num_threads() if small[0].device.type == "cpu" else None)
     if key not in _compiled:
-        _compiled[key] = _compile(function, arguments)
+        _compiled[key] = run = _compile(function, [*small, *vectors, *vectors])
+        if vectors and not _works_in_place(run, small, vectors):
+            n = len(small)
+            careful = _compile(lambda *t: function(*t, *t[n:]), [*small, *vectors])
+            _compiled[key] = lambda *tensors: careful(*tensors[: n + len(vectors)])
     return _compiled[key]
 
 
 def _compile(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Kernel:
-    graph = make_fx(function, tracing_mode="fake")(*arguments)
+    # Clones, since arguments that are views, or are given twice, would be taken for one memory.
+    arguments = [tensor.clone() for tensor in arguments]
+    graph = trace(function, arguments)
     _realize_scalars(graph)
     return compile_graph(graph, arguments)
 
 
+def _works_in_place(run: Kernel, small: Sequence[Tensor], vectors: Sequence[Tensor]) -> bool:
+    """Whether writing to the vectors that are read gives the same results, bit by bit.
+
+    They are compared with those of writing to others, which hold something else.
+    """
+    old, other = ([torch.rand_like(t) for t in vectors] for _ in range(2))
+    new, same = ([t.clone() for t in each] for each in (other, old))
+    ones, also = ([torch.ones_like(t) for t in small] for _ in range(2))
+    run(*ones, *old, *new)
+    run(*also, *same, *same)
+    written = [(a, b) for a, b, before in zip(new, same, other, strict=True) if a.ne(before).any()]
+    return all(
+        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in [*written, *zip(ones, also, strict=True)]
+    )
+
+
+def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph of what a function does to tensors like these; it writes to them at its end."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    pure = torch.func.functionalize(function, remove="mutations")
+    return make_fx(pure, select_decomp_table(), tracing_mode="fake")(*arguments)
+
+
 def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
-    """A graph of tensor operations, compiled by Inductor for arguments like these.
+    """A graph from `trace`, compiled by Inductor for arguments like these.
 
     Raises:
         Exception: whatever a missing or broken compiler raises.
     """
-    from torch import _inductor
     from torch._guards import TracingContext, tracing
-    from torch._inductor import cpu_vec_isa
+    from torch._inductor import config, cpu_vec_isa
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -197,47 +254,42 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
     stand_ins: list[Any] = [mode.from_tensor(t, static_shapes=True) for t in arguments]
 
     def attempt(options: dict[str, Any]) -> Kernel:
-        with tracing(TracingContext(mode)):
-            return _inductor.compile(graph, stand_ins, options)
+        with tracing(TracingContext(mode)), config.patch(options), V.set_fake_mode(mode):
+            run = compile_fx_inner(graph, stand_ins, is_inference=True)
+        return lambda *tensors: run([*tensors])
 
     try:
         # Taking the C++ compiler's word for what this processor can do saves the ten seconds in
         # which Inductor would try all of its instruction sets, once on each machine.
-        return attempt({"cpp.vec_isa_ok": True})
+        return attempt({"cpp.vec_isa_ok": True, "size_asserts": False})
     except Exception:
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        return attempt({})
+        return attempt({"size_asserts": False})
 
 
 def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
-    """Make the scalars that a vector operation reads outputs of the graph.
+    """Make the scalars that a vector operation reads outputs of the graph, in its precision.
 
     Inductor writes outputs to memory. Without that it repeats the arithmetic of a scalar, powers
-    included, for each element of the vector.
+    and rounding included, for each element of the vector.
     """
-
-    def numel(node: fx.Node) -> int:
+    scalars: dict[tuple, fx.Node] = {}
+    for node in list(graph.graph.nodes):
         value = node.meta.get("val")
-        return value.numel() if isinstance(value, Tensor) else 0
-
-    def is_view(node: fx.Node) -> bool:
-        return node.target is operator.getitem or getattr(node.target, "is_view", False)
-
-    def meets_vector(node: fx.Node) -> bool:
-        return any(
-            meets_vector(user) if is_view(user) else numel(user) >= large for user in node.users
-        )
-
-    scalars = [
-        node
-        for node in graph.graph.nodes
-        if node.op == "call_function"
-        and node.all_input_nodes
-        and not is_view(node)
-        and 0 < numel(node) < large
-        and meets_vector(node)
-    ]
+        if not isinstance(value, Tensor) or value.numel() < large or node.op != "call_function":
+            continue
+        for scalar in node.all_input_nodes:
+            number = scalar.meta["val"]
+            if number.numel() >= large or not number.is_floating_point():
+                continue
+            key = scalar, value.dtype
+            if key not in scalars:
+                with graph.graph.inserting_after(scalar):
+                    convert = torch.ops.prims.convert_element_type.default
+                    scalars[key] = graph.graph.call_function(convert, (scalar, value.dtype))
+                scalars[key].meta["val"] = number.to(value.dtype)
+            node.replace_input_with(scalar, scalars[key])
     output = graph.graph.output_node()
     own = [output.args[0]] if isinstance(output.args[0], fx.Node) else []
-    output.args = ((*own, *scalars),)
+    output.args = ((*own, *scalars.values()),)
     graph.recompile()

@@ -1,8 +1,8 @@
 """Where the numbers of a stack are kept between steps, and the step that works on them in place.
 
-Everything small, all hyperparameters of all levels and the whole state of the upper levels, is one
-float64 vector, `packed`; everything large is one flat vector per shard and kind. A step is then one
-function of a handful of tensors, which compiles into one kernel.
+Everything small, all hyperparameters of all levels and the whole state of the upper levels, lies in
+one float64 vector, `packed`, and is worked on as views of it; everything large is one flat vector
+per shard and kind. A step is then one function of these tensors, which compiles into one kernel.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ class Vectors(NamedTuple):
     state: State
 
     def flat(self) -> list[Tensor]:
-        # The compiler writes in this order: last_w has to get w before w is written.
         kept = [last for last in (self.last_w, self.last_g) if last is not None]
-        return [*kept, self.w, self.g, *self.state.values()]
+        return [self.w, self.g, *kept, *self.state.values()]
 
 
 class Parts(NamedTuple):
-    """What `packed` holds; as views of it, or as their shapes.
+    """What `packed` holds: views of it, new values for them, or their shapes.
 
     Attributes:
         values: those of the tuned hyperparameters; to be read only. With `fixed`, which follows,
@@ -143,9 +142,8 @@ class Layout:
         views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         return tree_unflatten(views, tree)
 
-    def unpack(self, packed: Tensor, shards: Sequence[Vectors]) -> TowerState:
-        """The tower's state as views of `packed` and of the shards' vectors."""
-        parts = self.parts(packed)
+    def tower(self, parts: Parts, shards: Sequence[Vectors] = ()) -> TowerState:
+        """The tower's state; where no shards are given, without their last moves."""
         return TowerState(
             raw=tuple(parts.raw),
             bounds=tuple(parts.bounds),
@@ -165,13 +163,12 @@ class Layout:
         moved, *counters = small.unbind()
         rest = iter(counters)
         state = {
-            name: vectors[name] if vector else next(rest)
-            for name, vector in self.states[0].items()
+            name: vectors[name] if vector else next(rest) for name, vector in self.states[0].items()
         }
         return Move(w, g, state, moved)
 
-    def pack(self, tower: TowerState, going: Tensor) -> Tensor:
-        """The inverse of `unpack`, but for the large vectors.
+    def parts_of(self, tower: TowerState, going: Tensor) -> Parts:
+        """The inverse of `tower`.
 
         Args:
             going: whether the weights are to be moved, as `climb` says.
@@ -188,11 +185,11 @@ class Layout:
             torch.stack([move.moved, *(s for s in move.state.values() if not s.ndim)])
             for move in tower.lowest
         ]
-        parts = Parts(
+        return Parts(
             values=torch.cat(values),
-            fixed=tower.fixed,
-            bounds=tower.bounds,
-            raw=tower.raw,
+            fixed=[*tower.fixed],
+            bounds=[*tower.bounds],
+            raw=[*tower.raw],
             last_fixed=tower.last_fixed,
             steps=tower.steps,
             skipped=tower.skipped,
@@ -200,24 +197,37 @@ class Layout:
             upper=upper,
             small=small,
         )
-        return torch.cat([part.reshape(-1) for part in tree_leaves(parts)])
 
-    # One step in place, in three parts: of each shard, of the tower, and of each shard again.
+    # One step in place. What is read and what is written come as two arguments, which are the same
+    # memory: see `compile`.
 
-    def step(self, packed: Tensor, shards: Sequence[Vectors]) -> None:
-        """One step of the stack: writes all of `packed` and of the shards but for ``g``."""
-        parts = self.parts(packed)
-        raw, fixed, last_fixed = parts.raw[0][0], parts.fixed[0][0], parts.last_fixed
-        everything = list(zip(self.tuned, self.fixed, parts.small, shards, strict=True))
+    def step(self, parts: Parts, shards: Sequence[Vectors]) -> None:
+        """One step of the stack: writes to all parts, and to the shards but for ``g``."""
+        if self.blocks[0].tuned:
+            self.tune(parts, shards, shards)
+        self.move(parts, shards, shards)
+
+    def tune(self, parts: Parts, shards: Sequence[Vectors], into: Sequence[Vectors]) -> None:
+        """The first half of a step: the hyperparameters, and the state of the last move's end."""
+        raw, last_fixed = parts.raw[0][0], parts.last_fixed
+        everything = zip(self.tuned, self.fixed, parts.small, shards, into, strict=True)
         found = [
-            self.replay(pick(raw, tuned), pick(last_fixed, constant), small, shard)
-            for tuned, constant, small, shard in everything
+            self.replay(pick(raw, tuned), pick(last_fixed, fixed), small, shard, new)
+            for tuned, fixed, small, shard, new in everything
         ]
-        self.climb(packed, *self.total(found))
-        for tuned, constant, small, shard in everything:
-            self.advance(pick(raw, tuned), pick(fixed, constant), parts.going, small, shard)
+        self.climb(parts, *self.total(found))
 
-    def replay(self, raw: Tensor, last_fixed: Tensor, small: Tensor, shard: Vectors) -> Tensor:
+    def move(self, parts: Parts, shards: Sequence[Vectors], into: Sequence[Vectors]) -> None:
+        """The second half of a step: the weights."""
+        raw, constant = parts.raw[0][0], parts.fixed[0][0]
+        everything = zip(self.tuned, self.fixed, parts.small, shards, into, strict=True)
+        for tuned, fixed, small, shard, new in everything:
+            numbers = pick(raw, tuned), pick(constant, fixed)
+            self.advance(*numbers, parts.going, small, shard, new)
+
+    def replay(
+        self, raw: Tensor, last_fixed: Tensor, small: Tensor, shard: Vectors, into: Vectors
+    ) -> Tensor:
         """The state that a shard's last move led to, in place; returns what `tower.replay` does.
 
         Args:
@@ -226,12 +236,7 @@ class Layout:
         """
         last = self.last(small, shard.last_w, shard.last_g, shard.state)
         state, part = replay(self.blocks[0], raw, last_fixed, last, shard.g)
-        if self.blocks[0].tuned:
-            self.store(small, shard, state)
-        if shard.last_g is not None:
-            shard.last_g.copy_(shard.g)
-        if shard.last_w is not None:
-            shard.last_w.copy_(shard.w)
+        self.store(small, into, state)
         return part
 
     def total(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -247,21 +252,29 @@ class Layout:
         sums = [sum(numbers, start=parts[0].new_zeros(())) for numbers in of_slot]
         return torch.stack(sums), sum((part[-1] for part in parts), start=parts[0].new_zeros(()))
 
-    def store(self, small: Tensor, shard: Vectors, state: State) -> None:
-        for name, value in shard.state.items():
+    def store(self, small: Tensor, into: Vectors, state: State) -> None:
+        for name, value in into.state.items():
             value.copy_(state[name])
         if len(small) > 1:
             counters = [name for name, vector in self.states[0].items() if not vector]
             small[1:].copy_(torch.stack([state[name] for name in counters]))
 
-    def climb(self, packed: Tensor, hypergradient: Tensor, finite: Tensor) -> None:
+    def climb(self, parts: Parts, hypergradient: Tensor, largest: Tensor) -> None:
         """Move the hyperparameters of all levels, in place."""
-        tower, going = climb(self.blocks, self.unpack(packed, ()), hypergradient, finite)
-        new = self.pack(tower, going)
-        packed[: len(new)].copy_(new)
+        tower, going = climb(self.blocks, self.tower(parts), hypergradient, largest)
+        new = self.parts_of(tower, going)
+        for old, value in zip(tree_leaves(parts._replace(small=[])), tree_leaves(new), strict=True):
+            if value is not old:
+                old.copy_(value)
 
     def advance(
-        self, raw: Tensor, fixed: Tensor, going: Tensor, small: Tensor, shard: Vectors
+        self,
+        raw: Tensor,
+        fixed: Tensor,
+        going: Tensor,
+        small: Tensor,
+        shard: Vectors,
+        into: Vectors,
     ) -> None:
         """Move a shard's weights, in place."""
         state = self.last(small, None, None, shard.state).state
@@ -269,8 +282,12 @@ class Layout:
         if self.blocks[0].tuned:
             small[:1].copy_(going)
         else:
-            self.store(small, shard, state)
-        shard.w.copy_(w)
+            self.store(small, into, state)
+        if into.last_g is not None:
+            into.last_g.copy_(shard.g)
+        if into.last_w is not None:
+            into.last_w.copy_(shard.w)
+        into.w.copy_(w)
 
 
 def _is_shape(node: Any) -> bool:

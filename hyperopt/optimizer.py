@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .compile import Step, compiled
-from .layout import Layout, pick
+from .layout import Layout, Parts, pick
 from .rules import Rule, near
 from .shard import Shard, divide, precision
 from .stack import Stack, parse
@@ -43,6 +44,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     _layout: Layout
     _packed: Tensor
+    _parts: Parts
     _resting: list[Tensor]  # parameters that the last step did not move
     _run: Step | None
 
@@ -140,10 +142,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         vectors = [shard.read() for shard in self._shards]
         if self._run is None:
             if self.compile:
-                self._run = compiled(self._layout, self._packed, vectors)
+                self._run = compiled(self._layout, self._parts, vectors)
             self.compiled = self._run is not None
-            self._run = self._run or self._layout.step
-        self._run(self._packed, vectors)
+            self._run = self._run or functools.partial(self._layout.step, self._parts)
+        self._run(vectors)
         for shard in self._shards:
             shard.write()
         self._version = self._packed._version
@@ -237,7 +239,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     def _settle(self, shard: Shard) -> None:
         """Let a shard forget its last move, of which the state that it led to remains."""
-        lowest, parts = self._layout.blocks[0], self._layout.parts(self._packed)
+        lowest, parts = self._layout.blocks[0], self._parts
         raw = pick(parts.raw[0][0], shard.owner.among(lowest.tuned))
         fixed = pick(parts.last_fixed, shard.owner.among(lowest.fixed))
         if shard.last.g is not None:
@@ -245,7 +247,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             shard.last = shard.last._replace(state=state, moved=torch.zeros_like(shard.last.moved))
 
     def _tower(self) -> TowerState:
-        tower = self._layout.unpack(self._packed, ())
+        tower = self._layout.tower(self._parts)
         return tower._replace(lowest=tuple(shard.last for shard in self._shards))
 
     def _export(self) -> list[dict[str, Any]]:
@@ -368,9 +370,10 @@ class HyperOptimizer(torch.optim.Optimizer):
             lowest=tuple(shard.last for shard in self._shards),
             upper=tuple(tree_map(lambda *each: torch.stack(each), *own) for own in moves[1:]),
         )
-        self._packed = self._layout.pack(tower, going).to(dtype)
-        small = self._layout.parts(self._packed).small
-        for shard, own in zip(self._shards, small, strict=True):
+        leaves = tree_leaves(self._layout.parts_of(tower, going))
+        self._packed = torch.cat([leaf.reshape(-1) for leaf in leaves]).to(dtype)
+        self._parts = self._layout.parts(self._packed)
+        for shard, own in zip(self._shards, self._parts.small, strict=True):
             shard.last = self._layout.last(own, shard.last.w, shard.last.g, shard.last.state)
         self._laid_groups = len(self.param_groups)
         self._show()

@@ -267,15 +267,15 @@ def step(
     tuned = [owner.among(lowest.tuned) for owner in owners]
     constant = [owner.among(lowest.fixed) for owner in owners]
     states, hypergradient = [], torch.zeros_like(tower.raw[0][0])
-    finite = torch.zeros_like(tower.steps)
+    largest = torch.zeros_like(tower.steps)
     for own, fixed, last, g in zip(tuned, constant, tower.lowest, grads, strict=True):
         raw = tower.raw[0][0][own]
         state, part = replay(lowest, raw, tower.last_fixed[fixed], last, g)
         states.append(state)
         hypergradient = hypergradient.index_add(0, torch.tensor(own, dtype=torch.long), part[:-1])
-        finite = finite + part[-1]
+        largest = largest + part[-1]
 
-    tower, going = climb(blocks, tower, hypergradient, finite)
+    tower, going = climb(blocks, tower, hypergradient, largest)
 
     moved, moves = [], []
     everything = zip(tuned, constant, states, weights, grads, strict=True)
@@ -288,9 +288,7 @@ def step(
     return moved, tower._replace(lowest=tuple(moves))
 
 
-def replay(
-    block: Block, raw: Tensor, fixed: Tensor, last: Move, g: Tensor
-) -> tuple[State, Tensor]:
+def replay(block: Block, raw: Tensor, fixed: Tensor, last: Move, g: Tensor) -> tuple[State, Tensor]:
     """Run the last move of one shard again: the state that it led to, and the hypergradients.
 
     Args:
@@ -299,8 +297,7 @@ def replay(
 
     Returns:
         the state after the move, or the one before where none was made; and the gradient with
-        respect to ``raw``, 0 where no move was made, followed by one number that is 0, or NaN where
-        ``g`` is not finite.
+        respect to ``raw``, 0 where no move was made, followed by the largest magnitude in ``g``.
     """
     before, gradient, start, moved = last
     if gradient is None:
@@ -315,17 +312,18 @@ def replay(
     there = moved > 0
     part = torch.where(there, pullback(g)[0], 0.0)
     state = {name: torch.where(there, after[name], old) for name, old in start.items()}
-    return state, torch.cat([part, (g - g).sum().to(part.dtype).view(1)])
+    largest = g.abs().amax(0, keepdim=True) if len(g) else g.new_zeros(1)
+    return state, torch.cat([part, largest.to(part.dtype)])
 
 
 def climb(
-    blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor, finite: Tensor
+    blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor, largest: Tensor
 ) -> tuple[TowerState, Tensor]:
     """Move the hyperparameters of all levels.
 
     Args:
         hypergradient: that of level 0, summed over the shards, [tuned slots].
-        finite: 0, or NaN where a gradient of the weights is not finite; 0-dim.
+        largest: not finite where a gradient of the weights is not, 0-dim.
 
     Returns:
         the tower with its new raw values and the upper levels' moves, level 0's being left alone;
@@ -334,7 +332,7 @@ def climb(
     raws = [row for raw in tower.raw for row in raw]
     bounds = [row for bound in tower.bounds for row in bound.unbind(1)]
     upper = list(enumerate(blocks))[1:]
-    going = (finite == 0).to(tower.steps.dtype)
+    going = largest.isfinite().to(tower.steps.dtype)
 
     # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
     hypergradients, states, lost = [hypergradient], [], [1 - going]
