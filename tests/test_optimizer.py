@@ -12,8 +12,13 @@ RULES_WITH_EVERYTHING = {
     "SGD": "SGD(0.01, momentum=0.9, weight_decay=0.1)",
     "AdaGrad": "AdaGrad(0.01, weight_decay=0.1)",
     "RMSProp": "RMSProp(0.01, weight_decay=0.1)",
+    "Adadelta": "Adadelta(0.1, weight_decay=0.1)",
     "Adam": "Adam(0.01, weight_decay=0.1)",
+    "Adamax": "Adamax(0.01, weight_decay=0.1)",
+    "NAdam": "NAdam(0.01, weight_decay=0.1)",
     "AdamW": "AdamW(0.01)",
+    "RAdam": "RAdam(0.01, weight_decay=0.1)",
+    "Lion": "Lion(0.01, weight_decay=0.1)",
 }
 
 
@@ -147,7 +152,7 @@ def test_all_ways_to_read_the_hyperparameters_agree():
         values = optimizer.hyperparameters()
         assert [list(level) for level in values] == [
             f"lr lr[1] beta1 {' '.join(f'{n}[0] {n}[1]' for n in CONSTANTS)}".split(),
-            ["lr[lr]", "lr[beta1]", "gamma", "eps", "weight_decay"],
+            ["lr[lr]", "lr[beta1]", "gamma", "eps", "weight_decay", "momentum"],
             ["lr", "momentum", "weight_decay"],
         ]
         snapshot = optimizer.snapshot()

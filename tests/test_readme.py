@@ -14,8 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT, make, make_targets
 
 from experiments.config import compose, protect_notation
-from hyperopt import parse
-from hyperopt.rules import RULES
+from hyperopt import RULES, parse
 
 README = (ROOT / "README.md").read_text()
 
