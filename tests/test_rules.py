@@ -1,4 +1,4 @@
-"""A plain rule is the optimizer of that name in `torch.optim`; no root is differentiated at 0."""
+"""A plain rule is the optimizer of that name in `torch.optim`; what single rules are known for."""
 
 from typing import Any
 
@@ -216,36 +216,6 @@ def test_every_rule_is_held_against_torch_optim():
     assert {parse(p[0]).levels[0].name for p in PLAIN} == RULES.keys()
 
 
-@pytest.mark.parametrize("top", ["SGD(1e-4)", "Adam(1e-3)", "AdaGrad(1e-3)", "RMSProp(1e-3)"])
-@pytest.mark.parametrize(
-    "lowest",
-    [
-        "AdaGrad(0.01)[lr, eps: log]",
-        "AdaGrad(0.01, initial_accumulator_value=0.1, eps_inside=True)[lr, eps: log]",
-        "AdaGrad(0.01, eps_inside=True)[lr, eps: log]",
-        "RMSProp(0.01)[lr, gamma, eps: log]",
-        "RMSProp(0.01, eps_inside=True)[lr, gamma, eps: log]",
-        "Adam(0.01)[lr, beta1, beta2, eps: log]",
-        "Adam(0.01, v0=1e-8)[lr, beta1, beta2, eps: log]",
-        "AdamW(0.01, weight_decay=0)[lr, beta1, beta2, eps: log]",
-    ],
-)
-def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(lowest, top):
-    w = torch.randn(6, requires_grad=True)
-    start = w.detach().clone()
-    optimizer = HyperOptimizer([w], f"{lowest} / {top} / {top}", compile=False)
-    for t in range(10):
-        # At first none has a gradient, so that hypergradients are 0 too; later half of them have.
-        w.grad = torch.randn(6) * torch.tensor([0, 0, 0, 1, 1, 1]) * (t > 2)
-        optimizer.step()
-        assert torch.equal(w[:3], start[:3])
-        assert optimizer.snapshot().isfinite().all()
-        assert w.isfinite().all()
-    assert not (w[3:] == start[3:]).any()
-    lr = optimizer.hyperparameters()[0]["lr"]
-    assert lr != pytest.approx(0.01, rel=1e-6), "the level above must have moved lr"
-
-
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
@@ -260,7 +230,51 @@ def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(lowest, top):
         ("Adam(0.1)[weight_decay]", True),
         ("AdamW(0.1)", True),
         ("AdamW(0.1, weight_decay=0)", True),
+        ("RAdam(0.1, weight_decay=0.1)", True),
+        ("NAdam(0.1, weight_decay=0.1, decoupled_weight_decay=True)", True),
+        ("Lion(0.1)", False),
+        ("Lion(0.1, weight_decay=0.1)", True),
     ],
 )
 def test_the_weights_of_the_last_step_are_kept_only_where_an_update_needs_them(rule, expected):
     assert depends_on_weights(parse(rule).levels[0]) is expected
+
+
+@pytest.mark.parametrize("top", ["SGD(0.1)", "Adam(0.1)", "Lion(0.1)"])
+def test_the_betas_of_lion_have_no_hypergradient_and_stay(top):
+    assert list(parse("Lion").levels[0].tuned) == ["lr"]
+    w = torch.randn(5, requires_grad=True)
+    stack = f"Lion(0.01, weight_decay=0.1)[lr, beta1, beta2, weight_decay] / {top}"
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    start = optimizer.hyperparameters()[0]
+    for _ in range(10):
+        w.grad = torch.randn(5)
+        optimizer.step()
+        last = optimizer.state_dict()["levels"][1]["last"]["g"]
+        assert last["beta1"] == last["beta2"] == 0
+    after = optimizer.hyperparameters()[0]
+    assert {name for name in start if after[name] != start[name]} == {"lr", "weight_decay"}
+
+
+NEVER = 99
+
+
+@pytest.mark.parametrize(
+    ("beta2", "first"),
+    [(1 / 3, NEVER), (0.5, NEVER), (0.6, NEVER), (2 / 3, NEVER), (0.7, 10), (0.9, 6), (0.999, 6)],
+)
+def test_radam_is_finite_on_both_sides_of_its_branch(beta2, first):
+    """Also where the rectification has a root or a pole, which it has at beta2 = 1/3, 1/2, 0.6.
+
+    Args:
+        first: the first step that is rectified, and hence moved by beta2.
+    """
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    stack = f"RAdam(0.1, beta2={beta2!r}) / SGD(1e-3)"
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    for t in range(14):
+        w.grad = torch.randn(5, dtype=torch.float64)
+        optimizer.step()
+        last = optimizer.state_dict()["levels"][1]["last"]["g"]
+        assert all(x.isfinite() for x in last.values())
+        assert bool(last["beta2"]) is (t >= first)
