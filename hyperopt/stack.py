@@ -40,7 +40,7 @@ class Stack:
                         raise ValueError(
                             f"{below}: {name} = {number:g} cannot be moved in the {domain.name} "
                             f"domain, which is ({domain.low:g}, {domain.high:g}); start it "
-                            f"there, or name another domain, as in [{name}: real]"
+                            f"inside, or name another domain, as in [{name}: real]"
                         )
         for k, above in enumerate(levels):
             targets = list(levels[k - 1].tuned) if k else []

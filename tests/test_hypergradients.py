@@ -154,3 +154,28 @@ def test_step_sizes_of_their_own_for_each_hyperparameter_and_each_group():
             close(ours, theirs, f"hypergradients of level {k} at step {t}")
         close(dict(enumerate(x.item() for x in w)), reference.w, f"weights after step {t}")
     assert hypergradients(optimizer)[0].keys() == {"lr", "lr[1]", "beta1", "beta1[1]", "beta2"}
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        "NAdam({lr: 0.003, momentum: 0.002}, {lr: 0.6, momentum: 0.7}, 0.8, eps=0.1)",
+        "RAdam(0.003, 0.6, {lr: 0.8, momentum: 0.6}, eps=0.1)",
+        "AdaGrad(0.003, lr_decay={lr: 0.1, momentum: 0.2})[lr, lr_decay]",
+    ],
+)
+def test_betas_of_their_own_for_each_hyperparameter(middle):
+    stack = f"SGD(0.1, momentum=0.6) / {middle} / SGD(1e-3)"
+    w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    reference = Reference(stack, START)
+    for t in range(9):
+        optimizer.zero_grad()
+        loss(list(w), torch.sin).backward()
+        optimizer.step()
+        reference.step(lambda w: loss(list(w.values()), mp.sin))
+        for k, (ours, theirs) in enumerate(
+            zip(hypergradients(optimizer), reference.hypergradients, strict=True)
+        ):
+            close(ours, theirs, f"hypergradients of level {k} at step {t}")
+        close(dict(enumerate(w.tolist())), reference.w, f"weights after step {t}")

@@ -152,6 +152,11 @@ def test_what_the_level_above_moves():
         ),
         ("SGD(0)[lr: log] / SGD(1)", "lr = 0 cannot be moved in the log domain, which is (0, inf)"),
         (
+            "Adam[lr, weight_decay] / SGD(1)",
+            "weight_decay = 0 cannot be moved in the log domain, which is (0, inf); start it "
+            "inside, or name another domain, as in [weight_decay: real]",
+        ),
+        (
             "SGD(1, 2, 3, 4)",
             "SGD has 3 hyperparameters (lr, momentum, weight_decay), not 4 (column 1",
         ),

@@ -28,6 +28,8 @@ class Lion(torch.optim.Optimizer):
                 self.state[theta]["m"] = torch.lerp(g, m, beta2)
 
 
+NOT_IN_TORCH = {"Lion": Lion}
+
 # A notation, its optimizer and arguments in torch.optim, and what the second param group overrides.
 PLAIN: list[tuple[str, str, dict[str, Any], dict[str, float]]] = [
     ("SGD(0.1)", "SGD", {"lr": 0.1}, {"lr": 0.03}),
@@ -199,7 +201,7 @@ def test_height_0_is_torch_optim(memory, float64, stack, name, arguments, own):
         [{"params": ours[:2]}, {"params": ours[2:], **own}], stack, compile=False
     )
     theirs_own = torch_names(own, arguments.get("betas", (0.9, 0.999)))
-    peer = (Lion if name == "Lion" else getattr(torch.optim, name))(
+    peer = (NOT_IN_TORCH.get(name) or getattr(torch.optim, name))(
         [{"params": theirs[:2]}, {"params": theirs[2:], **theirs_own}], **arguments
     )
     for _ in range(200):
