@@ -27,9 +27,10 @@ def whole(name: str, **options) -> Rule:
 
 
 def other(name: str) -> dict[str, Any]:
-    """For each option of a rule another setting than the default one."""
+    """For each option of a rule's own another setting than the default one."""
     options = RULES[name].options.items()
-    return {n: not o.default if isinstance(o.default, bool) else 0.1 for n, o in options}
+    own = {n: option.default for n, option in options if n not in vars(Rule)}
+    return {n: not default if isinstance(default, bool) else 0.1 for n, default in own.items()}
 
 
 def variants(name: str) -> list[Rule]:

@@ -126,7 +126,8 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
         tuned, not_tuned = (
             [n for n, h in rule.hypers.items() if h.tuned is t] for t in (True, False)
         )
-        options = ", ".join(f"`{n}={write(o.default)}`" for n, o in rule.options.items())
+        own = {n: option.default for n, option in rule.options.items() if n not in vars(Rule)}
+        options = ", ".join(f"`{n}={write(default)}`" for n, default in own.items())
         peer = f"`torch.optim.{peers[name]}`" if peers[name] not in NOT_IN_TORCH else "its paper"
         rows.append(
             f"| `{name}` | {cell(rule, tuned)} | {cell(rule, not_tuned)} | {options} | {peer} |"
