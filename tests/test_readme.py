@@ -121,7 +121,10 @@ def cell(rule: type[Rule], names: Iterable[str]) -> str:
 
 def test_the_table_of_rules_is_that_of_the_code() -> None:
     peers = {parse(stack).levels[0].name: peer for stack, peer, _, _ in PLAIN}
-    rows = ["| Rule | Tuned by default | Not | Options | As |", "| --- | --- | --- | --- | --- |"]
+    rows = [
+        "| Rule | Tuned by default | Constant by default | Options | As |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, rule in RULES.items():
         tuned, not_tuned = (
             [n for n, h in rule.hypers.items() if h.tuned is t] for t in (True, False)
