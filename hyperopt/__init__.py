@@ -9,7 +9,8 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 
 from .domains import DOMAINS, Domain
 from .optimizer import HyperOptimizer
-from .rules import RULES, SGD, AdaGrad, Adam, AdamW, Hyper, Option, RMSProp, Rule
+from .rule import RULES, Hyper, Option, Rule
+from .rules import SGD, Adadelta, AdaGrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSProp
 from .stack import Stack, parse
 
 __all__ = [
@@ -17,12 +18,17 @@ __all__ = [
     "RULES",
     "SGD",
     "AdaGrad",
+    "Adadelta",
     "Adam",
     "AdamW",
+    "Adamax",
     "Domain",
     "Hyper",
     "HyperOptimizer",
+    "Lion",
+    "NAdam",
     "Option",
+    "RAdam",
     "RMSProp",
     "Rule",
     "Stack",

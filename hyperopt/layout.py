@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .rules import State
+from .rule import State
 from .tower import Block, Move, Owner, TowerState, advance, climb, replay
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .compile import Step, compiled
 from .layout import Layout, Parts, pick
-from .rules import Rule, near
+from .rule import Rule, near
 from .shard import Shard, divide, precision
 from .stack import Stack, parse
 from .tower import Move, Owner, Slot, TowerState, build, replay

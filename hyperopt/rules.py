@@ -9,267 +9,27 @@ What ``update`` may rely on:
   their gradient. (On an upper level, the "weights" are the hyperparameters of the level below.)
 * ``h.lr``, ``h.beta1``, ... are the hyperparameters' values, as float64 tensors that broadcast
   against ``w``; a 0-dim one does not change its dtype. They are differentiated.
-* ``s["..."]`` is the state that ``init`` or the last ``update`` returned. Vectors in it have
-  ``w``'s shape; 0-dim entries are float64.
+* ``s["..."]`` is the state that ``init`` or the last ``update`` returned, always with the same
+  entries in the same order. Vectors in it have ``w``'s shape; 0-dim entries are float64.
 * ``self.on("momentum")`` says whether an optional hyperparameter takes part at all, so that one
   that is 0 and that nobody tunes costs nothing.
 
 The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
-the constants in which the paper's own package (``gradient-descent-the-ultimate-optimizer`` 1.0)
-differs.
+its variants, and the constants in which the paper's own package
+(``gradient-descent-the-ultimate-optimizer`` 1.0) differs.
+
+The domains of lr, of SGD's momentum and of the betas are the paper's. All others keep a
+hyperparameter in its legal values wherever it is moved to, so that one that is 0 cannot be moved
+before it is given a value.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
-
 import torch
 from torch import Tensor
 
-from .domains import DOMAINS, REAL, SQUARE, UNIT, Domain
-
-if TYPE_CHECKING:
-    from .stack import Stack
-
-State: TypeAlias = dict[str, Tensor]
-Values: TypeAlias = Any  # a namespace: h.lr, h.momentum, ...
-Number: TypeAlias = float | dict[str, float]  # the dict: one for each hyperparameter below
-
-RULES: dict[str, type[Rule]] = {}
-
-
-@dataclass(frozen=True)
-class Hyper:
-    """Declares a hyperparameter of a rule; on an instance, reads as its initial value.
-
-    Attributes:
-        default: its value where none is given.
-        domain: how the level above moves it.
-        tuned: whether the level above moves it where the stack names no subset. One that is off by
-            default (0) is moved only if it was given a value.
-        low, high: legal values are low <= value < high.
-    """
-
-    default: float
-    domain: Domain = REAL
-    tuned: bool = True
-    low: float = 0.0
-    high: float = math.inf
-    name: str = ""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        object.__setattr__(self, "name", name)
-
-    @overload
-    def __get__(self, rule: None, owner: type) -> Hyper: ...
-    @overload
-    def __get__(self, rule: Rule, owner: type) -> float: ...
-    def __get__(self, rule: Rule | None, owner: type) -> Any:
-        return self if rule is None else rule.values[self.name]
-
-
-@dataclass(frozen=True)
-class Option:
-    """Declares a constant of a rule that no level moves: a switch, or how the state starts."""
-
-    default: Any
-    name: str = ""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        object.__setattr__(self, "name", name)
-
-    def __get__(self, rule: Rule | None, owner: type) -> Any:
-        return self if rule is None else rule.settings[self.name]
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """The rest of an error message: what there is, and what was probably meant."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-
-
-class Rule:
-    """An update rule with the initial values of its hyperparameters: one level of a stack.
-
-    Positional arguments are the hyperparameters in the order of their declaration. A value is a
-    number or, above another level, a dict with a number for each hyperparameter that is moved:
-    ``SGD({"lr": 1e-5, "momentum": 1e-6})``.
-
-    ``rule["lr", "beta1: log"]`` is the rule whose ``lr`` and ``beta1`` alone are moved by the level
-    above, ``beta1`` in the log domain. ``rule / other`` puts ``other`` on top.
-
-    Raises:
-        ValueError: a value outside its domain.
-        TypeError: an argument that the rule does not have.
-    """
-
-    hypers: ClassVar[dict[str, Hyper]] = {}
-    options: ClassVar[dict[str, Option]] = {}
-
-    # Of any rule that moves hyperparameters.
-    clip_value = Option(math.inf)
-    clip_norm = Option(math.inf)
-    every = Option(1)
-    until = Option(math.inf)
-
-    def __init_subclass__(cls) -> None:
-        members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
-        cls.hypers = {n: m for n, m in members.items() if isinstance(m, Hyper)}
-        cls.options = {n: m for n, m in members.items() if isinstance(m, Option)}
-        RULES[cls.__name__] = cls
-
-    def __init__(self, *args: Number, **kwargs: Any) -> None:
-        if len(args) > len(self.hypers):
-            raise TypeError(
-                f"{self.name} has {len(self.hypers)} hyperparameters "
-                f"({', '.join(self.hypers)}), not {len(args)}"
-            )
-        given = dict(zip(self.hypers, args, strict=False))
-        for name, value in kwargs.items():
-            if name in given:
-                raise TypeError(f"{self.name} got {name} twice")
-            if name not in self.hypers and name not in self.options:
-                known = [*self.hypers, *self.options]
-                raise TypeError(f"{self.name} has no argument {name!r}; {near(name, known)}")
-            given[name] = value
-        self.values: dict[str, Number] = {}
-        for name, hyper in self.hypers.items():
-            value = given.get(name, hyper.default)
-            self.values[name] = (
-                {str(key): self._number(hyper, one) for key, one in value.items()}
-                if isinstance(value, Mapping)
-                else self._number(hyper, value)
-            )
-        self.settings = {n: given.get(n, option.default) for n, option in self.options.items()}
-        for name, setting in self.settings.items():
-            expected = type(self.options[name].default)
-            if not isinstance(setting, (int, float) if expected is float else expected):
-                raise ValueError(
-                    f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
-                )
-        self.subset: dict[str, Domain] | None = None
-        self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)
-
-    def _number(self, hyper: Hyper, value: Any) -> float:
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.name}: {hyper.name} must be a number, not {value!r}") from None
-        if not hyper.low <= number < hyper.high:
-            interval = f"[{hyper.low:g}, {hyper.high:g})"
-            raise ValueError(f"{self.name}: {hyper.name} must lie in {interval}, but is {number:g}")
-        return number
-
-    # What the level above moves.
-
-    def __getitem__(self, names: str | tuple[str, ...]) -> Rule:
-        subset = {}
-        for item in (names,) if isinstance(names, str) else names:
-            name, _, domain = (part.strip() for part in item.partition(":"))
-            if name not in self.hypers:
-                raise ValueError(
-                    f"{self.name} has no hyperparameter {name!r}; {near(name, self.hypers)}"
-                )
-            if domain and domain not in DOMAINS:
-                raise ValueError(f"there is no domain {domain!r}; {near(domain, DOMAINS)}")
-            subset[name] = DOMAINS[domain] if domain else self.hypers[name].domain
-        chosen = self._copy()
-        chosen.subset = {name: subset[name] for name in self.hypers if name in subset}
-        return chosen
-
-    @property
-    def tuned(self) -> dict[str, Domain]:
-        """The hyperparameters that a level above this one moves, with their domains."""
-        if self.subset is not None:
-            return self.subset
-        return {
-            name: hyper.domain
-            for name, hyper in self.hypers.items()
-            if hyper.tuned and name in self.used
-        }
-
-    def on(self, name: str) -> bool:
-        """Whether a hyperparameter takes part: all do but those that are 0, as is their default.
-
-        One that a subset asks for by name takes part in any case.
-        """
-        return name in self.used or name in (self.subset or ())
-
-    def with_values(self, values: Mapping[str, Number]) -> Rule:
-        """This rule with other initial values; hyperparameters that take part still do."""
-        twin = self._copy()
-        twin.values = type(self)(**{**self.values, **values}).values
-        twin.used = self.used | {name for name, value in values.items() if value != 0}
-        return twin
-
-    def _copy(self) -> Rule:
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
-
-    # The algorithm.
-
-    def init(self, w: Tensor) -> State:
-        """The state before the first update of ``w``."""
-        return {}
-
-    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        """One step: the new weights and the new state. Pure; changes none of its arguments."""
-        raise NotImplementedError
-
-    # Notation.
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    def __truediv__(self, above: Rule | Stack) -> Stack:
-        from .stack import Stack
-
-        return Stack(self) / above
-
-    def __str__(self) -> str:
-        first, *others = self.hypers
-        arguments = [write(self.values[first])]
-        arguments += [
-            f"{name}={write(self.values[name])}"
-            for name in others
-            if self.values[name] != self.hypers[name].default
-        ]
-        arguments += [
-            f"{name}={write(self.settings[name])}"
-            for name, option in self.options.items()
-            if self.settings[name] != option.default
-        ]
-        text = f"{self.name}({', '.join(arguments)})"
-        if self.subset is not None:
-            items = [
-                name if domain is self.hypers[name].domain else f"{name}: {domain.name}"
-                for name, domain in self.subset.items()
-            ]
-            text += f"[{', '.join(items)}]"
-        return text
-
-    __repr__ = __str__
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(str(self))
-
-
-def write(value: Any) -> str:
-    """A number, a truth value or a dict of numbers, as the notation writes it."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{name}: {write(one)}" for name, one in value.items()) + "}"
-    return repr(value).replace("e-0", "e-")
-
+from .domains import LOG, SQUARE, UNIT
+from .rule import Hyper, Option, Rule, State, Values
 
 # Helpers of the rules.
 
@@ -282,6 +42,13 @@ def root(v: Tensor) -> Tensor:
     """
     positive = v > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, v, 1.0)), 0.0)
+
+
+def decay(w: Tensor, g: Tensor, h: Values, decoupled: bool) -> tuple[Tensor, Tensor]:
+    """The weights and their gradient after a weight decay that may be of either kind."""
+    if decoupled:  # Loshchilov and Hutter 2019
+        return w - h.lr * h.weight_decay * w, g
+    return w, g + h.weight_decay * w
 
 
 def counter() -> Tensor:
@@ -299,7 +66,7 @@ class SGD(Rule):
 
     lr = Hyper(1e-3)
     momentum = Hyper(0.0)
-    weight_decay = Hyper(0.0, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
     nesterov = Option(False)
 
     def init(self, w: Tensor) -> State:
@@ -322,64 +89,105 @@ class AdaGrad(Rule):
     """
 
     lr = Hyper(1e-2)
-    eps = Hyper(1e-10, tuned=False)
-    weight_decay = Hyper(0.0, tuned=False)
+    eps = Hyper(1e-10, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    lr_decay = Hyper(0.0, LOG, tuned=False)
     initial_accumulator_value = Option(0.0)
     eps_inside = Option(False)
 
     def init(self, w: Tensor) -> State:
-        return {"sum": torch.full_like(w, self.initial_accumulator_value)}
+        state = {"sum": torch.full_like(w, self.initial_accumulator_value)}
+        return {**state, "step": counter()} if self.on("lr_decay") else state
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):
             g = g + h.weight_decay * w
         total = s["sum"] + g * g
         scale = root(total + h.eps) if self.eps_inside else root(total) + h.eps
-        return w - h.lr * g / scale, {"sum": total}
+        if not self.on("lr_decay"):
+            return w - h.lr * g / scale, {"sum": total}
+        lr = h.lr / (1 + s["step"] * h.lr_decay)
+        return w - lr * g / scale, {"sum": total, "step": s["step"] + 1}
 
 
 class RMSProp(Rule):
     """RMSProp (Tieleman and Hinton 2012), as ``torch.optim.RMSprop``, whose ``alpha`` is ``gamma``.
 
-    The paper's dialect: ``eps_inside=True``.
+    With ``centered``, the variance takes the place of the second moment (Graves 2013). The paper's
+    dialect: ``eps_inside=True``.
     """
 
     lr = Hyper(1e-2, SQUARE)
     gamma = Hyper(0.99, UNIT, high=1.0)
-    eps = Hyper(1e-8, tuned=False)
-    weight_decay = Hyper(0.0, tuned=False)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    momentum = Hyper(0.0, UNIT, high=1.0)
+    centered = Option(False)
     eps_inside = Option(False)
 
     def init(self, w: Tensor) -> State:
-        return {"square_avg": torch.zeros_like(w)}
+        names = ["square_avg"]
+        names += ["grad_avg"] if self.centered else []
+        names += ["momentum_buffer"] if self.on("momentum") else []
+        return {name: torch.zeros_like(w) for name in names}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):
             g = g + h.weight_decay * w
         square_avg = h.gamma * s["square_avg"] + (1 - h.gamma) * (g * g)
-        scale = root(square_avg + h.eps) if self.eps_inside else root(square_avg) + h.eps
-        return w - h.lr * g / scale, {"square_avg": square_avg}
+        state, moment = {"square_avg": square_avg}, square_avg
+        if self.centered:
+            grad_avg = h.gamma * s["grad_avg"] + (1 - h.gamma) * g
+            state["grad_avg"], moment = grad_avg, square_avg - grad_avg * grad_avg
+        scale = root(moment + h.eps) if self.eps_inside else root(moment) + h.eps
+        if not self.on("momentum"):
+            return w - h.lr * g / scale, state
+        buffer = h.momentum * s["momentum_buffer"] + g / scale
+        return w - h.lr * buffer, {**state, "momentum_buffer": buffer}
+
+
+class Adadelta(Rule):
+    """Adadelta (Zeiler 2012), as ``torch.optim.Adadelta``."""
+
+    lr = Hyper(1.0)
+    rho = Hyper(0.9, UNIT, high=1.0)
+    eps = Hyper(1e-6, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+
+    def init(self, w: Tensor) -> State:
+        return {"square_avg": torch.zeros_like(w), "acc_delta": torch.zeros_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            g = g + h.weight_decay * w
+        square_avg = h.rho * s["square_avg"] + (1 - h.rho) * (g * g)
+        delta = root((s["acc_delta"] + h.eps) / (square_avg + h.eps)) * g
+        acc_delta = h.rho * s["acc_delta"] + (1 - h.rho) * (delta * delta)
+        return w - h.lr * delta, {"square_avg": square_avg, "acc_delta": acc_delta}
 
 
 class Adam(Rule):
     """Adam (Kingma and Ba 2015, Algorithm 1), as ``torch.optim.Adam``.
 
-    The paper's dialect starts the second moment at eps: ``v0=1e-8``.
+    With ``amsgrad``, the second moment never shrinks (Reddi et al. 2018). The paper's dialect
+    starts it at eps: ``v0=1e-8``.
     """
 
     lr = Hyper(1e-3)
     beta1 = Hyper(0.9, UNIT, high=1.0)
     beta2 = Hyper(0.999, UNIT, high=1.0)
-    eps = Hyper(1e-8, tuned=False)
-    weight_decay = Hyper(0.0, tuned=False)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
     v0 = Option(0.0)
+    amsgrad = Option(False)
 
     def init(self, w: Tensor) -> State:
-        return {
+        state = {
             "step": counter(),
             "exp_avg": torch.zeros_like(w),
             "exp_avg_sq": torch.full_like(w, self.v0),
         }
+        return {**state, "max_exp_avg_sq": torch.zeros_like(w)} if self.amsgrad else state
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):
@@ -391,20 +199,147 @@ class Adam(Rule):
         step = s["step"] + 1
         exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
         exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        state, moment = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, exp_avg_sq
+        if self.amsgrad:
+            moment = state["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], exp_avg_sq)
         lr = h.lr / (1 - h.beta1**step)
         correction = torch.rsqrt(1 - h.beta2**step)
         # A reciprocal and a product: the derivative of a quotient takes two more divisions.
+        scale = torch.reciprocal(root(moment) * correction + h.eps)
+        return w - lr * exp_avg * scale, state
+
+
+class Adamax(Rule):
+    """Adamax (Kingma and Ba 2015, Algorithm 2), as ``torch.optim.Adamax``."""
+
+    lr = Hyper(2e-3)
+    beta1 = Hyper(0.9, UNIT, high=1.0)
+    beta2 = Hyper(0.999, UNIT, high=1.0)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+
+    def init(self, w: Tensor) -> State:
+        return {"step": counter(), "exp_avg": torch.zeros_like(w), "exp_inf": torch.zeros_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            g = g + h.weight_decay * w
+        step = s["step"] + 1
+        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
+        exp_inf = torch.maximum(h.beta2 * s["exp_inf"], g.abs() + h.eps)
+        lr = h.lr / (1 - h.beta1**step)
+        w = w - lr * exp_avg * torch.reciprocal(exp_inf)
+        return w, {"step": step, "exp_avg": exp_avg, "exp_inf": exp_inf}
+
+
+class NAdam(Rule):
+    """Adam with Nesterov momentum (Dozat 2016), as ``torch.optim.NAdam``."""
+
+    lr = Hyper(2e-3)
+    beta1 = Hyper(0.9, UNIT, high=1.0)
+    beta2 = Hyper(0.999, UNIT, high=1.0)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    momentum_decay = Hyper(4e-3, LOG, tuned=False)
+    decoupled_weight_decay = Option(False)
+
+    def init(self, w: Tensor) -> State:
+        # Hyperparameters below that have betas of their own have products of their own.
+        several = any(isinstance(self.values[n], dict) for n in ("beta1", "momentum_decay"))
+        return {
+            "step": counter(),
+            "mu_product": torch.ones_like(w) if several else torch.ones_like(counter()),
+            "exp_avg": torch.zeros_like(w),
+            "exp_avg_sq": torch.zeros_like(w),
+        }
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            w, g = decay(w, g, h, self.decoupled_weight_decay)
+        step = s["step"] + 1
+        mu = h.beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay))
+        mu_next = h.beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * h.momentum_decay))
+        mu_product = s["mu_product"] * mu
+        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
+        exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        of_g = h.lr * (1 - mu) / (1 - mu_product)
+        of_avg = h.lr * mu_next / (1 - mu_product * mu_next)
+        correction = torch.rsqrt(1 - h.beta2**step)
         scale = torch.reciprocal(root(exp_avg_sq) * correction + h.eps)
-        w = w - lr * exp_avg * scale
-        return w, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        return w - (of_g * g + of_avg * exp_avg) * scale, {
+            "step": step,
+            "mu_product": mu_product,
+            "exp_avg": exp_avg,
+            "exp_avg_sq": exp_avg_sq,
+        }
 
 
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019), as ``torch.optim.AdamW``."""
 
-    weight_decay = Hyper(1e-2, tuned=False)
+    weight_decay = Hyper(1e-2, LOG, tuned=False)
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):
             w = w - h.lr * h.weight_decay * w
         return self.adapt(w, g, s, h)
+
+
+class RAdam(Rule):
+    """Rectified Adam (Liu et al. 2020, Algorithm 2), as ``torch.optim.RAdam``."""
+
+    lr = Hyper(1e-3)
+    beta1 = Hyper(0.9, UNIT, high=1.0)
+    beta2 = Hyper(0.999, UNIT, high=1.0)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    decoupled_weight_decay = Option(False)
+
+    def init(self, w: Tensor) -> State:
+        return {
+            "step": counter(),
+            "exp_avg": torch.zeros_like(w),
+            "exp_avg_sq": torch.zeros_like(w),
+        }
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.on("weight_decay"):
+            w, g = decay(w, g, h, self.decoupled_weight_decay)
+        step = s["step"] + 1
+        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
+        exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        power = h.beta2**step
+        limit = 2 / (1 - h.beta2) - 1
+        length = limit - 2 * step * power / (1 - power)
+        rectified = length > 5
+        # Where the branch is not taken, its derivative must be finite all the same, to be left out.
+        limit, length = (torch.where(rectified, x, 6.0) for x in (limit, length))
+        ratio = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
+        adapted = torch.sqrt(ratio * (1 - power)) * torch.reciprocal(root(exp_avg_sq) + h.eps)
+        lr = h.lr / (1 - h.beta1**step)
+        w = w - lr * exp_avg * torch.where(rectified, adapted, 1.0)
+        return w, {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+class Lion(Rule):
+    """Lion (Chen et al. 2023, Algorithm 2), whose weight decay is decoupled.
+
+    beta1 reaches the weights through a sign, which is flat, and beta2 only from the next step on,
+    for which this one is a constant: the hypergradients of both are 0. So the level above does not
+    move them, unless it is told to; then they stay where they are.
+    """
+
+    lr = Hyper(1e-4)
+    beta1 = Hyper(0.9, UNIT, tuned=False, high=1.0)
+    beta2 = Hyper(0.99, UNIT, tuned=False, high=1.0)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+
+    def init(self, w: Tensor) -> State:
+        return {"exp_avg": torch.zeros_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        direction = torch.sign(h.beta1 * s["exp_avg"] + (1 - h.beta1) * g)
+        if self.on("weight_decay"):
+            direction = direction + h.weight_decay * w
+        exp_avg = h.beta2 * s["exp_avg"] + (1 - h.beta2) * g
+        return w - h.lr * direction, {"exp_avg": exp_avg}

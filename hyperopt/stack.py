@@ -13,7 +13,7 @@ import itertools
 import re
 from typing import Any, NoReturn
 
-from .rules import RULES, Rule, near
+from .rule import RULES, Rule, near
 
 
 class Stack:
@@ -39,7 +39,8 @@ class Stack:
                     if number not in domain:
                         raise ValueError(
                             f"{below}: {name} = {number:g} cannot be moved in the {domain.name} "
-                            f"domain, which is ({domain.low:g}, {domain.high:g})"
+                            f"domain, which is ({domain.low:g}, {domain.high:g}); start it "
+                            f"inside, or name another domain, as in [{name}: real]"
                         )
         for k, above in enumerate(levels):
             targets = list(levels[k - 1].tuned) if k else []

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rules import Rule, State
+from .rule import Rule, State
 from .stack import Stack
 
 

@@ -27,16 +27,28 @@ def sgd(w, g, s, h):
 
 def adagrad(w, g, s, h):
     g = g + h.weight_decay * w
+    t = s.get("t", 0) + 1
     total = s.get("sum", h.initial_accumulator_value) + g**2
     scale = mp.sqrt(total + h.eps) if h.eps_inside else mp.sqrt(total) + h.eps
-    return w - h.lr * g / scale, {"sum": total}
+    return w - h.lr / (1 + (t - 1) * h.lr_decay) * g / scale, {"t": t, "sum": total}
 
 
 def rmsprop(w, g, s, h):
     g = g + h.weight_decay * w
     mean = h.gamma * s.get("mean", 0) + (1 - h.gamma) * g**2
-    scale = mp.sqrt(mean + h.eps) if h.eps_inside else mp.sqrt(mean) + h.eps
-    return w - h.lr * g / scale, {"mean": mean}
+    first = h.gamma * s.get("first", 0) + (1 - h.gamma) * g
+    moment = mean - first**2 if h.centered else mean
+    scale = mp.sqrt(moment + h.eps) if h.eps_inside else mp.sqrt(moment) + h.eps
+    buffer = h.momentum * s.get("buffer", 0) + g / scale
+    return w - h.lr * buffer, {"mean": mean, "first": first, "buffer": buffer}
+
+
+def adadelta(w, g, s, h):
+    g = g + h.weight_decay * w
+    mean = h.rho * s.get("mean", 0) + (1 - h.rho) * g**2
+    delta = mp.sqrt(s.get("moves", 0) + h.eps) / mp.sqrt(mean + h.eps) * g
+    moves = h.rho * s.get("moves", 0) + (1 - h.rho) * delta**2
+    return w - h.lr * delta, {"mean": mean, "moves": moves}
 
 
 def adam(w, g, s, h):
@@ -51,11 +63,72 @@ def adapt(w, g, s, h):
     t = s.get("t", 0) + 1
     m = h.beta1 * s.get("m", 0) + (1 - h.beta1) * g
     v = h.beta2 * s.get("v", h.v0) + (1 - h.beta2) * g**2
-    m_hat, v_hat = m / (1 - h.beta1**t), v / (1 - h.beta2**t)
-    return w - h.lr * m_hat / (mp.sqrt(v_hat) + h.eps), {"t": t, "m": m, "v": v}
+    largest = max(v, s.get("largest", 0)) if h.amsgrad else v
+    m_hat, v_hat = m / (1 - h.beta1**t), largest / (1 - h.beta2**t)
+    after = {"t": t, "m": m, "v": v, "largest": largest}
+    return w - h.lr * m_hat / (mp.sqrt(v_hat) + h.eps), after
 
 
-UPDATES = {"SGD": sgd, "AdaGrad": adagrad, "RMSProp": rmsprop, "Adam": adam, "AdamW": adamw}
+def adamax(w, g, s, h):
+    g = g + h.weight_decay * w
+    t = s.get("t", 0) + 1
+    m = h.beta1 * s.get("m", 0) + (1 - h.beta1) * g
+    u = max(h.beta2 * s.get("u", 0), abs(g) + h.eps)
+    return w - h.lr / (1 - h.beta1**t) * m / u, {"t": t, "m": m, "u": u}
+
+
+def nadam(w, g, s, h):
+    w, g = decay(w, g, h)
+    t = s.get("t", 0) + 1
+    mu, next_mu = (h.beta1 * (1 - mp.mpf("0.96") ** (i * h.momentum_decay) / 2) for i in (t, t + 1))
+    product = s.get("product", 1) * mu
+    m = h.beta1 * s.get("m", 0) + (1 - h.beta1) * g
+    v = h.beta2 * s.get("v", 0) + (1 - h.beta2) * g**2
+    m_hat = next_mu * m / (1 - product * next_mu) + (1 - mu) * g / (1 - product)
+    v_hat = v / (1 - h.beta2**t)
+    after = {"t": t, "product": product, "m": m, "v": v}
+    return w - h.lr * m_hat / (mp.sqrt(v_hat) + h.eps), after
+
+
+def radam(w, g, s, h):
+    w, g = decay(w, g, h)
+    t = s.get("t", 0) + 1
+    m = h.beta1 * s.get("m", 0) + (1 - h.beta1) * g
+    v = h.beta2 * s.get("v", 0) + (1 - h.beta2) * g**2
+    m_hat, after = m / (1 - h.beta1**t), {"t": t, "m": m, "v": v}
+    limit = 2 / (1 - h.beta2) - 1
+    rho = limit - 2 * t * h.beta2**t / (1 - h.beta2**t)
+    if rho <= 5:
+        return w - h.lr * m_hat, after
+    r = mp.sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho))
+    scale = mp.sqrt(1 - h.beta2**t) / (mp.sqrt(v) + h.eps)
+    return w - h.lr * r * m_hat * scale, after
+
+
+def decay(w, g, h):
+    if h.decoupled_weight_decay:
+        return w - h.lr * h.weight_decay * w, g
+    return w, g + h.weight_decay * w
+
+
+def lion(w, g, s, h):
+    c = h.beta1 * s.get("m", 0) + (1 - h.beta1) * g
+    m = h.beta2 * s.get("m", 0) + (1 - h.beta2) * g
+    return w - h.lr * (mp.sign(c) + h.weight_decay * w), {"m": m}
+
+
+UPDATES = {
+    "SGD": sgd,
+    "AdaGrad": adagrad,
+    "RMSProp": rmsprop,
+    "Adadelta": adadelta,
+    "Adam": adam,
+    "Adamax": adamax,
+    "NAdam": nadam,
+    "AdamW": adamw,
+    "RAdam": radam,
+    "Lion": lion,
+}
 TO_RAW = {
     "real": lambda h: h,
     "unit": lambda h: mp.atanh(2 * h - 1),

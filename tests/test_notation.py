@@ -18,17 +18,19 @@ def rules(draw, below: Rule | None) -> Rule:
         names = draw(st.lists(st.sampled_from(sorted(cls.hypers)), unique=True))
         subset = {name: draw(st.sampled_from([None, *sorted(DOMAINS)])) for name in names}
 
-    def number(name: str) -> float:
+    def number(name: str, zero: bool = False) -> float:
         # In the open unit interval every domain is at home.
         high = 1.0 if math.isfinite(cls.hypers[name].high) or subset is not None else 1e300
-        zero = cls.hypers[name].default == 0 and name not in (subset or ())
         numbers = st.floats(1e-300, high, exclude_max=True)
         return draw(st.just(0.0) | numbers if zero else numbers)
 
     def value(name: str):
+        # One number of 0 may stand for a hyperparameter that takes no part; several take part.
+        zero = cls.hypers[name].default == 0 and name not in (subset or ())
         if below is not None and draw(st.integers(0, 3)) == 0:
-            return {target: number(name) for target in below.tuned}
-        return number(name)
+            zero = zero and 0 in cls.hypers[name].domain
+            return {target: number(name, zero) for target in below.tuned}
+        return number(name, zero)
 
     given_names = draw(st.lists(st.sampled_from(sorted(cls.hypers)), unique=True))
     arguments = {name: value(name) for name in given_names}
@@ -133,7 +135,8 @@ def test_what_the_level_above_moves():
         ("SGD(0.1) / Adm(0.001)", "there is no rule 'Adm'; did you mean 'Adam'? (column 12"),
         (
             "Foo(1)",
-            "there is no rule 'Foo'; known are SGD, AdaGrad, RMSProp, Adam, AdamW (column 1",
+            "there is no rule 'Foo'; known are SGD, AdaGrad, RMSProp, Adadelta, Adam, Adamax, "
+            "NAdam, AdamW, RAdam, Lion (column 1",
         ),
         ("Adam(0.001, bata1=0.9)", "Adam has no argument 'bata1'; did you mean 'beta1'? (column 1"),
         ("Adam(1)[l] / SGD(1)", "Adam has no hyperparameter 'l'; did you mean 'lr'? (column 9"),
@@ -148,6 +151,11 @@ def test_what_the_level_above_moves():
             "beta1 = 0 cannot be moved in the unit domain, which is (0, 1)",
         ),
         ("SGD(0)[lr: log] / SGD(1)", "lr = 0 cannot be moved in the log domain, which is (0, inf)"),
+        (
+            "Adam[lr, weight_decay] / SGD(1)",
+            "weight_decay = 0 cannot be moved in the log domain, which is (0, inf); start it "
+            "inside, or name another domain, as in [weight_decay: real]",
+        ),
         (
             "SGD(1, 2, 3, 4)",
             "SGD has 3 hyperparameters (lr, momentum, weight_decay), not 4 (column 1",

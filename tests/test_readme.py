@@ -3,6 +3,7 @@
 import csv
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,10 +13,11 @@ from conftest import Digits
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT, make, make_targets
+from test_rules import NOT_IN_TORCH, PLAIN
 
 from experiments.config import compose, protect_notation
-from hyperopt import parse
-from hyperopt.rules import RULES
+from hyperopt import RULES, Rule, parse
+from hyperopt.rule import write
 
 README = (ROOT / "README.md").read_text()
 
@@ -106,6 +108,35 @@ def test_results_are_those_of_the_committed_table() -> None:
             assert error == f"{mean:.2f} ± {sd:.2f}", (stack, source)
     agrees = sum(row["agrees"] == "True" for row in rows.values())
     assert agreeing == [(str(agrees), str(len(rows)))]
+
+
+def cell(rule: type[Rule], names: Iterable[str]) -> str:
+    """Hyperparameters with their defaults and domains; in parentheses if off by default."""
+    texts = []
+    for hyper in map(rule.hypers.__getitem__, names):
+        text = f"`{hyper.name}={write(hyper.default)}` {hyper.domain.name}"
+        texts.append(text if hyper.default or not hyper.tuned else f"({text})")
+    return ", ".join(texts)
+
+
+def test_the_table_of_rules_is_that_of_the_code() -> None:
+    peers = {parse(stack).levels[0].name: peer for stack, peer, _, _ in PLAIN}
+    rows = [
+        "| Rule | Tuned by default | Constant by default | Options | As |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, rule in RULES.items():
+        tuned, not_tuned = (
+            [n for n, h in rule.hypers.items() if h.tuned is t] for t in (True, False)
+        )
+        own = {n: option.default for n, option in rule.options.items() if n not in vars(Rule)}
+        options = ", ".join(f"`{n}={write(default)}`" for n, default in own.items())
+        peer = f"`torch.optim.{peers[name]}`" if peers[name] not in NOT_IN_TORCH else "its paper"
+        rows.append(
+            f"| `{name}` | {cell(rule, tuned)} | {cell(rule, not_tuned)} | {options} | {peer} |"
+        )
+    section = README.partition("## The rules\n\n")[2].partition("\n\n")[0]
+    assert section == "\n".join(rows)
 
 
 def test_links_lead_somewhere() -> None:

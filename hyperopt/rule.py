@@ -1,0 +1,257 @@
+"""What a rule is: its hyperparameters, its options and one pure ``update``.
+
+The rules themselves, and what their ``update`` may rely on, are in `hyperopt.rules`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
+
+from torch import Tensor
+
+from .domains import DOMAINS, REAL, Domain
+
+if TYPE_CHECKING:
+    from .stack import Stack
+
+State: TypeAlias = dict[str, Tensor]
+Values: TypeAlias = Any  # a namespace: h.lr, h.momentum, ...
+Number: TypeAlias = float | dict[str, float]  # the dict: one for each hyperparameter below
+
+RULES: dict[str, type[Rule]] = {}
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Declares a hyperparameter of a rule; on an instance, reads as its initial value.
+
+    Attributes:
+        default: its value where none is given.
+        domain: how the level above moves it.
+        tuned: whether the level above moves it where the stack names no subset. One that is off by
+            default (0) is moved only if it was given a value.
+        low, high: legal values are low <= value < high.
+    """
+
+    default: float
+    domain: Domain = REAL
+    tuned: bool = True
+    low: float = 0.0
+    high: float = math.inf
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    @overload
+    def __get__(self, rule: None, owner: type) -> Hyper: ...
+    @overload
+    def __get__(self, rule: Rule, owner: type) -> float: ...
+    def __get__(self, rule: Rule | None, owner: type) -> Any:
+        return self if rule is None else rule.values[self.name]
+
+
+@dataclass(frozen=True)
+class Option:
+    """Declares a constant of a rule that no level moves: a switch, or how the state starts."""
+
+    default: Any
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    def __get__(self, rule: Rule | None, owner: type) -> Any:
+        return self if rule is None else rule.settings[self.name]
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """The rest of an error message: what there is, and what was probably meant."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known)
+    if not close:
+        return f"known are {', '.join(known)}"
+    # The letters of Adma are those of Adam and of Adamax, but letters are swapped more than lost.
+    return f"did you mean {min(close, key=lambda name: abs(len(name) - len(word)))!r}?"
+
+
+class Rule:
+    """An update rule with the initial values of its hyperparameters: one level of a stack.
+
+    Positional arguments are the hyperparameters in the order of their declaration. A value is a
+    number or, above another level, a dict with a number for each hyperparameter that is moved:
+    ``SGD({"lr": 1e-5, "momentum": 1e-6})``.
+
+    ``rule["lr", "beta1: log"]`` is the rule whose ``lr`` and ``beta1`` alone are moved by the level
+    above, ``beta1`` in the log domain. ``rule / other`` puts ``other`` on top.
+
+    Raises:
+        ValueError: a value outside its domain.
+        TypeError: an argument that the rule does not have.
+    """
+
+    hypers: ClassVar[dict[str, Hyper]] = {}
+    options: ClassVar[dict[str, Option]] = {}
+
+    # Of any rule that moves hyperparameters.
+    clip_value = Option(math.inf)
+    clip_norm = Option(math.inf)
+    every = Option(1)
+    until = Option(math.inf)
+
+    def __init_subclass__(cls) -> None:
+        members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
+        cls.hypers = {n: m for n, m in members.items() if isinstance(m, Hyper)}
+        cls.options = {n: m for n, m in members.items() if isinstance(m, Option)}
+        RULES[cls.__name__] = cls
+
+    def __init__(self, *args: Number, **kwargs: Any) -> None:
+        if len(args) > len(self.hypers):
+            raise TypeError(
+                f"{self.name} has {len(self.hypers)} hyperparameters "
+                f"({', '.join(self.hypers)}), not {len(args)}"
+            )
+        given = dict(zip(self.hypers, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given:
+                raise TypeError(f"{self.name} got {name} twice")
+            if name not in self.hypers and name not in self.options:
+                known = [*self.hypers, *self.options]
+                raise TypeError(f"{self.name} has no argument {name!r}; {near(name, known)}")
+            given[name] = value
+        self.values: dict[str, Number] = {}
+        for name, hyper in self.hypers.items():
+            value = given.get(name, hyper.default)
+            self.values[name] = (
+                {str(key): self._number(hyper, one) for key, one in value.items()}
+                if isinstance(value, Mapping)
+                else self._number(hyper, value)
+            )
+        self.settings = {n: given.get(n, option.default) for n, option in self.options.items()}
+        for name, setting in self.settings.items():
+            expected = type(self.options[name].default)
+            if not isinstance(setting, (int, float) if expected is float else expected):
+                raise ValueError(
+                    f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
+                )
+        self.subset: dict[str, Domain] | None = None
+        self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)
+
+    def _number(self, hyper: Hyper, value: Any) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.name}: {hyper.name} must be a number, not {value!r}") from None
+        if not hyper.low <= number < hyper.high:
+            interval = f"[{hyper.low:g}, {hyper.high:g})"
+            raise ValueError(f"{self.name}: {hyper.name} must lie in {interval}, but is {number:g}")
+        return number
+
+    # What the level above moves.
+
+    def __getitem__(self, names: str | tuple[str, ...]) -> Rule:
+        subset = {}
+        for item in (names,) if isinstance(names, str) else names:
+            name, _, domain = (part.strip() for part in item.partition(":"))
+            if name not in self.hypers:
+                raise ValueError(
+                    f"{self.name} has no hyperparameter {name!r}; {near(name, self.hypers)}"
+                )
+            if domain and domain not in DOMAINS:
+                raise ValueError(f"there is no domain {domain!r}; {near(domain, DOMAINS)}")
+            subset[name] = DOMAINS[domain] if domain else self.hypers[name].domain
+        chosen = self._copy()
+        chosen.subset = {name: subset[name] for name in self.hypers if name in subset}
+        return chosen
+
+    @property
+    def tuned(self) -> dict[str, Domain]:
+        """The hyperparameters that a level above this one moves, with their domains."""
+        if self.subset is not None:
+            return self.subset
+        return {
+            name: hyper.domain
+            for name, hyper in self.hypers.items()
+            if hyper.tuned and name in self.used
+        }
+
+    def on(self, name: str) -> bool:
+        """Whether a hyperparameter takes part: all do but those that are 0, as is their default.
+
+        One that a subset asks for by name takes part in any case.
+        """
+        return name in self.used or name in (self.subset or ())
+
+    def with_values(self, values: Mapping[str, Number]) -> Rule:
+        """This rule with other initial values; hyperparameters that take part still do."""
+        twin = self._copy()
+        twin.values = type(self)(**{**self.values, **values}).values
+        twin.used = self.used | {name for name, value in values.items() if value != 0}
+        return twin
+
+    def _copy(self) -> Rule:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    # The algorithm.
+
+    def init(self, w: Tensor) -> State:
+        """The state before the first update of ``w``."""
+        return {}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        """One step: the new weights and the new state. Pure; changes none of its arguments."""
+        raise NotImplementedError
+
+    # Notation.
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def __truediv__(self, above: Rule | Stack) -> Stack:
+        from .stack import Stack
+
+        return Stack(self) / above
+
+    def __str__(self) -> str:
+        first, *others = self.hypers
+        arguments = [write(self.values[first])]
+        arguments += [
+            f"{name}={write(self.values[name])}"
+            for name in others
+            if self.values[name] != self.hypers[name].default
+        ]
+        arguments += [
+            f"{name}={write(self.settings[name])}"
+            for name, option in self.options.items()
+            if self.settings[name] != option.default
+        ]
+        text = f"{self.name}({', '.join(arguments)})"
+        if self.subset is not None:
+            items = [
+                name if domain is self.hypers[name].domain else f"{name}: {domain.name}"
+                for name, domain in self.subset.items()
+            ]
+            text += f"[{', '.join(items)}]"
+        return text
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+
+def write(value: Any) -> str:
+    """A number, a truth value or a dict of numbers, as the notation writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {write(one)}" for name, one in value.items()) + "}"
+    return repr(value).replace("e-0", "e-")
