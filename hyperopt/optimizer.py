@@ -181,6 +181,11 @@ class HyperOptimizer(torch.optim.Optimizer):
             for names, values in zip(order, found, strict=True)
         ]
 
+    @property
+    def skipped(self) -> list[int]:
+        """For each level, how many of its moves were left out since something was not finite."""
+        return [int(count) for count in self._parts.skipped.tolist()]
+
     # What the step relies on: the layout of the parameters, and the numbers in the param groups.
 
     def _follow_groups(self) -> None:

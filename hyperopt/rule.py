@@ -97,7 +97,8 @@ class Rule:
     hypers: ClassVar[dict[str, Hyper]] = {}
     options: ClassVar[dict[str, Option]] = {}
 
-    # Of any rule that moves hyperparameters.
+    # How any rule moves hyperparameters: their gradient, clipped by value and by norm, in every
+    # so many steps, until so many steps were made.
     clip_value = Option(math.inf)
     clip_norm = Option(math.inf)
     every = Option(1)
@@ -134,9 +135,16 @@ class Rule:
         self.settings = {n: given.get(n, option.default) for n, option in self.options.items()}
         for name, setting in self.settings.items():
             expected = type(self.options[name].default)
-            if not isinstance(setting, (int, float) if expected is float else expected):
+            if expected is int and isinstance(setting, float) and setting.is_integer():
+                self.settings[name] = int(setting)  # the notation has one kind of number
+            elif not isinstance(setting, (int, float) if expected is float else expected):
                 raise ValueError(
                     f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
+                )
+        for name, least in (("clip_value", 0), ("clip_norm", 0), ("every", 1), ("until", 0)):
+            if not self.settings[name] >= least:
+                raise ValueError(
+                    f"{self.name}: {name} must be {least} or more, but is {self.settings[name]!r}"
                 )
         self.subset: dict[str, Domain] | None = None
         self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)

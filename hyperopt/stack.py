@@ -5,6 +5,10 @@ level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
 value = number | True | False | {hyperparameter: number, ...}
 moved = hyperparameters that the level above moves, each as name or name: domain
+
+A level above the lowest may also say how it moves the one below, as in SGD(1e-5, clip_norm=1):
+clip_value and clip_norm clip the gradient that it is given (as those above it see it too), every=10
+lets it move in one step of ten, and until=1000 in the first thousand alone.
 """
 
 from __future__ import annotations
@@ -42,6 +46,12 @@ class Stack:
                             f"domain, which is ({domain.low:g}, {domain.high:g}); start it "
                             f"inside, or name another domain, as in [{name}: real]"
                         )
+        for name in vars(Rule).keys() & levels[0].options:
+            if levels[0].settings[name] != levels[0].options[name].default:
+                raise ValueError(
+                    f"{levels[0]}: {name} is for a level that moves hyperparameters; the weights' "
+                    "gradients are clipped by torch.nn.utils.clip_grad_norm_ and the like"
+                )
         for k, above in enumerate(levels):
             targets = list(levels[k - 1].tuned) if k else []
             for name, value in above.values.items():

@@ -37,10 +37,10 @@ def rules(draw, below: Rule | None) -> Rule:
     if subset is not None:
         # What is tuned must lie in the domain; a default of 0 is in none but the real one.
         arguments |= {name: number(name) for name in subset if name not in arguments}
+    kinds = {bool: st.booleans(), int: st.integers(1, 10**9), float: st.floats(0, 1e300)}
     for name, option in cls.options.items():
-        if draw(st.booleans()):
-            is_bool = isinstance(option.default, bool)
-            arguments[name] = draw(st.booleans() if is_bool else st.floats(0, 1e300))
+        if (below is not None or name not in vars(Rule)) and draw(st.booleans()):
+            arguments[name] = draw(kinds[type(option.default)])
     rule = cls(**arguments)
     if subset is None:
         return rule
