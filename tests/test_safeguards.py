@@ -1,5 +1,6 @@
 """What keeps hyperparameters where they may be: domains, clipping, freezing, and skipped moves."""
 
+import itertools
 import math
 
 import pytest
@@ -108,7 +109,7 @@ def test_clipping_by_value_is_clamping_the_hypergradient():
     g = gradients(3)
     free = run("SGD(0.01) / SGD(1.0)", g)[1]
     clipped = run("SGD(0.01) / SGD(1.0, clip_value=1e-3)", g)[1]
-    moves = [b[0]["lr"] - a[0]["lr"] for a, b in zip(free, free[1:], strict=False)]
+    moves = [b[0]["lr"] - a[0]["lr"] for a, b in itertools.pairwise(free)]
     assert all(abs(move) > 1e-3 for move in moves), "there must be something to clip"
     assert clipped[1][0]["lr"] - clipped[0][0]["lr"] == pytest.approx(
         math.copysign(1e-3, moves[0]), rel=1e-9
@@ -130,14 +131,14 @@ def test_what_is_clipped_is_what_the_levels_above_see():
     stack = "SGD(0.01) / SGD(0.1, clip_value=1e-3) / SGD(1.0)"
     numbers = run(stack, g)[1]
     # The level's own hypergradient is the product of two clipped ones: 1e-6 at most.
-    moves = [b[1]["lr"] - a[1]["lr"] for a, b in zip(numbers[1:], numbers[2:], strict=False)]
+    moves = [b[1]["lr"] - a[1]["lr"] for a, b in itertools.pairwise(numbers[1:])]
     assert all(abs(move) == pytest.approx(1e-6, rel=1e-6) for move in moves)
 
 
 def test_every_and_until_say_when_a_level_moves():
     numbers = run("SGD(0.01) / SGD(1e-3, every=3, until=8)", gradients(12))[1]
     lrs = [0.01, *(level[0]["lr"] for level in numbers)]
-    moved = [t for t, (a, b) in enumerate(zip(lrs, lrs[1:], strict=False)) if a != b]
+    moved = [t for t, (a, b) in enumerate(itertools.pairwise(lrs)) if a != b]
     assert moved == [3, 6]  # at step 0 there is no hypergradient yet
 
 
@@ -145,7 +146,7 @@ def test_a_level_that_rests_is_not_blamed_for_the_step():
     """Where a level made no move, its own step size has no hypergradient."""
     numbers = run("SGD(0.01) / SGD(1e-3, every=2) / SGD(1.0)", gradients(6))[1]
     sizes = [1e-3, *(level[1]["lr"] for level in numbers)]
-    moved = [t for t, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False)) if a != b]
+    moved = [t for t, (a, b) in enumerate(itertools.pairwise(sizes)) if a != b]
     assert moved == [3, 5], "the level moves at even steps, and is judged one step later"
 
 
