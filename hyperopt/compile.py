@@ -126,7 +126,8 @@ def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
             found = [run(*own, *tensors)[0] for run, own, tensors in calls]
             run_climb(*of_raw.total(found), *leaves)
         owners = zip(of_raw(raw), of_fixed(fixed), parts.small, strict=True)
-        for run, (a, b, c), tensors in zip(advances, owners, vectors, strict=True):
+        # Backwards: what was read last is the likeliest to be in the cache still.
+        for run, (a, b, c), tensors in [*zip(advances, owners, vectors, strict=True)][::-1]:
             run(a, b, parts.going, c, *tensors)
 
     return step

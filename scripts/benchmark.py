@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.store import write_bytes
+from experiments.train import provenance
 from hyperopt import HyperOptimizer
 from models.char_rnn import CharRNN
 from models.mlp import MLP
@@ -41,7 +42,7 @@ from . import style
 
 RESULTS = Path("results")
 HEIGHTS = (0, 1, 2, 5, 10, 20, 50)
-ROUNDS = {"mlp": 60, "resnet20": 15, "char_rnn": 15, "transformer": 15}
+ROUNDS = {"mlp": 50, "resnet20": 11, "char_rnn": 11, "transformer": 15}
 
 # Steps that move next to nothing, so that no contender diverges while it is timed.
 FAMILIES: dict[str, tuple[str, str, tuple[int, ...]]] = {
@@ -300,7 +301,10 @@ def environment() -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
-    return f"{cpu}, one thread, torch {torch.__version__}, Python {platform.python_version()}"
+    where = provenance()
+    commit = (where["commit"] or "unknown")[:10] + (" and changes" if where["dirty"] else "")
+    python = platform.python_version()
+    return f"{cpu}, one thread, torch {torch.__version__}, Python {python}, commit {commit}"
 
 
 def bars(times: pd.DataFrame, compiling: pd.DataFrame) -> list[tuple[str, str, float, float]]:
