@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checkpoint import check, export, load_shards, restore, save_shards
 from .compile import Step, compiled
 from .layout import Layout, Vectors
 from .rules import Rule, near
-from .shard import Shard, divide, precision
+from .shard import Shard, divide
 from .stack import Stack, parse
 from .tower import Move, Slot, TowerState, build
 
@@ -257,27 +258,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         return self._layout.unpack(self._packed, lasts)
 
     def _export(self) -> list[dict[str, Any]]:
-        """For each level its hyperparameters by name and, above the lowest, its last move."""
-        tower = self._tower()
-        exported = []
-        for k, (b, row) in enumerate(self._layout.levels):
-            block = self._layout.blocks[b]
-            entry: dict[str, Any] = {
-                "tuned": _by_name(block.tuned, tower.raw[b][row]),
-                "fixed": _by_name(block.fixed, tower.fixed[b][row]),
-            }
-            if k == 0:
-                entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed)
-            else:
-                below = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
-                w, g, state = tower.upper[b - 1]
-                parts = state if w is None or g is None else {"w": w, "g": g, **state}
-                entry["last"] = {
-                    name: _by_name(below, part[row]) if part[row].ndim else part[row].clone()
-                    for name, part in parts.items()
-                }
-            exported.append(entry)
-        return exported
+        return export(self._layout, self._tower())
 
     def _lay_out(self, saved: Sequence[dict[str, Any]] = ()) -> None:
         """Make `packed` for the present param groups and shards.
@@ -303,75 +284,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         device = self.param_groups[0]["params"][0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
 
-        def recall(numbers: dict[str, Any], slot: Slot, otherwise: Any) -> Any:
-            """What was saved for a slot, or for the shared one of which it was a part."""
-            if str(slot) in numbers:
-                return numbers[str(slot)]
-            if isinstance(slot.owner, int) and slot.owner < self._laid_groups:
-                return numbers.get(slot.name, otherwise)
-            return otherwise
-
-        def initial(k: int, slot: Slot) -> float:
-            value: Any = stack.levels[k].values[slot.name]
-            if k == 0 and (slot.owner is not None or len(self.param_groups) == 1):
-                value = self.param_groups[int(slot.owner or 0)][slot.name]
-            return value[str(slot.owner)] if isinstance(value, dict) else value
-
-        def vector(numbers: Sequence[Any]) -> Tensor:
-            return torch.tensor([float(x) for x in numbers], dtype=dtype, device=device)
-
-        raw: list[Tensor] = []
-        fixed: list[Tensor] = []
-        lasts: list[dict[str, Tensor]] = []
-        for k, (b, _) in enumerate(self._layout.levels):
-            block = self._layout.blocks[b]
-            old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
-            start = [block.rule.tuned[s.name].raw(float(initial(k, s))) for s in block.tuned]
-            raw.append(
-                vector(
-                    [recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)]
-                )
-            )
-            fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
-            if k == 0:
-                last_fixed = vector(
-                    [recall(old["last_fixed"], s, initial(k, s)) for s in block.fixed]
-                )
-            else:
-                slots = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
-                parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1])}
-                parts |= block.rule.init(raw[k - 1])
-                for name in parts.keys() & old["last"].keys():
-                    part, known = parts[name], old["last"][name]
-                    if part.ndim:
-                        below = zip(slots, part, strict=True)
-                        parts[name] = vector([recall(known, slot, x) for slot, x in below])
-                    else:
-                        parts[name] = vector([known]).view(())
-                lasts.append(parts)
-
-        def rows(b: int, tensors: Sequence[Tensor]) -> Tensor:
-            own = [k for k, (block, _) in enumerate(self._layout.levels) if block == b]
-            return torch.stack([tensors[k] for k in own])
-
-        blocks = range(len(self._layout.blocks))
-        upper_moves = []
-        for b in blocks[1:]:
-            own = [
-                last
-                for last, (block, _) in zip(lasts, self._layout.levels[1:], strict=True)
-                if block == b
-            ]
-            joined = {name: torch.stack([last[name] for last in own]) for name in own[0]}
-            upper_moves.append(Move(joined.pop("w"), joined.pop("g"), joined))
-        tower = TowerState(
-            tuple(rows(b, raw) for b in blocks),
-            tuple(rows(b, fixed) for b in blocks),
-            last_fixed,
-            tuple(Move(None, None, shard.state) for shard in self._shards),
-            tuple(upper_moves),
-        )
-        self._packed = self._layout.pack(tower).to(dtype)
+        blank = torch.empty(0, dtype=dtype, device=device)
+        tower = restore(self._layout, stack, self.param_groups, saved, self._laid_groups, blank)
+        lowest_moves = tuple(Move(None, None, shard.state) for shard in self._shards)
+        self._packed = self._layout.pack(tower._replace(lowest=lowest_moves)).to(dtype)
         for shard, move in zip(self._shards, self._tower().lowest, strict=True):
             shard.state = move.state
         self._laid_groups = len(self.param_groups)
@@ -412,23 +328,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         """
         self._follow_groups()
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        state: dict[int, dict[str, Any]] = {}
-        for i, shard in enumerate(self._shards + self._parked):
-            kept = dict(shard.state)
-            if shard.moved and shard.last_g is not None:
-                kept["last_grad"] = shard.last_g
-                if shard.last_w is not None:
-                    kept["last_weight"] = shard.last_w
-            views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
-            for j, p in enumerate(shard.params):
-                state[number[p]] = {
-                    "shape": list(p.shape),
-                    "shard": i,
-                    "active": i < len(self._shards),
-                    **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
-                }
         return {
-            "state": dict(sorted(state.items())),
+            "state": save_shards(self._shards, self._parked, number),
             "param_groups": [
                 {
                     **{name: float(group[name]) for name in self._rule.hypers},
@@ -451,85 +352,18 @@ class HyperOptimizer(torch.optim.Optimizer):
             ValueError: it is not the state of such a stack, or its parameters are not of the number
                 and shapes of these.
         """
-        self._check(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = [group["params"] for group in self.param_groups]
+        check(state_dict, self.stack, self._on(), params)
         self._overrides = [frozenset(group["own"]) for group in state_dict["param_groups"]]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: saved[name] for name in self._rule.hypers})
         groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        members: dict[int, list[int]] = {}
-        for i, entry in state_dict["state"].items():
-            members.setdefault(entry["shard"], []).append(i)
-        self._shards, self._parked = [], []
-        for _, numbers in sorted(members.items()):
-            entries = [state_dict["state"][i] for i in numbers]
-            chosen = [params[i] for i in numbers]
-            kept = {
-                name: _joined([entry[name] for entry in entries], chosen[0])
-                for name, value in entries[0].items()
-                if isinstance(value, Tensor)
-            }
-            shard = Shard.new(chosen, groups[chosen[0]], self._layout.blocks[0])
-            shard.moved = "last_grad" in kept
-            shard.last_g = kept.pop("last_grad", shard.last_g)
-            shard.last_w = kept.pop("last_weight", shard.last_w)
-            for name, value in shard.state.items():
-                joined = kept[name] if value.ndim else entries[0][name]
-                shard.state[name] = joined.to(value.device, copy=True)
-            (self._shards if entries[0]["active"] else self._parked).append(shard)
+        flat = [p for group in params for p in group]
+        lowest = self._layout.blocks[0]
+        self._shards, self._parked = load_shards(state_dict["state"], flat, groups, lowest)
         self._started = state_dict["started"]
         self._lay_out(state_dict["levels"])
-
-    def _check(self, state_dict: dict[str, Any]) -> None:
-        """Raise where a state is not that of this stack on parameters like these."""
-        theirs = state_dict.get("stack")
-        if theirs is None:
-            raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
-        if _kind(parse(theirs)) != _kind(self.stack):
-            raise ValueError(f"this is the state of the stack {theirs}, not of {self.stack}")
-        if state_dict["on"] != self._on():
-            raise ValueError(
-                f"this is the state of the stack {theirs} with {', '.join(state_dict['on'])} in "
-                f"its param groups, not of {self.stack} with {', '.join(self._on())}"
-            )
-        counts = [len(group["params"]) for group in state_dict["param_groups"]]
-        ours = [len(group["params"]) for group in self.param_groups]
-        if counts != ours:
-            raise ValueError(
-                f"this is the state of param groups with {counts} parameters, not with {ours}"
-            )
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, entry in state_dict["state"].items():
-            if entry["shape"] != list(params[i].shape):
-                raise ValueError(
-                    f"this is the state of parameters of other shapes: number {i} has "
-                    f"{tuple(params[i].shape)} here and {tuple(entry['shape'])} there"
-                )
 
     def _on(self) -> list[str]:
         """The hyperparameters of the lowest level that take part."""
         return [name for name in self._rule.hypers if self._rule.on(name)]
-
-
-def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
-    return {str(slot): x.clone() for slot, x in zip(slots, numbers, strict=True)}
-
-
-def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
-    """One flat vector of a shard from what was saved of each of its parameters."""
-    dtype = precision(like)
-    return torch.cat([piece.reshape(-1).to(like.device, dtype) for piece in pieces])
-
-
-def _kind(stack: Stack) -> list[tuple]:
-    """A stack but for its numbers."""
-    return [
-        (
-            rule.name,
-            [(name, domain.name) for name, domain in rule.tuned.items()],
-            [name for name in rule.hypers if k and rule.on(name)],
-            [(n, set(value)) for n, value in rule.values.items() if isinstance(value, dict)],
-            rule.settings,
-        )
-        for k, rule in enumerate(stack.levels)
-    ]
