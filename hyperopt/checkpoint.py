@@ -89,7 +89,8 @@ def restore(
         else:
             slots = layout.blocks[layout.levels[k - 1][0]].tuned
             parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1])}
-            parts |= block.rule.init(raw[k - 1])
+            with like.device:
+                parts |= block.rule.init(raw[k - 1])
             for name in parts.keys() & old["last"].keys():
                 part, once = parts[name], old["last"][name]
                 if part.ndim:
@@ -143,41 +144,41 @@ def save_shards(
                 kept["last_weight"] = shard.last_w
         views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
         for j, p in enumerate(shard.params):
-            saved[number[p]] = {
-                "shape": list(p.shape),
-                "shard": i,
-                "active": i < len(active),
-                **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
-            }
+            if p in number:  # and not taken out of its param group since
+                saved[number[p]] = {
+                    "shape": list(p.shape),
+                    "shard": i,
+                    "active": i < len(active),
+                    **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
+                }
     return dict(sorted(saved.items()))
 
 
 def load_shards(
-    saved: Mapping[int, dict[str, Any]],
-    params: Sequence[Tensor],
-    groups: Mapping[Tensor, int],
-    lowest: Block,
+    saved: Mapping[int, dict[str, Any]], params: Sequence[list[Tensor]], lowest: Block
 ) -> tuple[list[Shard], list[Shard]]:
     """The inverse of `save_shards`: the active shards and the parked ones.
 
     Args:
-        params: all parameters, in the order of their numbers.
-        groups: the number of each one's param group.
+        params: the parameters of each group.
+        lowest: the lowest level.
     """
-    members: dict[int, list[int]] = {}
+    everyone = [(p, number) for number, group in enumerate(params) for p in group]
+    members: dict[tuple[int, str], list[int]] = {}
     for i, entry in saved.items():
-        members.setdefault(entry["shard"], []).append(i)
+        # What was of one precision there need not be here.
+        members.setdefault((entry["shard"], str(precision(everyone[i][0]))), []).append(i)
     active: list[Shard] = []
     parked: list[Shard] = []
     for _, numbers in sorted(members.items()):
         entries = [saved[i] for i in numbers]
-        chosen = [params[i] for i in numbers]
+        chosen = [everyone[i][0] for i in numbers]
         kept = {
             name: _joined([entry[name] for entry in entries], chosen[0])
             for name, value in entries[0].items()
             if isinstance(value, Tensor)
         }
-        shard = Shard.new(chosen, groups[chosen[0]], lowest)
+        shard = Shard.new(chosen, everyone[numbers[0]][1], lowest)
         shard.moved = "last_grad" in kept
         shard.last_g = kept.pop("last_grad", shard.last_g)
         shard.last_w = kept.pop("last_weight", shard.last_w)

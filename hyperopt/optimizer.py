@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,18 @@ from torch import Tensor
 
 from .checkpoint import check, export, load_shards, restore, save_shards
 from .compile import Step, compiled
+from .groups import OTHERS, Shown, betas, split
 from .layout import Layout, Vectors
 from .rules import Rule, near
-from .shard import Shard, divide
+from .shard import Shard, divide, precision
 from .stack import Stack, parse
-from .tower import Move, Slot, TowerState, build
+from .tower import Move, TowerState, build
+
+# What a copy of an optimizer is made from.
+_COPIED = (
+    *("defaults", "param_groups", "stack", "compile", "compiled", "_betas", "_rule", "_overrides"),
+    *("_shards", "_parked", "_started", "_laid_groups", "_layout", "_packed"),
+)
 
 
 class HyperOptimizer(torch.optim.Optimizer):
@@ -26,7 +34,11 @@ class HyperOptimizer(torch.optim.Optimizer):
     derivative of the model: a plain ``loss.backward()`` is all.
 
     ``param_groups[i]["lr"]`` reads as the current value: a 0-dim tensor for a hyperparameter that
-    is tuned, and otherwise a number, which may be set between steps.
+    is tuned, and otherwise a number, which may be set between steps, by hand or by a scheduler.
+
+    ``state[p]`` is what the rule keeps of a parameter, in views that may be written to. It is what
+    the rule read at the last step; on a stack of height 0, where nobody asks for that again, what
+    it returned.
 
     Args:
         params: parameters or param groups. A group may give hyperparameters of the lowest rule a
@@ -44,13 +56,14 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     _layout: Layout
     _packed: Tensor
-    _resting: list[Tensor]  # parameters that the last step did not move
+    _active: list[int]  # the ids of the parameters that the last step moved
     _run: Step | None
 
     def __init__(
         self, params: Iterable[Any], stack: Stack | Rule | str, *, compile: bool = True
     ) -> None:
         self.stack = parse(stack)
+        self._betas = betas(self.stack.levels[0])
         self.compile = compile
         self.compiled = False
         self._overrides: list[frozenset[str]] = []
@@ -58,7 +71,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._parked: list[Shard] = []  # what earlier steps moved, and the last one did not
         self._started = False
         self._laid_groups = 0
-        super().__init__(params, dict(self.stack.levels[0].values))
+        defaults: dict[str, Any] = dict(self.stack.levels[0].values)
+        if self._betas:
+            defaults["betas"] = tuple(defaults[name] for name in self._betas)
+        super().__init__(params, defaults)
         self._lay_out()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -69,15 +85,17 @@ class HyperOptimizer(torch.optim.Optimizer):
             TypeError: complex or sparse parameters.
         """
         rule = self.stack.levels[0]
+        if self._betas and "betas" in param_group:
+            param_group.update(split(self._betas, param_group.pop("betas")))
         own = {name: value for name, value in param_group.items() if name in rule.hypers}
-        for name in param_group.keys() - own.keys() - {"params", "param_names"}:
+        for name in param_group.keys() - own.keys() - OTHERS:
             raise ValueError(
                 f"a param group of {rule.name} takes no {name!r}; "
                 f"{near(name, ['params', *rule.hypers])}"
             )
         Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
         if self._laid_groups:
-            self._follow_groups()
+            self._shown.follow()
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
@@ -101,6 +119,9 @@ class HyperOptimizer(torch.optim.Optimizer):
             self._lay_out(saved)
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
+        params = list(params)
+        if len(set(params)) < len(params):
+            raise ValueError("a parameter was given twice; give each one once, tied ones too")
         device = self.param_groups[0]["params"][0].device
         for p in params:
             if p.is_complex():
@@ -114,6 +135,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # The step.
 
+    @torch._disable_dynamo  # which, in a loop that is compiled as a whole, would trace it wrongly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.
@@ -122,20 +144,23 @@ class HyperOptimizer(torch.optim.Optimizer):
         does.
 
         Args:
-            closure: computes the loss again and returns it, which is then what ``step`` returns.
+            closure: computes the loss again and returns it, which is then what ``step`` returns. It
+                is called once, with gradients enabled, before anything is moved.
 
         Raises:
             TypeError: a sparse gradient.
-            ValueError: a tuned hyperparameter was set in a param group.
+            ValueError: a tuned hyperparameter was set in a param group, parameters were moved to
+                several devices, a param group was taken away.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_groups()
-        if any(p.grad is None for shard in self._shards for p in shard.params) or any(
-            p.grad is not None for p in self._resting
-        ):
+        self._shown.follow()
+        active = [
+            id(p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if active != self._active or any(shard.astray for shard in self._shards):
             self._arrange()
         if not self._shards:
             return loss
@@ -153,7 +178,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             self._layout = replace(
                 self._layout, moved=tuple(s.moved for s in self._shards), started=True
             )
-        self._version = self._packed._version
+        self._shown.settle()
         return loss
 
     # Reading the hyperparameters.
@@ -186,46 +211,33 @@ class HyperOptimizer(torch.optim.Optimizer):
             for names, values in zip(order, found, strict=True)
         ]
 
-    # What the step relies on: the layout of the parameters, and the numbers in the param groups.
-
-    def _follow_groups(self) -> None:
-        """Take over numbers that were set in the param groups since the last step."""
-        if self._packed._version != self._version:
-            raise ValueError(self._tuned_message("a tuned hyperparameter"))
-        for watch in self._watched:
-            group, name, seen, place = watch
-            value = group[name]
-            if value is seen:
-                continue
-            if isinstance(seen, Tensor):
-                raise ValueError(self._tuned_message(name))
-            if value != 0 and not self._rule.on(name):
-                raise ValueError(
-                    f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
-                    f"to set it later, give it a value then"
-                )
-            self._packed[place] = value
-            watch[2] = value
-        self._version = self._packed._version
-
-    def _tuned_message(self, name: str) -> str:
-        return (
-            f"{name} was set from outside, but {self.stack.levels[1]} moves it; "
-            f"to set it yourself, leave it out of what the stack {self.stack} tunes"
-        )
+    # What the step relies on: the layout of the parameters.
 
     def _arrange(self) -> None:
-        """Lay the shards out anew, after other parameters than before have received a gradient."""
+        """Lay the shards out anew, after other parameters than before have received a gradient.
+
+        The same is due where parameters have changed their device, their precision or their group.
+        """
+        if len(self.param_groups) != self._laid_groups:
+            raise ValueError("a param group was taken away; make a new optimizer of the others")
+        self._check_params([p for group in self.param_groups for p in group["params"]])
         exported = self._export()
-        shards, parked = [], []
+        numbers = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        shards: list[Shard] = []
+        parked: list[Shard] = []
         for shard in self._shards + self._parked:
-            chosen = [p.grad is not None for p in shard.params]
-            if any(chosen):
-                shards.append(shard.part(chosen))
-            if not all(chosen):
-                rest = shard.part([not here for here in chosen])
-                self._settle(rest)
-                parked.append(rest)
+            pieces: dict[tuple[int, bool, torch.dtype], list[Tensor]] = {}
+            for p in shard.params:
+                if p in numbers:
+                    key = numbers[p], p.grad is not None, precision(p)
+                    pieces.setdefault(key, []).append(p)
+            for (number, active, _), params in pieces.items():
+                piece = shard.part(params)
+                if not active or number != shard.group:
+                    self._settle(piece)
+                piece.group = number
+                piece.follow()
+                (shards if active else parked).append(piece)
         known = {p for shard in shards + parked for p in shard.params}
         for number, group in enumerate(self.param_groups):
             new = [p for p in group["params"] if p not in known and p.grad is not None]
@@ -237,7 +249,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     )
             lowest = self._layout.blocks[0]
             shards += [Shard.new(params, number, lowest) for params in divide(new)]
-        place = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        place = {p: i for i, p in enumerate(numbers)}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
         self._lay_out(exported)
@@ -291,33 +303,23 @@ class HyperOptimizer(torch.optim.Optimizer):
         for shard, move in zip(self._shards, self._tower().lowest, strict=True):
             shard.state = move.state
         self._laid_groups = len(self.param_groups)
-        self._show()
-
-    def _show(self) -> None:
-        """Let the param groups show the hyperparameters of the lowest level."""
-        self._watched: list[list[Any]] = []
-        lowest = self._layout.blocks[0]
-        for number, group in enumerate(self.param_groups):
-            for name in self._rule.hypers:
-                slot = Slot(name, number)
-                if slot not in (*lowest.tuned, *lowest.fixed):
-                    slot = Slot(name)
-                place = self.names.index(f"0.{slot}")
-                shown = self._packed[place]
-                group[name] = shown if slot in lowest.tuned else float(shown)
-                self._watched.append([group, name, group[name], place])
+        self._shown = Shown(self.param_groups, stack, self._layout, self._packed)
         active = {p for shard in self._shards for p in shard.params}
-        self._resting = [p for g in self.param_groups for p in g["params"] if p not in active]
-        self._version = self._packed._version
+        self._active = [id(p) for g in self.param_groups for p in g["params"] if p in active]
+        self.state = defaultdict(dict)
+        for shard in self._shards + self._parked:
+            self.state.update(shard.by_parameter())
 
     # Saving and loading.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+        # Hooks stay behind, as in torch.optim, and so does the `step` that a scheduler puts in
+        # front of ours, which would move the original.
+        self._shown.follow()
+        return {name: self.__dict__[name] for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._run = None
         self._lay_out(self._export())
 
     def state_dict(self) -> dict[str, Any]:
@@ -326,13 +328,17 @@ class HyperOptimizer(torch.optim.Optimizer):
         ``state`` is, as in ``torch.optim``, by the number of the parameter: what the rule keeps of
         it, in its shape, and the last gradient that it was moved by.
         """
-        self._follow_groups()
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._shown.follow()
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        return {
+        told = {*self._rule.hypers, "betas", "params"}
+        state_dict: dict[str, Any] = {
             "state": save_shards(self._shards, self._parked, number),
             "param_groups": [
                 {
                     **{name: float(group[name]) for name in self._rule.hypers},
+                    **{name: group[name] for name in group if name not in told},
                     "own": sorted(own),
                     "params": [number[p] for p in group["params"]],
                 }
@@ -343,6 +349,9 @@ class HyperOptimizer(torch.optim.Optimizer):
             "started": self._started,
             "levels": self._export(),
         }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,17 +361,21 @@ class HyperOptimizer(torch.optim.Optimizer):
             ValueError: it is not the state of such a stack, or its parameters are not of the number
                 and shapes of these.
         """
+        state_dict = state_dict.copy()  # as a hook of torch may expect
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         params = [group["params"] for group in self.param_groups]
         check(state_dict, self.stack, self._on(), params)
         self._overrides = [frozenset(group["own"]) for group in state_dict["param_groups"]]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: saved[name] for name in self._rule.hypers})
-        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        flat = [p for group in params for p in group]
-        lowest = self._layout.blocks[0]
-        self._shards, self._parked = load_shards(state_dict["state"], flat, groups, lowest)
+            group.update({name: saved[name] for name in saved.keys() - {"own", "params"}})
+        self._shards, self._parked = load_shards(
+            state_dict["state"], params, self._layout.blocks[0]
+        )
         self._started = state_dict["started"]
         self._lay_out(state_dict["levels"])
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _on(self) -> list[str]:
         """The hyperparameters of the lowest level that take part."""

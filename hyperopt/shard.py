@@ -48,6 +48,7 @@ class Shard:
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
         self._in_place = False
+        self._dtype, self._device = params[0].dtype, params[0].device
 
     @classmethod
     def new(cls, params: list[Tensor], group: int, block: Block) -> Shard:
@@ -60,7 +61,9 @@ class Shard:
         blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
         last_w = blank.clone() if block.depends_on_weights else None
         last_g = blank.clone() if block.tuned else None
-        return cls(params, group, block.rule.init(blank), last_w, last_g, moved=False)
+        with blank.device:
+            state = block.rule.init(blank)
+        return cls(params, group, state, last_w, last_g, moved=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
@@ -108,20 +111,45 @@ class Shard:
         pieces = flat.split([p.numel() for p in self.params])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
 
-    def part(self, chosen: Sequence[bool]) -> Shard:
+    def by_parameter(self) -> dict[Tensor, State]:
+        """What the rule keeps of each parameter, in its shape: views of ``state``."""
+        views = {name: self.shaped(value) for name, value in self.state.items() if value.ndim}
+        return {
+            p: {name: views[name][i] if v.ndim else v for name, v in self.state.items()}
+            for i, p in enumerate(self.params)
+        }
+
+    def part(self, params: Sequence[Tensor]) -> Shard:
         """A shard of some of the parameters, with their share of the state."""
+        chosen = set(params)
 
         def cut(value: Tensor) -> Tensor:
             if not value.ndim:
                 return value.clone()
-            pieces = zip(self.shaped(value), chosen, strict=True)
-            return torch.cat([piece.reshape(-1) for piece, here in pieces if here])
+            pieces = zip(self.shaped(value), self.params, strict=True)
+            return torch.cat([piece.reshape(-1) for piece, p in pieces if p in chosen])
 
-        params = [p for p, here in zip(self.params, chosen, strict=True) if here]
         state = {name: cut(value) for name, value in self.state.items()}
         last_w = None if self.last_w is None else cut(self.last_w)
         last_g = None if self.last_g is None else cut(self.last_g)
-        return Shard(params, self.group, state, last_w, last_g, self.moved)
+        return Shard(list(params), self.group, state, last_w, last_g, self.moved)
+
+    @property
+    def astray(self) -> bool:
+        """Whether the parameters are now of another dtype or on another device."""
+        first = self.params[0]
+        return first.dtype is not self._dtype or first.device != self._device
+
+    def follow(self) -> None:
+        """Go to the device of the parameters, and to the dtype in which they are moved now."""
+
+        def to(value: Tensor) -> Tensor:
+            return value.to(first.device, precision(first) if value.ndim else value.dtype)
+
+        first = self.params[0]
+        self.state = {name: to(value) for name, value in self.state.items()}
+        self.last_w = None if self.last_w is None else to(self.last_w)
+        self.last_g = None if self.last_g is None else to(self.last_g)
 
 
 def precision(p: Tensor) -> torch.dtype:
