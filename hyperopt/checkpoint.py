@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .shard import Shard, precision
+from .shard import Shard, local, precision
 from .stack import Stack, parse
 from .tower import Block, Move, Slot, TowerState
 
@@ -146,7 +146,7 @@ def save_shards(
         for j, p in enumerate(shard.params):
             if p in number:  # and not taken out of its param group since
                 saved[number[p]] = {
-                    "shape": list(p.shape),
+                    "shape": list(local(p).shape),
                     "shard": i,
                     "active": i < len(active),
                     **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
@@ -226,7 +226,7 @@ def check(
         raise ValueError(
             f"this is the state of param groups with {counts} parameters, not with {ours}"
         )
-    shapes = [p.shape for group in params for p in group]
+    shapes = [local(p).shape for group in params for p in group]
     for i, entry in state_dict["state"].items():
         if entry["shape"] != list(shapes[i]):
             raise ValueError(

@@ -108,7 +108,7 @@ def _kernel_by_shard(layout: Layout, packed: Tensor, shards: Sequence[Vectors]) 
 
 
 def _structure(layout: Layout) -> tuple:
-    return tuple(block.structure() for block in layout.blocks), layout.sizes
+    return tuple(block.structure() for block in layout.blocks), layout.sizes, layout.processes
 
 
 def _regroup(layout: Layout, like: Vectors, tensors: Iterator[Tensor]) -> Vectors:

@@ -52,12 +52,14 @@ class Layout:
         sizes: the number of weights of each shard.
         moved: for each shard, whether it has a last move.
         started: whether the upper levels have made a step.
+        processes: the names of the process groups over whose members the weights are divided.
     """
 
     blocks: tuple[Block, ...]
     sizes: tuple[int, ...]
     moved: tuple[bool, ...]
     started: bool
+    processes: tuple[str, ...] = ()
 
     @cached_property
     def levels(self) -> list[tuple[int, int]]:
@@ -198,7 +200,15 @@ class Layout:
             counters.copy_(torch.stack([value for value in state.values() if not value.ndim]))
 
     def climb(self, packed: Tensor, hypergradient: Tensor) -> None:
-        """Move the hyperparameters of all levels, in place."""
+        """Move the hyperparameters of all levels, in place.
+
+        Args:
+            hypergradient: that of level 0, summed over the shards, [tuned slots].
+        """
+        if len(hypergradient):
+            for group in self.processes:
+                part = torch.ops._c10d_functional.all_reduce(hypergradient, "sum", group)
+                hypergradient = torch.ops._c10d_functional.wait_tensor(part)
         tower = self.unpack(packed, ())
         new = self.pack(climb(self.blocks, tower, hypergradient))
         packed[: len(new)].copy_(new)

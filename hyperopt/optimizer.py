@@ -15,7 +15,7 @@ from .compile import Step, compiled
 from .groups import OTHERS, Shown, betas, split
 from .layout import Layout, Vectors
 from .rules import Rule, near
-from .shard import Shard, divide, precision
+from .shard import Shard, divide, precision, processes
 from .stack import Stack, parse
 from .tower import Move, TowerState, build
 
@@ -51,7 +51,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError: a stack that does not parse, a value outside its domain, an empty list of
             parameters, parameters on several devices.
-        TypeError: complex or sparse parameters.
+        TypeError: complex or sparse parameters, or those of FullyShardedDataParallel.
     """
 
     _layout: Layout
@@ -128,6 +128,11 @@ class HyperOptimizer(torch.optim.Optimizer):
                 raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
             if p.layout != torch.strided:
                 raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
+            if getattr(p, "_fsdp_flattened", False):
+                raise TypeError(
+                    "a parameter is part of a FullyShardedDataParallel, which hides how it is "
+                    "divided; use torch.distributed.fsdp.fully_shard"
+                )
             if p.device != device:
                 raise ValueError(
                     f"parameters on {device} and on {p.device}; make one optimizer for each device"
@@ -291,6 +296,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             tuple(len(shard) for shard in self._shards),
             tuple(shard.moved for shard in self._shards),
             self._started,
+            processes([p for group in self.param_groups for p in group["params"]]),
         )
         self._run = None
         device = self.param_groups[0]["params"][0].device
