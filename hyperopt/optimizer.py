@@ -202,6 +202,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         It is float64, 1-D, on the parameters' device; nothing waits for that device.
         """
+        self._shown.follow()
         return self._packed[: len(self.names)].clone()
 
     def hyperparameters(self) -> list[dict[str, float]]:
@@ -359,7 +360,6 @@ class HyperOptimizer(torch.optim.Optimizer):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
 
