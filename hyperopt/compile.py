@@ -54,7 +54,7 @@ def compiled(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step | 
             f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
             "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
             "such as g++.",
-            stacklevel=5,  # compiled, step, and the two wrappers that torch puts around step
+            stacklevel=7,  # compiled, step, and the four wrappers that torch puts around step
         )
         return None
 
@@ -167,7 +167,7 @@ class _Gather:
 
 
 def _structure(layout: Layout) -> tuple:
-    return tuple(block.structure() for block in layout.blocks)
+    return *(block.structure() for block in layout.blocks), layout.processes
 
 
 def _regroup(layout: Layout, like: Vectors, tensors: Iterator[Tensor]) -> Vectors:
@@ -255,7 +255,13 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
     stand_ins: list[Any] = [mode.from_tensor(t, static_shapes=True) for t in arguments]
 
     def attempt(options: dict[str, Any]) -> Kernel:
-        with tracing(TracingContext(mode)), config.patch(options), V.set_fake_mode(mode):
+        with (
+            tracing(TracingContext(mode)),
+            config.patch(options),
+            V.set_fake_mode(mode),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
             run = compile_fx_inner(graph, stand_ins, is_inference=True)
         return lambda *tensors: run([*tensors])
 
@@ -281,7 +287,9 @@ def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
             continue
         for scalar in node.all_input_nodes:
             number = scalar.meta["val"]
-            if number.numel() >= large or not number.is_floating_point():
+            if not isinstance(number, Tensor) or not number.is_floating_point():
+                continue
+            if number.numel() >= large:
                 continue
             key = scalar, value.dtype
             if key not in scalars:

@@ -72,11 +72,13 @@ class Layout:
         blocks: the stack.
         owners: whose hyperparameters each shard of the weights is moved by.
         sizes: the number of weights of each shard.
+        processes: the names of the process groups over whose members the weights are divided.
     """
 
     blocks: tuple[Block, ...]
     owners: tuple[Owner, ...]
     sizes: tuple[int, ...]
+    processes: tuple[str, ...] = ()
 
     @cached_property
     def levels(self) -> list[tuple[int, int]]:
@@ -260,7 +262,16 @@ class Layout:
             small[1:].copy_(torch.stack([state[name] for name in counters]))
 
     def climb(self, parts: Parts, hypergradient: Tensor, largest: Tensor) -> None:
-        """Move the hyperparameters of all levels, in place."""
+        """Move the hyperparameters of all levels, in place.
+
+        Args:
+            hypergradient, largest: what `total` returns.
+        """
+        for group in self.processes:
+            part = torch.cat([hypergradient, largest.view(1)])
+            part = torch.ops._c10d_functional.all_reduce(part, "sum", group)
+            part = torch.ops._c10d_functional.wait_tensor(part)
+            hypergradient, largest = part[:-1], part[-1]
         tower, going = climb(self.blocks, self.tower(parts), hypergradient, largest)
         new = self.parts_of(tower, going)
         for old, value in zip(tree_leaves(parts._replace(small=[])), tree_leaves(new), strict=True):

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
+from .checkpoint import check, export, load_shards, restore, save_shards
 from .compile import Step, compiled
+from .groups import OTHERS, Shown, betas, split
 from .layout import Layout, Parts, pick
 from .rule import Rule, near
-from .shard import Shard, divide, precision
+from .shard import Shard, divide, precision, processes
 from .stack import Stack, parse
-from .tower import Move, Owner, Slot, TowerState, build, replay
+from .tower import Owner, TowerState, build, replay
+
+# What a copy of an optimizer is made from.
+_COPIED = (
+    *("defaults", "param_groups", "stack", "compile", "compiled", "_betas", "_rule", "_overrides"),
+    *("_shards", "_parked", "_laid_groups", "_layout", "_packed"),
+)
 
 
 class HyperOptimizer(torch.optim.Optimizer):
@@ -26,39 +35,47 @@ class HyperOptimizer(torch.optim.Optimizer):
     derivative of the model: a plain ``loss.backward()`` is all.
 
     ``param_groups[i]["lr"]`` reads as the current value: a 0-dim tensor for a hyperparameter that
-    is tuned, and otherwise a number, which may be set between steps.
+    is tuned, and otherwise a number, which may be set between steps, by hand or by a scheduler.
+
+    ``state[p]`` is what the rule keeps of a parameter, in views that may be written to. It is what
+    the rule read at the last step; on a stack of height 0, where nobody asks for that again, what
+    it returned.
 
     Args:
         params: parameters or param groups. A group may give hyperparameters of the lowest rule a
             value of its own, as in ``{"params": ..., "lr": 0.1}``; one that is tuned is then tuned
             apart from that of the other groups.
         stack: a `Stack`, a single `Rule`, or their notation, as ``"Adam(0.001) / SGD(1e-5)"``.
-        compile: whether to compile the step, which takes a few seconds at the second step. Where no
+        compile: whether to compile the step, which takes a few seconds at the first step. Where no
             compiler is found, steps run eagerly, which computes the same.
 
     Raises:
         ValueError: a stack that does not parse, a value outside its domain, an empty list of
             parameters, parameters on several devices.
-        TypeError: complex or sparse parameters.
+        TypeError: complex or sparse parameters, or those of FullyShardedDataParallel.
     """
 
     _layout: Layout
     _packed: Tensor
     _parts: Parts
-    _resting: list[Tensor]  # parameters that the last step did not move
+    _active: list[int]  # the ids of the parameters that the last step moved
     _run: Step | None
 
     def __init__(
         self, params: Iterable[Any], stack: Stack | Rule | str, *, compile: bool = True
     ) -> None:
         self.stack = parse(stack)
+        self._betas = betas(self.stack.levels[0])
         self.compile = compile
         self.compiled = False
         self._overrides: list[frozenset[str]] = []
         self._shards: list[Shard] = []  # what the last step moved
         self._parked: list[Shard] = []  # what earlier steps moved, and the last one did not
         self._laid_groups = 0
-        super().__init__(params, dict(self.stack.levels[0].values))
+        defaults: dict[str, Any] = dict(self.stack.levels[0].values)
+        if self._betas:
+            defaults["betas"] = tuple(defaults[name] for name in self._betas)
+        super().__init__(params, defaults)
         self._lay_out()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -69,15 +86,17 @@ class HyperOptimizer(torch.optim.Optimizer):
             TypeError: complex or sparse parameters.
         """
         rule = self.stack.levels[0]
+        if self._betas and "betas" in param_group:
+            param_group.update(split(self._betas, param_group.pop("betas")))
         own = {name: value for name, value in param_group.items() if name in rule.hypers}
-        for name in param_group.keys() - own.keys() - {"params", "param_names"}:
+        for name in param_group.keys() - own.keys() - OTHERS:
             raise ValueError(
                 f"a param group of {rule.name} takes no {name!r}; "
                 f"{near(name, ['params', *rule.hypers])}"
             )
         Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
         if self._laid_groups:
-            self._follow_groups()
+            self._shown.follow()
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
@@ -101,12 +120,20 @@ class HyperOptimizer(torch.optim.Optimizer):
             self._lay_out(saved)
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
+        params = list(params)
+        if len(set(params)) < len(params):
+            raise ValueError("a parameter was given twice; give each one once, tied ones too")
         device = self.param_groups[0]["params"][0].device
         for p in params:
             if p.is_complex():
                 raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
             if p.layout != torch.strided:
                 raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
+            if getattr(p, "_fsdp_flattened", False):
+                raise TypeError(
+                    "a parameter is part of a FullyShardedDataParallel, which hides how it is "
+                    "divided; use torch.distributed.fsdp.fully_shard"
+                )
             if p.device != device:
                 raise ValueError(
                     f"parameters on {device} and on {p.device}; make one optimizer for each device"
@@ -114,6 +141,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # The step.
 
+    @torch._disable_dynamo  # which, in a loop that is compiled as a whole, would trace it wrongly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.
@@ -122,20 +150,23 @@ class HyperOptimizer(torch.optim.Optimizer):
         does.
 
         Args:
-            closure: computes the loss again and returns it, which is then what ``step`` returns.
+            closure: computes the loss again and returns it, which is then what ``step`` returns. It
+                is called once, with gradients enabled, before anything is moved.
 
         Raises:
             TypeError: a sparse gradient.
-            ValueError: a tuned hyperparameter was set in a param group.
+            ValueError: a tuned hyperparameter was set in a param group, parameters were moved to
+                several devices, a param group was taken away.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow_groups()
-        if any(p.grad is None for shard in self._shards for p in shard.params) or any(
-            p.grad is not None for p in self._resting
-        ):
+        self._shown.follow()
+        active = [
+            id(p) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if active != self._active or any(shard.astray for shard in self._shards):
             self._arrange()
         if not self._shards:
             return loss
@@ -148,7 +179,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._run(vectors)
         for shard in self._shards:
             shard.write()
-        self._version = self._packed._version
+        self._shown.settle()
         return loss
 
     # Reading the hyperparameters.
@@ -167,6 +198,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         It is float64, 1-D, on the parameters' device; nothing waits for that device.
         """
+        self._shown.follow()
         return self._packed[: len(self.names)].clone()
 
     def hyperparameters(self) -> list[dict[str, float]]:
@@ -186,46 +218,33 @@ class HyperOptimizer(torch.optim.Optimizer):
         """For each level, how many of its moves were left out since something was not finite."""
         return [int(count) for count in self._parts.skipped.tolist()]
 
-    # What the step relies on: the layout of the parameters, and the numbers in the param groups.
-
-    def _follow_groups(self) -> None:
-        """Take over numbers that were set in the param groups since the last step."""
-        if self._packed._version != self._version:
-            raise ValueError(self._tuned_message("a tuned hyperparameter"))
-        for watch in self._watched:
-            group, name, seen, place = watch
-            value = group[name]
-            if value is seen:
-                continue
-            if isinstance(seen, Tensor):
-                raise ValueError(self._tuned_message(name))
-            if value != 0 and not self._rule.on(name):
-                raise ValueError(
-                    f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
-                    f"to set it later, give it a value then"
-                )
-            self._packed[place] = value
-            watch[2] = value
-        self._version = self._packed._version
-
-    def _tuned_message(self, name: str) -> str:
-        return (
-            f"{name} was set from outside, but {self.stack.levels[1]} moves it; "
-            f"to set it yourself, leave it out of what the stack {self.stack} tunes"
-        )
+    # What the step relies on: the layout of the parameters.
 
     def _arrange(self) -> None:
-        """Lay the shards out anew, after other parameters than before have received a gradient."""
+        """Lay the shards out anew, after other parameters than before have received a gradient.
+
+        The same is due where parameters have changed their device, their precision or their group.
+        """
+        if len(self.param_groups) != self._laid_groups:
+            raise ValueError("a param group was taken away; make a new optimizer of the others")
+        self._check_params([p for group in self.param_groups for p in group["params"]])
         exported = self._export()
-        shards, parked = [], []
+        numbers = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        shards: list[Shard] = []
+        parked: list[Shard] = []
         for shard in self._shards + self._parked:
-            chosen = [p.grad is not None for p in shard.params]
-            if any(chosen):
-                shards.append(shard.part(chosen))
-            if not all(chosen):
-                rest = shard.part([not here for here in chosen])
-                self._settle(rest)
-                parked.append(rest)
+            pieces: dict[tuple[int, bool, torch.dtype], list[Tensor]] = {}
+            for p in shard.params:
+                if p in numbers:
+                    key = numbers[p], p.grad is not None, precision(p)
+                    pieces.setdefault(key, []).append(p)
+            for (number, active, _), params in pieces.items():
+                piece = shard.part(params)
+                if not active or number != shard.owner.group:
+                    self._settle(piece)
+                piece.owner = Owner(number)
+                piece.follow()
+                (shards if active else parked).append(piece)
         known = {p for shard in shards + parked for p in shard.params}
         for number, group in enumerate(self.param_groups):
             new = [p for p in group["params"] if p not in known and p.grad is not None]
@@ -237,7 +256,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     )
             lowest = self._layout.blocks[0]
             shards += [Shard.new(params, Owner(number), lowest) for params in divide(new)]
-        place = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        place = {p: i for i, p in enumerate(numbers)}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
         self._lay_out(exported)
@@ -256,28 +275,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         return tower._replace(lowest=tuple(shard.last for shard in self._shards))
 
     def _export(self) -> list[dict[str, Any]]:
-        """For each level its hyperparameters by name and, above the lowest, its last move."""
-        tower = self._tower()
-        exported = []
-        for k, (b, row) in enumerate(self._layout.levels):
-            block = self._layout.blocks[b]
-            entry: dict[str, Any] = {
-                "tuned": _by_name(block.tuned, tower.raw[b][row]),
-                "fixed": _by_name(block.fixed, tower.fixed[b][row]),
-                "skipped": tower.skipped[k].clone(),
-            }
-            if k == 0:
-                entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed)
-                entry["steps"] = tower.steps.clone()
-            else:
-                below = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
-                w, g, state, moved = tree_map(lambda rows, row=row: rows[row], tower.upper[b - 1])
-                entry["last"] = {
-                    name: _by_name(below, part) if part.ndim else part.clone()
-                    for name, part in {"w": w, "g": g, "moved": moved, **state}.items()
-                }
-            exported.append(entry)
-        return exported
+        return export(self._layout, self._tower())
 
     def _lay_out(self, saved: Sequence[dict[str, Any]] = ()) -> None:
         """Make `packed` for the present param groups and shards.
@@ -295,119 +293,39 @@ class HyperOptimizer(torch.optim.Optimizer):
             build(stack, self._overrides),
             tuple(shard.owner for shard in self._shards),
             tuple(len(shard) for shard in self._shards),
+            processes([p for group in self.param_groups for p in group["params"]]),
         )
         self._run = None
         device = self.param_groups[0]["params"][0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
 
-        def recall(numbers: dict[str, Any], slot: Slot, otherwise: Any) -> Any:
-            """What was saved for a slot, or for the shared one of which it was a part."""
-            if str(slot) in numbers:
-                return numbers[str(slot)]
-            if isinstance(slot.owner, int) and slot.owner < self._laid_groups:
-                return numbers.get(slot.name, otherwise)
-            return otherwise
-
-        def initial(k: int, slot: Slot) -> float:
-            value: Any = stack.levels[k].values[slot.name]
-            if k == 0 and (slot.owner is not None or len(self.param_groups) == 1):
-                value = self.param_groups[int(slot.owner or 0)][slot.name]
-            return value[str(slot.owner)] if isinstance(value, dict) else value
-
-        def vector(numbers: Sequence[Any]) -> Tensor:
-            return torch.tensor([float(x) for x in numbers], dtype=dtype, device=device)
-
-        raw: list[Tensor] = []
-        fixed: list[Tensor] = []
-        bounds: list[Tensor] = []
-        moves: list[list[Move]] = [[] for _ in self._layout.blocks]
-        for k, (b, _) in enumerate(self._layout.levels):
-            block = self._layout.blocks[b]
-            old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
-            domains = [block.rule.tuned[slot.name] for slot in block.tuned]
-            start = [
-                domain.raw(float(initial(k, slot)))
-                for domain, slot in zip(domains, block.tuned, strict=True)
-            ]
-            raw.append(
-                vector(
-                    [recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)]
-                )
-            )
-            reach = vector([domain.reach for domain in domains])
-            bounds.append(torch.stack([-reach, reach]))
-            fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
-            if k == 0:
-                last_fixed = vector(
-                    [recall(old["last_fixed"], s, initial(k, s)) for s in block.fixed]
-                )
-            else:
-                slots = self._layout.blocks[self._layout.levels[k - 1][0]].tuned
-                parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1]), "moved": vector([0])}
-                parts |= block.rule.init(raw[k - 1])
-                for name in parts.keys() & old["last"].keys():
-                    part, known = parts[name], old["last"][name]
-                    if isinstance(known, dict):
-                        below = zip(slots, part, strict=True)
-                        parts[name] = vector([recall(known, slot, x) for slot, x in below])
-                    else:
-                        parts[name] = vector([known]).view(part.shape)
-                w, g, moved = parts.pop("w"), parts.pop("g"), parts.pop("moved")
-                moves[b].append(Move(w, g, parts, moved.view(())))
-
-        blocks = range(len(self._layout.blocks))
-
-        def rows(tensors: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
-            """One tensor for each block, of one for each level."""
-            blocks_of = [b for b, _ in self._layout.levels]
-            own = [[t for t, at in zip(tensors, blocks_of, strict=True) if at == b] for b in blocks]
-            return tuple(torch.stack(each, dim) for each in own)
-
-        counts = vector([level["skipped"] for level in saved] or [0] * len(self._layout.levels))
-        going = vector([0]).view(())
-        tower = TowerState(
-            raw=rows(raw),
-            bounds=rows(bounds, 1),
-            fixed=rows(fixed),
-            last_fixed=last_fixed,
-            steps=vector([saved[0]["steps"] if saved else 0]).view(()),
-            skipped=counts,
-            lowest=tuple(shard.last for shard in self._shards),
-            upper=tuple(tree_map(lambda *each: torch.stack(each), *own) for own in moves[1:]),
-        )
-        leaves = tree_leaves(self._layout.parts_of(tower, going))
+        blank = torch.empty(0, dtype=dtype, device=device)
+        tower = restore(self._layout, stack, self.param_groups, saved, self._laid_groups, blank)
+        tower = tower._replace(lowest=tuple(shard.last for shard in self._shards))
+        leaves = tree_leaves(self._layout.parts_of(tower, going=blank.new_ones(())))
         self._packed = torch.cat([leaf.reshape(-1) for leaf in leaves]).to(dtype)
         self._parts = self._layout.parts(self._packed)
         for shard, own in zip(self._shards, self._parts.small, strict=True):
             shard.last = self._layout.last(own, shard.last.w, shard.last.g, shard.last.state)
         self._laid_groups = len(self.param_groups)
-        self._show()
-
-    def _show(self) -> None:
-        """Let the param groups show the hyperparameters of the lowest level."""
-        self._watched: list[list[Any]] = []
-        lowest = self._layout.blocks[0]
-        for number, group in enumerate(self.param_groups):
-            for name in self._rule.hypers:
-                slot = Slot(name, number)
-                if slot not in (*lowest.tuned, *lowest.fixed):
-                    slot = Slot(name)
-                place = self.names.index(f"0.{slot}")
-                shown = self._packed[place]
-                group[name] = shown if slot in lowest.tuned else float(shown)
-                self._watched.append([group, name, group[name], place])
+        self._shown = Shown(self.param_groups, stack, self._layout, self._packed)
         active = {p for shard in self._shards for p in shard.params}
-        self._resting = [p for g in self.param_groups for p in g["params"] if p not in active]
-        self._version = self._packed._version
+        self._active = [id(p) for g in self.param_groups for p in g["params"] if p in active]
+        self.state = defaultdict(dict)
+        for shard in self._shards + self._parked:
+            self.state.update(shard.by_parameter())
 
     # Saving and loading.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+        # Hooks stay behind, as in torch.optim, and so does the `step` that a scheduler puts in
+        # front of ours, which would move the original.
+        self._shown.follow()
+        return {name: self.__dict__[name] for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._run = None
+        self._parts = self._layout.parts(self._packed)
         self._lay_out(self._export())
 
     def state_dict(self) -> dict[str, Any]:
@@ -416,29 +334,17 @@ class HyperOptimizer(torch.optim.Optimizer):
         ``state`` is, as in ``torch.optim``, by the number of the parameter: what the rule keeps of
         it, in its shape, and the last gradient that it was moved by.
         """
-        self._follow_groups()
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._shown.follow()
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        state: dict[int, dict[str, Any]] = {}
-        for i, shard in enumerate(self._shards + self._parked):
-            w, g, last_state, moved = shard.last
-            kept = dict(last_state)
-            if moved and g is not None:
-                kept["last_grad"] = g
-                if w is not None:
-                    kept["last_weight"] = w
-            views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
-            for j, p in enumerate(shard.params):
-                state[number[p]] = {
-                    "shape": list(p.shape),
-                    "shard": i,
-                    "active": i < len(self._shards),
-                    **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
-                }
-        return {
-            "state": dict(sorted(state.items())),
+        told = {*self._rule.hypers, "betas", "params"}
+        state_dict: dict[str, Any] = {
+            "state": save_shards(self._shards, self._parked, number),
             "param_groups": [
                 {
                     **{name: float(group[name]) for name in self._rule.hypers},
+                    **{name: group[name] for name in group if name not in told},
                     "own": sorted(own),
                     "params": [number[p] for p in group["params"]],
                 }
@@ -448,8 +354,10 @@ class HyperOptimizer(torch.optim.Optimizer):
             "on": self._on(),
             "levels": self._export(),
         }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken.
 
@@ -457,88 +365,21 @@ class HyperOptimizer(torch.optim.Optimizer):
             ValueError: it is not the state of such a stack, or its parameters are not of the number
                 and shapes of these.
         """
-        self._check(state_dict)
-        params = [p for group in self.param_groups for p in group["params"]]
+        state_dict = state_dict.copy()  # as a hook of torch may expect
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        params = [group["params"] for group in self.param_groups]
+        check(state_dict, self.stack, self._on(), params)
         self._overrides = [frozenset(group["own"]) for group in state_dict["param_groups"]]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: saved[name] for name in self._rule.hypers})
-        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        members: dict[int, list[int]] = {}
-        for i, entry in state_dict["state"].items():
-            members.setdefault(entry["shard"], []).append(i)
-        self._shards, self._parked = [], []
-        for _, numbers in sorted(members.items()):
-            entries = [state_dict["state"][i] for i in numbers]
-            chosen = [params[i] for i in numbers]
-            kept = {
-                name: _joined([entry[name] for entry in entries], chosen[0])
-                for name, value in entries[0].items()
-                if isinstance(value, Tensor)
-            }
-            shard = Shard.new(chosen, Owner(groups[chosen[0]]), self._layout.blocks[0])
-            w, g, fresh, moved = shard.last
-            shard.last = Move(
-                kept.get("last_weight", w),
-                kept.get("last_grad", g),
-                {
-                    name: (kept[name] if value.ndim else entries[0][name]).to(value, copy=True)
-                    for name, value in fresh.items()
-                },
-                moved + ("last_grad" in kept),
-            )
-            (self._shards if entries[0]["active"] else self._parked).append(shard)
+            group.update({name: saved[name] for name in saved.keys() - {"own", "params"}})
+        self._shards, self._parked = load_shards(
+            state_dict["state"], params, self._layout.blocks[0]
+        )
         self._lay_out(state_dict["levels"])
-
-    def _check(self, state_dict: dict[str, Any]) -> None:
-        """Raise where a state is not that of this stack on parameters like these."""
-        theirs = state_dict.get("stack")
-        if theirs is None:
-            raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
-        if _kind(parse(theirs)) != _kind(self.stack):
-            raise ValueError(f"this is the state of the stack {theirs}, not of {self.stack}")
-        if state_dict["on"] != self._on():
-            raise ValueError(
-                f"this is the state of the stack {theirs} with {', '.join(state_dict['on'])} in "
-                f"its param groups, not of {self.stack} with {', '.join(self._on())}"
-            )
-        counts = [len(group["params"]) for group in state_dict["param_groups"]]
-        ours = [len(group["params"]) for group in self.param_groups]
-        if counts != ours:
-            raise ValueError(
-                f"this is the state of param groups with {counts} parameters, not with {ours}"
-            )
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, entry in state_dict["state"].items():
-            if entry["shape"] != list(params[i].shape):
-                raise ValueError(
-                    f"this is the state of parameters of other shapes: number {i} has "
-                    f"{tuple(params[i].shape)} here and {tuple(entry['shape'])} there"
-                )
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _on(self) -> list[str]:
         """The hyperparameters of the lowest level that take part."""
         return [name for name in self._rule.hypers if self._rule.on(name)]
-
-
-def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
-    return {str(slot): x.clone() for slot, x in zip(slots, numbers, strict=True)}
-
-
-def _joined(pieces: Sequence[Tensor], like: Tensor) -> Tensor:
-    """One flat vector of a shard from what was saved of each of its parameters."""
-    dtype = precision(like)
-    return torch.cat([piece.reshape(-1).to(like.device, dtype) for piece in pieces])
-
-
-def _kind(stack: Stack) -> list[tuple]:
-    """A stack but for its numbers."""
-    return [
-        (
-            rule.name,
-            [(name, domain.name) for name, domain in rule.tuned.items()],
-            [name for name in rule.hypers if k and rule.on(name)],
-            [(n, set(value)) for n, value in rule.values.items() if isinstance(value, dict)],
-            rule.settings,
-        )
-        for k, rule in enumerate(stack.levels)
-    ]

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .layout import Vectors
+from .rule import State
 from .tower import Block, Move, Owner
 
 # From this many elements on, a parameter is worked on where it lies, and not gathered with others:
@@ -31,10 +33,13 @@ class Shard:
 
     def __init__(self, params: list[Tensor], owner: Owner, last: Move) -> None:
         self.params, self.owner, self.last = params, owner, last
-        self._n = sum(p.numel() for p in params)
+        self._n = sum(local(p).numel() for p in params)
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
         self._in_place = False
+        self._dtype, self._device = params[0].dtype, params[0].device
+        self._divided = local(params[0]) is not params[0]
+        self._here: list[Tensor]
 
     @classmethod
     def new(cls, params: list[Tensor], owner: Owner, block: Block) -> Shard:
@@ -43,12 +48,14 @@ class Shard:
         Args:
             block: the lowest level.
         """
-        n = sum(p.numel() for p in params)
+        n = sum(local(p).numel() for p in params)
         blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
         w = blank.clone() if block.depends_on_weights else None
         g = blank.clone() if block.tuned else None
+        with blank.device:
+            state = block.rule.init(blank)
         moved = torch.zeros((), dtype=torch.float64, device=blank.device)
-        return cls(params, owner, Move(w, g, block.rule.init(blank), moved))
+        return cls(params, owner, Move(w, g, state, moved))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
@@ -58,16 +65,19 @@ class Shard:
 
     def read(self) -> Vectors:
         """What a step reads and writes: the weights and gradients as they are now, and the rest."""
-        first, grad = self.params[0], self.params[0].grad
+        grads: list[Any] = [p.grad for p in self.params]
+        self._here = self.params
+        if self._divided:
+            self._here, grads = [local(p) for p in self.params], [local(g) for g in grads]
+        first, grad = self._here[0], grads[0]
         self._in_place = (
             len(self) >= LARGE
             and len(self.params) == 1
-            and grad is not None
             and first.dtype == grad.dtype == precision(first)
             and first.is_contiguous()
             and grad.is_contiguous()
         )
-        if self._in_place and grad is not None:
+        if self._in_place:
             w, g = first.view(-1), grad.view(-1)
         else:
             if self._gathered is None:
@@ -77,8 +87,7 @@ class Shard:
                 )
                 self._views = self.shaped(self._gathered[0]), self.shaped(self._gathered[1])
             w, g = self._gathered
-            grads: list[Any] = [p.grad for p in self.params]
-            torch._foreach_copy_(self._views[0], self.params)
+            torch._foreach_copy_(self._views[0], self._here)
             torch._foreach_copy_(self._views[1], grads)
         state = {name: value for name, value in self.last.state.items() if value.ndim}
         return Vectors(w, g, self.last.w, self.last.g, state)
@@ -86,33 +95,56 @@ class Shard:
     def write(self) -> None:
         """Give the parameters the weights that a step has left in what `read` returned."""
         if self._in_place:
-            torch.autograd.graph.increment_version(self.params[0])
+            torch.autograd.graph.increment_version(self._here[0])
         else:
-            torch._foreach_copy_(self.params, self._views[0])
+            torch._foreach_copy_(self._here, self._views[0])
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
         """A flat vector, [n], cut and shaped like the parameters."""
-        pieces = flat.split([p.numel() for p in self.params])
-        return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
+        pieces = flat.split([local(p).numel() for p in self.params])
+        return [piece.view(local(p).shape) for piece, p in zip(pieces, self.params, strict=True)]
 
-    def part(self, chosen: Sequence[bool]) -> Shard:
+    def by_parameter(self) -> dict[Tensor, State]:
+        """What the rule keeps of each parameter, in its shape: views of ``last.state``."""
+        state = self.last.state
+        views = {name: self.shaped(value) for name, value in state.items() if value.ndim}
+        return {
+            p: {name: views[name][i] if v.ndim else v for name, v in state.items()}
+            for i, p in enumerate(self.params)
+        }
+
+    def part(self, params: Sequence[Tensor]) -> Shard:
         """A shard of some of the parameters, with their share of the state."""
+        chosen = set(params)
 
-        def cut(value: Tensor) -> Tensor:
+        def cut(value: Any) -> Any:
+            if value is None:
+                return None
             if not value.ndim:
                 return value.clone()
-            pieces = zip(self.shaped(value), chosen, strict=True)
-            return torch.cat([piece.reshape(-1) for piece, here in pieces if here])
+            pieces = zip(self.shaped(value), self.params, strict=True)
+            return torch.cat([piece.reshape(-1) for piece, p in pieces if p in chosen])
 
-        w, g, state, moved = self.last
-        last = Move(
-            None if w is None else cut(w),
-            None if g is None else cut(g),
-            {name: cut(value) for name, value in state.items()},
-            moved.clone(),
-        )
-        params = [p for p, here in zip(self.params, chosen, strict=True) if here]
-        return Shard(params, self.owner, last)
+        return Shard(list(params), self.owner, tree_map(cut, self.last))
+
+    @property
+    def astray(self) -> bool:
+        """Whether the parameters are now of another dtype or on another device."""
+        first = self.params[0]
+        return first.dtype is not self._dtype or first.device != self._device
+
+    def follow(self) -> None:
+        """Go to the device of the parameters, and to the dtype in which they are moved now."""
+
+        def to(value: Any) -> Any:
+            return (
+                value
+                if value is None
+                else value.to(first.device, precision(first) if value.ndim else value.dtype)
+            )
+
+        first = self.params[0]
+        self.last = tree_map(to, self.last)
 
 
 def precision(p: Tensor) -> torch.dtype:
@@ -120,11 +152,36 @@ def precision(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
+def local(tensor: Any) -> Tensor:
+    """What of a tensor lies on this process: all of it, unless it is a DTensor."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
+    """The names of the process groups over whose members parameters are divided.
+
+    Raises:
+        ValueError: some of them are divided in another way than the others.
+    """
+
+    def division(p: Any) -> tuple[str, ...]:
+        axes = enumerate(getattr(p, "placements", ()))
+        return tuple(p.device_mesh.get_group(i).group_name for i, how in axes if how.is_shard())
+
+    found = {division(p) for p in params}
+    if len(found) > 1:
+        raise ValueError(
+            "some parameters are divided over processes in another way than others; "
+            "make one optimizer for each kind"
+        )
+    return found.pop()
+
+
 def divide(params: Sequence[Tensor]) -> list[list[Tensor]]:
     """Parameters of one group, divided into those of new shards."""
-    large = [[p] for p in params if p.numel() >= LARGE]
+    large = [[p] for p in params if local(p).numel() >= LARGE]
     small: dict[torch.dtype, list[Tensor]] = {}
     for p in params:
-        if p.numel() < LARGE:
+        if local(p).numel() < LARGE:
             small.setdefault(precision(p), []).append(p)
     return large + list(small.values())

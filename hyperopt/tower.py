@@ -231,17 +231,20 @@ def depends_on_weights(rule: Rule) -> bool:
 
     Asked of the derivative at random points: only such rules need the weights of the last step.
     """
-    generator = torch.Generator().manual_seed(0)
-    w, g = torch.randn(2, 4, generator=generator, dtype=torch.float64)
-    h = SimpleNamespace(**{name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers})
-    (_, state), pullback = torch.func.vjp(  # type: ignore[misc]
-        lambda w: rule.update(w, g, rule.init(g), h), w
-    )
-    zeros = {name: torch.zeros_like(value) for name, value in state.items()}
-    (through_weights,) = pullback((g, zeros))
-    (through_state,) = pullback(
-        (torch.zeros_like(w), {n: torch.ones_like(v) for n, v in state.items()})
-    )
+    with torch.device("cpu"):  # whatever the default device
+        generator = torch.Generator().manual_seed(0)
+        w, g = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+        h = SimpleNamespace(
+            **{name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
+        )
+        (_, state), pullback = torch.func.vjp(  # type: ignore[misc]
+            lambda w: rule.update(w, g, rule.init(g), h), w
+        )
+        zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+        (through_weights,) = pullback((g, zeros))
+        (through_state,) = pullback(
+            (torch.zeros_like(w), {n: torch.ones_like(v) for n, v in state.items()})
+        )
     return not torch.equal(through_weights, g) or bool(through_state.any())
 
 

@@ -94,11 +94,12 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
             torch.testing.assert_close(p, q, rtol=precision, atol=precision)
         torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=precision, atol=0)
         if t == 0:
+            done = len(compilations)
             monkeypatch.setattr(hyperopt.compile, "make_fx", None)  # nothing is traced any more
         if t == 10 and fast.stack.height == 0:  # what may be set, without compiling anew
             for group in fast.param_groups + slow.param_groups:
                 group["lr"] /= 2
-    assert len(compilations) == 1
+    assert len(compilations) == done >= 1 + (fast.stack.height > 0)
     start = HyperOptimizer(made(dtype, own)[1], stack).snapshot()
     assert not torch.equal(fast.snapshot(), start), "the hyperparameters must have moved"
 
@@ -110,7 +111,7 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
     for t in range(3):
         step(w, other, t)
     assert other.compiled
-    assert len(compilations) == 1
+    assert len(compilations) == done
 
 
 @pytest.mark.slow
@@ -161,7 +162,39 @@ def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compile
                 optimizer.step()
             schedule.step()
         assert optimizer.compiled
-    assert len(compilations) == 1
+        if seed == 0:
+            done = len(compilations)
+    assert len(compilations) == done > 0
+
+
+@pytest.mark.slow
+def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
+    compiler, compilations, monkeypatch
+):
+    """Both ways compute the same, and the trial tells a kernel that does not work in place."""
+    vector, one = torch.rand(1000), torch.ones(())
+
+    def backwards(small: Tensor, old: Tensor, new: Tensor) -> None:
+        new.copy_(old.flip(0) * small)
+
+    def forwards(small: Tensor, old: Tensor, new: Tensor) -> None:
+        new.copy_(old * 2 * small)
+
+    assert not hyperopt.compile._works_in_place(backwards_eagerly, [one], [vector])
+    run = hyperopt.compile._kernel(("backwards",), backwards, [one], [vector])
+    assert len(compilations) == 2
+    expected = vector.flip(0)
+    run(one, vector, vector)
+    assert torch.equal(vector, expected)
+    run = hyperopt.compile._kernel(("forwards",), forwards, [one], [vector])
+    assert len(compilations) == 3
+    run(one, vector, vector)
+    assert torch.equal(vector, expected * 2)
+
+
+def backwards_eagerly(small: Tensor, old: Tensor, new: Tensor) -> None:
+    for i in range(len(old)):
+        new[i] = old[len(old) - 1 - i] * small
 
 
 class Watch(TorchDispatchMode):

@@ -1,0 +1,261 @@
+"""What a stack remembers, by name: for a `state_dict`, and for when it is laid out anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .layout import Layout
+from .shard import Shard, local, precision
+from .stack import Stack, parse
+from .tower import Block, Move, Owner, Slot, TowerState
+
+# The numbers of the tower.
+
+
+def export(layout: Layout, tower: TowerState) -> list[dict[str, Any]]:
+    """For each level its hyperparameters by name and, above the lowest, its last move."""
+    exported = []
+    for k, (b, row) in enumerate(layout.levels):
+        block = layout.blocks[b]
+        entry: dict[str, Any] = {
+            "tuned": _by_name(block.tuned, tower.raw[b][row]),
+            "fixed": _by_name(block.fixed, tower.fixed[b][row]),
+            "skipped": tower.skipped[k].clone(),
+        }
+        if k == 0:
+            entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed)
+            entry["steps"] = tower.steps.clone()
+        else:
+            below = layout.blocks[layout.levels[k - 1][0]].tuned
+            w, g, state, moved = tree_map(lambda rows, row=row: rows[row], tower.upper[b - 1])
+            entry["last"] = {
+                name: _by_name(below, part) if part.ndim else part.clone()
+                for name, part in {"w": w, "g": g, "moved": moved, **state}.items()
+            }
+        exported.append(entry)
+    return exported
+
+
+def restore(
+    layout: Layout,
+    stack: Stack,
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[dict[str, Any]],
+    known: int,
+    like: Tensor,
+) -> TowerState:
+    """The tower of a layout, but for the shards of the weights.
+
+    Args:
+        stack, groups: the initial values, those of the lowest level by param group.
+        saved: what `export` said of each level; nothing for the initial values.
+        known: the number of param groups that there were then.
+        like: gives the numbers their dtype and device.
+    """
+
+    def recall(numbers: dict[str, Any], slot: Slot, otherwise: Any) -> Any:
+        """What was saved for a slot, or for the shared one of which it was a part."""
+        if str(slot) in numbers:
+            return numbers[str(slot)]
+        if isinstance(slot.owner, int) and slot.owner < known:
+            return numbers.get(slot.name, otherwise)
+        return otherwise
+
+    def initial(k: int, slot: Slot) -> float:
+        value: Any = stack.levels[k].values[slot.name]
+        if k == 0 and (slot.owner is not None or len(groups) == 1):
+            value = groups[int(slot.owner or 0)][slot.name]
+        return value[str(slot.owner)] if isinstance(value, dict) else value
+
+    def vector(numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor([float(x) for x in numbers], dtype=like.dtype, device=like.device)
+
+    raw: list[Tensor] = []
+    fixed: list[Tensor] = []
+    bounds: list[Tensor] = []
+    moves: list[list[Move]] = [[] for _ in layout.blocks]
+    for k, (b, _) in enumerate(layout.levels):
+        block = layout.blocks[b]
+        old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
+        domains = [block.rule.tuned[slot.name] for slot in block.tuned]
+        slots = zip(domains, block.tuned, strict=True)
+        start = [domain.raw(float(initial(k, slot))) for domain, slot in slots]
+        reach = vector([domain.reach for domain in domains])
+        bounds.append(torch.stack([-reach, reach]))
+        raw.append(
+            vector([recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)])
+        )
+        fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
+        if k == 0:
+            last_fixed = vector([recall(old["last_fixed"], s, initial(k, s)) for s in block.fixed])
+        else:
+            targets = layout.blocks[layout.levels[k - 1][0]].tuned
+            parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1]), "moved": vector([0])}
+            with like.device:
+                parts |= block.rule.init(raw[k - 1])
+            for name in parts.keys() & old["last"].keys():
+                part, once = parts[name], old["last"][name]
+                if isinstance(once, dict):
+                    below = zip(targets, part, strict=True)
+                    parts[name] = vector([recall(once, slot, x) for slot, x in below])
+                else:
+                    parts[name] = vector([once]).view(part.shape)
+            w, g, moved = parts.pop("w"), parts.pop("g"), parts.pop("moved")
+            moves[b].append(Move(w, g, parts, moved.view(())))
+
+    def rows(tensors: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
+        """One tensor for each block, of one for each level."""
+        levels = [*zip(tensors, layout.levels, strict=True)]
+        own = [[t for t, (at, _) in levels if at == b] for b in range(len(layout.blocks))]
+        return tuple(torch.stack(each, dim) for each in own)
+
+    return TowerState(
+        raw=rows(raw),
+        bounds=rows(bounds, 1),
+        fixed=rows(fixed),
+        last_fixed=last_fixed,
+        steps=vector([saved[0]["steps"] if saved else 0]).view(()),
+        skipped=vector([level["skipped"] for level in saved] or [0] * len(layout.levels)),
+        lowest=(),
+        upper=tuple(tree_map(lambda *each: torch.stack(each), *own) for own in moves[1:]),
+    )
+
+
+def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
+    return {str(slot): x.clone() for slot, x in zip(slots, numbers, strict=True)}
+
+
+# The state of the weights.
+
+
+def save_shards(
+    active: Sequence[Shard], parked: Sequence[Shard], number: Mapping[Tensor, int]
+) -> dict[int, dict[str, Any]]:
+    """For each parameter that has been moved, by its number, its share of its shard.
+
+    Args:
+        active: the shards that the last step moved.
+        parked: those that earlier steps moved.
+    """
+    saved: dict[int, dict[str, Any]] = {}
+    for i, shard in enumerate([*active, *parked]):
+        w, g, state, moved = shard.last
+        kept = dict(state)
+        if moved and g is not None:
+            kept["last_grad"] = g
+            if w is not None:
+                kept["last_weight"] = w
+        views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
+        for j, p in enumerate(shard.params):
+            if p in number:  # and not taken out of its param group since
+                saved[number[p]] = {
+                    "shape": list(local(p).shape),
+                    "shard": i,
+                    "active": i < len(active),
+                    **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
+                }
+    return dict(sorted(saved.items()))
+
+
+def load_shards(
+    saved: Mapping[int, dict[str, Any]], params: Sequence[list[Tensor]], lowest: Block
+) -> tuple[list[Shard], list[Shard]]:
+    """The inverse of `save_shards`: the active shards and the parked ones.
+
+    Args:
+        params: the parameters of each group.
+        lowest: the lowest level.
+    """
+    everyone = [(p, number) for number, group in enumerate(params) for p in group]
+    members: dict[tuple[int, str], list[int]] = {}
+    for i, entry in saved.items():
+        # What was of one precision there need not be here.
+        members.setdefault((entry["shard"], str(precision(everyone[i][0]))), []).append(i)
+    active: list[Shard] = []
+    parked: list[Shard] = []
+    for _, numbers in sorted(members.items()):
+        entries = [saved[i] for i in numbers]
+        chosen = [everyone[i][0] for i in numbers]
+        kept = {
+            name: _joined([entry[name] for entry in entries], chosen[0])
+            for name, value in entries[0].items()
+            if isinstance(value, Tensor)
+        }
+        shard = Shard.new(chosen, Owner(everyone[numbers[0]][1]), lowest)
+        w, g, fresh, moved = shard.last
+        shard.last = Move(
+            kept.get("last_weight", w),
+            kept.get("last_grad", g),
+            {
+                name: (kept[name] if value.ndim else entries[0][name]).to(value.device, copy=True)
+                for name, value in fresh.items()
+            },
+            moved + ("last_grad" in kept),
+        )
+        (active if entries[0]["active"] else parked).append(shard)
+    return active, parked
+
+
+def _joined(pieces: Iterable[Tensor], like: Tensor) -> Tensor:
+    """One flat vector of a shard from what was saved of each of its parameters."""
+    dtype = precision(like)
+    return torch.cat([piece.reshape(-1).to(like.device, dtype) for piece in pieces])
+
+
+# Whether the two fit.
+
+
+def check(
+    state_dict: Mapping[str, Any], stack: Stack, on: Sequence[str], params: Sequence[list[Tensor]]
+) -> None:
+    """Raise where a state is not that of this stack on parameters like these.
+
+    Args:
+        on: the hyperparameters of the lowest level that take part.
+        params: the parameters of each group.
+
+    Raises:
+        ValueError: the stack, the number of parameters or a shape is another one.
+    """
+    theirs = state_dict.get("stack")
+    if theirs is None:
+        raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
+    if _kind(parse(theirs)) != _kind(stack):
+        raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
+    if state_dict["on"] != on:
+        raise ValueError(
+            f"this is the state of the stack {theirs} with {', '.join(state_dict['on'])} in "
+            f"its param groups, not of {stack} with {', '.join(on)}"
+        )
+    counts = [len(group["params"]) for group in state_dict["param_groups"]]
+    ours = [len(group) for group in params]
+    if counts != ours:
+        raise ValueError(
+            f"this is the state of param groups with {counts} parameters, not with {ours}"
+        )
+    shapes = [local(p).shape for group in params for p in group]
+    for i, entry in state_dict["state"].items():
+        if entry["shape"] != list(shapes[i]):
+            raise ValueError(
+                f"this is the state of parameters of other shapes: number {i} has "
+                f"{tuple(shapes[i])} here and {tuple(entry['shape'])} there"
+            )
+
+
+def _kind(stack: Stack) -> list[tuple]:
+    """A stack but for its numbers."""
+    return [
+        (
+            rule.name,
+            [(name, domain.name) for name, domain in rule.tuned.items()],
+            [name for name in rule.hypers if k and rule.on(name)],
+            [(n, set(value)) for n, value in rule.values.items() if isinstance(value, dict)],
+            rule.settings,
+        )
+        for k, rule in enumerate(stack.levels)
+    ]

@@ -1,0 +1,125 @@
+"""What param groups show of the lowest level's hyperparameters, and what may be set in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .rule import Rule
+from .stack import Stack
+from .tower import Slot
+
+# Keys that a param group may have beside its hyperparameters. A scheduler adds more, later.
+OTHERS = frozenset({"params", "param_names", "name", "initial_lr"})
+
+
+class Shown:
+    """The current values in the param groups: tuned ones as views of `packed`, others as numbers.
+
+    Numbers may be set between two steps, by hand or by a scheduler. Torch's schedulers know the
+    betas as a tuple, ``betas``, which is therefore shown too.
+
+    Args:
+        groups: the param groups, into which the values are written.
+        stack: what they belong to; its lowest rule is that of all groups together.
+        layout, packed: where the values are.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], stack: Stack, layout: Layout, packed: Tensor
+    ) -> None:
+        self._stack, self._layout, self._packed = stack, layout, packed
+        self._watched: list[list[Any]] = []  # group, name, what it shows, its place in `packed`
+        self._betas = betas(stack.levels[0])
+        lowest = layout.blocks[0]
+        for number, group in enumerate(groups):
+            own: list[list[Any]] = []
+            for name in lowest.rule.hypers:
+                slot = Slot(name, number)
+                if slot not in (*lowest.tuned, *lowest.fixed):
+                    slot = Slot(name)
+                place = layout.names.index(f"0.{slot}")
+                shown = packed[place]
+                group[name] = shown if slot in lowest.tuned else float(shown)
+                own.append([group, name, group[name], place])
+            if self._betas:
+                group["betas"] = tuple(group[beta] for beta in self._betas)
+                own.insert(0, [group, "betas", group["betas"], None])
+            self._watched += own
+        self.settle()
+
+    def settle(self) -> None:
+        """Take what `packed` holds now for what it should hold."""
+        self._version = self._packed._version
+
+    def follow(self) -> None:
+        """Take over the numbers that have been set in the param groups.
+
+        Raises:
+            ValueError: one that is tuned was set, or one that does not take part.
+        """
+        if self._packed._version != self._version:
+            self._check_tuned()
+        for watch in self._watched:
+            group, name, seen, _ = watch
+            if group[name] is not seen:
+                self._take_over(watch)
+        self.settle()
+
+    def _take_over(self, watch: list[Any]) -> None:
+        group, name, seen, place = watch
+        if name == "betas":  # each of them is watched too, after it
+            group.update(split(self._betas, group[name]))
+            watch[2] = group[name]
+            return
+        if isinstance(seen, Tensor):
+            raise ValueError(self._refusal(name))
+        number = float(group[name])
+        if number != 0 and not self._layout.blocks[0].rule.on(name):
+            raise ValueError(
+                f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
+                f"to set it later, give it a value then"
+            )
+        self._packed[place] = watch[2] = group[name] = number
+        if name in self._betas:
+            (joint,) = (w for w in self._watched if w[0] is group and w[1] == "betas")
+            joint[2] = group["betas"] = tuple(group[beta] for beta in self._betas)
+
+    def _check_tuned(self) -> None:
+        """Raise if a tuned value is no longer that of its raw value: a view was written to."""
+        lowest, parts = self._layout.blocks[0], self._layout.parts(self._packed)
+        for slot, raw in zip(lowest.tuned, parts.raw[0][0], strict=True):
+            held = lowest.rule.tuned[slot.name].value(raw)
+            shown = self._packed[self._layout.names.index(f"0.{slot}")]
+            if not torch.isclose(shown, held, rtol=1e-6, atol=0, equal_nan=True):
+                raise ValueError(self._refusal(slot.name))
+
+    def _refusal(self, name: str) -> str:
+        rule, above = self._stack.levels[:2]
+        others = tuple(other for other in rule.tuned if other != name)
+        instead = f"{rule[others]} / ..." if others else type(rule)(**rule.values, **rule.settings)
+        return (
+            f"{name} was set from outside, but {above} moves it; to set it yourself or by a "
+            f"scheduler, leave it out of what is tuned, as in {instead}"
+        )
+
+
+def betas(rule: Rule) -> list[str]:
+    """The hyperparameters that ``betas`` stands for."""
+    return [name for name in rule.hypers if re.fullmatch(r"beta\d", name)]
+
+
+def split(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The hyperparameters that a value of ``betas`` gives.
+
+    Raises:
+        ValueError: it is not one number for each.
+    """
+    if len(values) != len(names):
+        raise ValueError(f"betas stands for {', '.join(names)}, and cannot be {values}")
+    return dict(zip(names, values, strict=True))

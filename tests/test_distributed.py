@@ -1,0 +1,87 @@
+"""Two processes that train together are as one that has both their batches."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_loops import TALL, Net, batch, loss_of
+from torch import Tensor, multiprocessing, nn
+
+from hyperopt import HyperOptimizer
+
+STEPS = 9
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+
+
+def train(model: nn.Module, optimizer: HyperOptimizer, steps: range, share: slice) -> list[Tensor]:
+    """Train on a share of each batch; return the hyperparameters after each step."""
+    seen = []
+    for t in steps:
+        optimizer.zero_grad()
+        loss_of(model, batch(t)[share]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+        optimizer.step()
+        seen.append(optimizer.snapshot())
+    return seen
+
+
+def data_parallel(rank: int, whole: Net) -> tuple[list[Tensor], list[Tensor]]:
+    model = nn.parallel.DistributedDataParallel(whole, gradient_as_bucket_view=True)
+    optimizer = HyperOptimizer(model.parameters(), TALL, compile=False)
+    seen = train(model, optimizer, range(STEPS), slice(rank, None, 2))
+    return seen, [p.detach() for p in model.parameters()]
+
+
+def fully_sharded(rank: int, whole: Net) -> tuple[list[Tensor], list[Tensor]]:
+    """With a checkpoint on the way. One of two processes has nothing of the last bias's layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    mesh, share = init_device_mesh("cpu", (2,)), slice(rank, None, 2)
+
+    def make() -> tuple[Net, HyperOptimizer]:
+        model = Net()
+        fully_shard(model.first, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, HyperOptimizer(model.parameters(), TALL, compile=False)
+
+    model, optimizer = make()
+    seen = train(model, optimizer, range(4), share)
+    fresh, other = make()
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    seen += train(fresh, other, range(4, STEPS), share)
+
+    with pytest.raises(ValueError, match="divided over processes in another way than others"):
+        HyperOptimizer([*fresh.parameters(), nn.Parameter(torch.zeros(3))], TALL)
+    hidden = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(TypeError, match="FullyShardedDataParallel"):
+        HyperOptimizer(hidden.parameters(), TALL)
+    weights: list[Any] = list(fresh.parameters())
+    return seen, [p.full_tensor().detach() for p in weights]
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    done = {way.__name__: way(rank, Net()) for way in (data_parallel, fully_sharded)}
+    torch.save(done, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(tmp_path):
+    multiprocessing.spawn(work, (tmp_path,), 2)
+    model = Net()
+    optimizer = HyperOptimizer(model.parameters(), TALL, compile=False)
+    expected = train(model, optimizer, range(STEPS), slice(None))
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for way, (seen, weights) in ours.items():
+        assert all(map(torch.equal, seen, theirs[way][0])), f"{way}: the processes disagree"
+        torch.testing.assert_close(seen, expected, rtol=1e-10, atol=0)
+        assert all(map(torch.equal, weights, theirs[way][1]))
+        torch.testing.assert_close(weights, [p.detach() for p in model.parameters()])
