@@ -27,11 +27,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Downloads fail, and are counted."""
     tried: list[Path] = []
 
-    def fail(root: Path) -> bool:
+    def fail(name: str, root: Path) -> bool:
         tried.append(root)
         return False
 
-    monkeypatch.setattr(data, "_download_mnist", fail)
+    monkeypatch.setattr(data, "_download", fail)
     return tried
 
 
@@ -117,5 +117,5 @@ def test_a_banner_says_that_other_digits_stand_in(
 
 
 def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no data set 'mnits'; known are mnist, mnist-5k"):
+    with pytest.raises(ValueError, match="no data set 'mnits'; known are mnist, mnist-5k, cifar10"):
         resolve("mnits", tmp_path)
