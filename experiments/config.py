@@ -214,8 +214,13 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def run_hash(config: Config) -> str:
-    """16 hex digits of the sha256 of the identity's canonical JSON."""
-    text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """The hash that names the run of a resolved config."""
+    return identity_hash(identity(config))
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """16 hex digits of the sha256 of an identity's canonical JSON."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,8 @@ what is a number of epochs below is a share of the schedule's own `epochs`.
     exponential   times `factor` at the end of each of `epochs` epochs from the `after`-th on
                   (Karpathy's char-rnn)
     cosine        from 1 down to `final` along half a cosine (Loshchilov and Hutter 2017)
-    replay        the values in `file`, a CSV with a column `step` and one for each hyperparameter
+    replay        the values in `file`, a CSV with a column `step`, which counts from 1, and one for
+                  each hyperparameter; between two lines on the line between their values
 """
 
 from __future__ import annotations
@@ -90,13 +91,18 @@ def make_schedule(config: ScheduleConfig, start: Mapping[str, float], steps: int
 
 
 def _replay(path: Path) -> Schedule:
-    """Values between two steps that the file tells of lie on the line between theirs."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
-    at = columns.pop("step")
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+        at = columns.pop("step")
+    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"schedule.file={path} cannot be replayed ({type(error).__name__}: {error}); expected "
+            "a CSV of numbers with a column step and one for each hyperparameter"
+        ) from None
     return lambda step: {
-        name: float(np.interp(step, at, values)) for name, values in columns.items()
+        name: float(np.interp(step + 1, at, values)) for name, values in columns.items()
     }
 
 
@@ -110,8 +116,6 @@ def check_schedule(config: ScheduleConfig, stack: Stack) -> None:
             raise ValueError(f"schedule {config.name} {what} schedule.{name}")
     if config.name == "constant":
         return
-    if config.file is not None and not Path(config.file).is_file():
-        raise ValueError(f"schedule.file={config.file} is not there")
     lowest = stack.levels[0]
     for name in make_schedule(config, lowest.values, steps=1)(0):  # type: ignore[arg-type]
         if name not in lowest.hypers:
