@@ -33,7 +33,7 @@ ROUNDS = 60
 STEPS = 64_000  # of a run of the preset `paper`
 RUNS = 3 * (len(CELLS) + 1)  # with its replays
 # What a GPU is taken to do.
-LAUNCH = 10e-6  # seconds for one operator
+LAUNCH = 20e-6  # seconds for one operator, its share of Python included
 GPU = 10_000  # GFLOP each second
 
 

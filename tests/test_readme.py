@@ -1,6 +1,7 @@
 """Everything that the README tells a reader to type works as written."""
 
 import csv
+import json
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_project import ROOT, make, make_targets
 from experiments.config import compose, protect_notation
 from hyperopt import parse
 from hyperopt.rules import RULES
+from scripts.cost import words
 
 README = (ROOT / "README.md").read_text()
 
@@ -106,6 +108,17 @@ def test_results_are_those_of_the_committed_table() -> None:
             assert error == f"{mean:.2f} ± {sd:.2f}", (stack, source)
     agrees = sum(row["agrees"] == "True" for row in rows.values())
     assert agreeing == [(str(agrees), str(len(rows)))]
+
+
+def test_the_cost_of_figure_2_is_what_was_counted() -> None:
+    path = ROOT / "results" / "figure2_cost.json"
+    gflop, operators = re.findall(r"a step is ([\d.]+) GFLOP in (\d+) operators", README)[0]
+    cost = json.loads(path.read_text())
+    assert (gflop, int(operators)) == (f"{cost['gflop']:.1f}", cost["operators"])
+    minutes, hours = re.findall(r"about (\d+) minutes, and all 60 take (\d+) hours", README)[0]
+    estimate = words(cost)
+    assert f"{minutes} minutes of launching at 20 µs" in estimate
+    assert f"all 60 of them, one after the other, would take {hours} hours" in estimate
 
 
 def test_links_lead_somewhere() -> None:
