@@ -1,7 +1,7 @@
 """Classification of images: what a run is fed, and how its model is judged.
 
-What another task would have to offer the training run is what this class does: batches of an epoch,
-each with its loss's arguments, and an error on the test set.
+What another task would have to offer the training run is what this class does: the batches of an
+epoch, the gradient of the loss on one of them, and an error on the test set.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import INPUTS, Dataset
+from .gradient import Gradient, make_gradient
 
 PAD = 4  # pixels of zeros around an image from which a crop is taken
 EVALUATION_VALUES = 2000 * 28 * 28  # of a batch of test images; larger ones leave the caches
@@ -71,6 +72,10 @@ class Images:
         places = (batch[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
         flat = self.x_train.view(-1, colours).index_select(0, places.view(-1))
         return flat.view(*places.shape, colours)
+
+    def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
+        """A function of a batch that sets `grad` and returns the loss, see `make_gradient`."""
+        return make_gradient(model, self.inputs, self.batch_size, compile, autocast)
 
     @torch.inference_mode()
     def test_error(self, model: nn.Module) -> float:

@@ -25,7 +25,6 @@ from models import MODELS
 
 from .config import Config, identity, run_hash
 from .data import load
-from .gradient import make_gradient
 from .images import Images
 from .logger import make_logger
 from .schedule import make_schedule
@@ -100,16 +99,10 @@ class _Run:
             self.config.stack.notation or "",
             compile=self.config.trainer.compile,
         )
-        self.gradient = make_gradient(
-            self.model,
-            self.task.inputs,
-            self.config.trainer.batch_size,
-            self.config.trainer.compile_model,
-            self.config.trainer.autocast,
-        )
-        self.schedule = make_schedule(
-            self.config.schedule, self.optimizer.hyperparameters()[0], self.steps
-        )
+        trainer = self.config.trainer
+        self.gradient = self.task.gradient(self.model, trainer.compile_model, trainer.autocast)
+        start = self.optimizer.hyperparameters()[0]
+        self.schedule = make_schedule(self.config.schedule, start, self.steps)
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
         self.epoch = 0
         self.step = 0

@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.command import ROOT
 from experiments.data import Dataset
 from experiments.figure2 import CELLS, HE, REPLAYED, Cell
-from experiments.gradient import make_gradient
 from experiments.images import Images
 from experiments.store import write_json
 from experiments.train import device_name
@@ -42,7 +41,7 @@ class Run:
 
     def __init__(self, cell: Cell, images: Images) -> None:
         model = MODELS["resnet20"]().to(memory_format=torch.channels_last)
-        self.gradient = make_gradient(model, images.inputs, images.batch_size, compile=False)
+        self.gradient = images.gradient(model, compile=False, autocast=False)
         self.optimizer = HyperOptimizer(model.parameters(), cell.stack)
 
 

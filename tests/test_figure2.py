@@ -268,6 +268,9 @@ def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None
     hashes = [run.name for run in (done / "runs").iterdir()]
     assert export_runs(RunStore(done / "runs"), hashes[:5], path) == 5
     assert export_runs(RunStore(done / "runs"), hashes[3:], path) == 20  # none is lost
+    half_done = tmp_path / "runs" / hashes[0] / "checkpoint.pt"
+    half_done.parent.mkdir(parents=True)
+    half_done.touch()
     assert import_runs(path, RunStore(tmp_path / "runs")) == 20
     assert import_runs(path, RunStore(tmp_path / "runs")) == 0
     assert run_files(tmp_path) == run_files(done)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from experiments.data import CIFAR10_MEAN, CIFAR10_SD, Dataset, normalised
-from experiments.gradient import make_gradient
 from experiments.images import Images
 from models.resnet import ResNet
 
@@ -97,7 +96,7 @@ def test_feeding_takes_next_to_nothing_of_a_step() -> None:
     """Less than 3 % of a ResNet-20's step at batch 128, the least of several times of both."""
     images = Images(dataset(2560), 128, True, "cpu")
     model = ResNet().to(memory_format=torch.channels_last)
-    gradient = make_gradient(model, images.inputs, 128, compile=False)
+    gradient = images.gradient(model, compile=False, autocast=False)
     feeding, stepping = [], []
     epoch = images.epoch(torch.Generator())
     next(epoch)

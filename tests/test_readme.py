@@ -112,10 +112,10 @@ def test_results_are_those_of_the_committed_table() -> None:
 
 def test_the_cost_of_figure_2_is_what_was_counted() -> None:
     path = ROOT / "results" / "figure2_cost.json"
-    gflop, operators = re.findall(r"a step is ([\d.]+) GFLOP in (\d+) operators", README)[0]
+    gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]
     cost = json.loads(path.read_text())
     assert (gflop, int(operators)) == (f"{cost['gflop']:.1f}", cost["operators"])
-    minutes, hours = re.findall(r"about (\d+) minutes, and all 60 take (\d+) hours", README)[0]
+    minutes, hours = re.findall(r"about (\d+) minutes,\s+and all 60 take (\d+) hours", README)[0]
     estimate = words(cost)
     assert f"{minutes} minutes of launching at 20 µs" in estimate
     assert f"all 60 of them, one after the other, would take {hours} hours" in estimate
