@@ -4,11 +4,12 @@
 
 # An interpreter for .venv, 3.10 or later; without PYTHON= an existing .venv keeps the one it has.
 PYTHON ?= python3
-# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own; ARGS= is handed to pytest as it is.
+# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own, SEEDS=0,1; ARGS= goes to pytest as it is.
 PRESET ?=
 WORKERS ?=
 LOGGER ?=
 START ?=
+SEEDS ?=
 ARGS ?=
 
 PY := .venv/bin/python
@@ -26,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 tables benchmark clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 tables benchmark clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -56,6 +57,9 @@ format: setup ## format the code and mend what ruff can mend
 
 reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PRESET=quick for a trial)
 	@$(PY) -m experiments.table1 $(TABLE_OPTIONS)
+
+reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw it (PRESET=cpu or paper)
+	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (15 minutes)
 	@$(PY) -m scripts.benchmark

@@ -27,6 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 from hyperopt import parse
 from models import MODELS
 
+from .schedule import ScheduleConfig, check_schedule, schedule_identity
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -40,6 +42,7 @@ class DataConfig:
     name: str = MISSING
     root: str = MISSING  # not part of the identity
     download: bool = MISSING  # not part of the identity
+    augment: bool = False  # random crops and flips; see experiments/images.py
 
 
 @dataclass
@@ -60,6 +63,8 @@ class TrainerConfig:
     compile: bool = MISSING  # the optimizer's step; compiled and eager differ in rounding
     compile_model: bool = MISSING  # the gradient; see experiments/gradient.py
     threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
+    steps: int | None = None  # where the last epoch ends early; null is at the end of the data
+    autocast: bool = False  # the model in bfloat16, as torch.autocast has it
 
 
 @dataclass
@@ -75,6 +80,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stack: StackConfig = field(default_factory=StackConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = MISSING
@@ -166,31 +172,55 @@ def resolve(config: Config, data: str) -> Config:
     for name in ("epochs", "batch_size", "record_every", "threads"):
         if getattr(config.trainer, name) < 1:
             raise ValueError(f"trainer.{name}={getattr(config.trainer, name)} must be 1 or more")
+    if config.trainer.steps is not None and config.trainer.steps < 1:
+        raise ValueError(f"trainer.steps={config.trainer.steps} must be 1 or more")
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be 0 or more")
+    stack = notation(config.stack)
+    check_schedule(config.schedule, parse(stack))
+    if config.data.augment and data != "cifar10":
+        raise ValueError(f"data.augment=true is for images in colour, not for {data}")
     return replace(
         config,
-        stack=StackConfig(notation=notation(config.stack)),
+        stack=StackConfig(notation=stack),
         data=replace(config.data, name=data),
         device=device_kind(config.device),
     )
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The part of a resolved config that decides the run's result."""
-    return {
+    """The part of a resolved config that decides the run's result.
+
+    What is left at a default that changes nothing is left out, so that a new option leaves the
+    hashes of earlier runs alone.
+    """
+    trainer = asdict(config.trainer)
+    for name in ("steps", "autocast"):
+        if not trainer[name]:
+            del trainer[name]
+    found = {
         "model": asdict(config.model),
         "data": config.data.name,
         "stack": config.stack.notation,
-        "trainer": asdict(config.trainer),
+        "trainer": trainer,
         "seed": config.seed,
         "device": config.device,
     }
+    if config.data.augment:
+        found["augment"] = True
+    if config.schedule.name != "constant":
+        found["schedule"] = schedule_identity(config.schedule)
+    return found
 
 
 def run_hash(config: Config) -> str:
-    """16 hex digits of the sha256 of the identity's canonical JSON."""
-    text = json.dumps(identity(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    """The hash that names the run of a resolved config."""
+    return identity_hash(identity(config))
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """16 hex digits of the sha256 of an identity's canonical JSON."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

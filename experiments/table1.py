@@ -12,26 +12,22 @@ draws the tables and the figure. Runs that are finished are not done again.
 from __future__ import annotations
 
 import csv
-import difflib
 import itertools
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hyperopt import parse
 
+from .command import ROOT, choose, do_all, draw, provenance, split
 from .config import CONFIGS, Config, compose
-from .data import LABELS
-from .pool import run_all
-from .run import describe, guarded, resolve_all
+from .run import guarded, resolve_all
 from .store import csv_text, write_json, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "results" / "reference" / "table1_mnist.csv"
 
 Row = dict[str, str]  # a line of the published table
@@ -155,30 +151,6 @@ def run_lines(
     return lines
 
 
-def provenance(summaries: Sequence[dict[str, Any]], wall_seconds: float) -> dict[str, Any]:
-    """Where the numbers of a table come from; differing values of the runs are all listed."""
-
-    def values(key: str) -> list[Any]:
-        found = [summary["provenance"][key] for summary in summaries]
-        return sorted(set(found), key=str)
-
-    keys = ("commit", "dirty", "python", "torch", "numpy", "platform", "device", "compiled")
-    steps: dict[str, list[float]] = {}
-    for summary in summaries:
-        steps.setdefault(summary["stack"], []).append(summary["provenance"]["seconds_per_step"])
-    return {
-        "data": LABELS[summaries[0]["data"]],
-        "data_sha256": summaries[0]["data_sha256"],
-        "runs": len(summaries),
-        "steps": sum(summary["steps"] for summary in summaries),
-        **{key: values(key) for key in keys},
-        "runs_resumed": sum(summary["provenance"]["resumed"] > 0 for summary in summaries),
-        "training_seconds": sum(summary["provenance"]["seconds"] for summary in summaries),
-        "wall_seconds_of_last_command": wall_seconds,
-        "seconds_per_step": {stack: fmean(seconds) for stack, seconds in steps.items()},
-    }
-
-
 def _learned(summary: dict[str, Any]) -> dict[str, float]:
     return {name: summary["hyperparameters"][0][name] for name in summary["tuned"]}
 
@@ -190,40 +162,22 @@ def _shortened(config: Config, preset: Preset) -> Config:
 
 
 def _do(runs: Sequence[tuple[Row, Config]], path: Path) -> list[dict[str, Any]] | None:
-    """Do the runs and write their CSV and its provenance; None if some failed, which are listed."""
+    """Do the runs and write their CSV and its provenance; None if some failed."""
     began = time.monotonic()
-    outcomes = run_all([config for _, config in runs], runs[0][1].workers)
-    failed = [outcome for outcome in outcomes if outcome.summary is None]
-    if failed:
-        for outcome in failed:
-            print(f"\n{describe(outcome)}\n{outcome.error}", file=sys.stderr)
-        print(f"\n{len(failed)} of {len(outcomes)} runs failed; no table is made.", file=sys.stderr)
-        return None
-    summaries = [outcome.summary for outcome in outcomes if outcome.summary is not None]
-    write_text(path.with_suffix(".csv"), csv_text(run_lines(runs, summaries)))
-    write_json(path.with_suffix(".json"), provenance(summaries, time.monotonic() - began))
+    summaries = do_all([config for _, config in runs])
+    if summaries is not None:
+        made = provenance(summaries)
+        made["wall_seconds_of_last_command"] = time.monotonic() - began
+        write_text(path.with_suffix(".csv"), csv_text(run_lines(runs, summaries)))
+        write_json(path.with_suffix(".json"), made)
     return summaries
 
 
 def _arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """Split the command line into this command's options and the runs' overrides."""
-    own, overrides = {}, []
-    known = [*(f.name for f in fields(Options)), *SETTABLE]
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"{argument!r} is not an option of this command, as key=value; {hint}")
-        if key in SETTABLE:
-            overrides.append(argument)
-        else:
-            own[key] = value
-    options = Options(**own)
-    if options.preset not in PRESETS:
-        raise ValueError(f"preset={options.preset!r} is not one of {', '.join(PRESETS)}")
-    if options.start not in ("paper", "own"):
-        raise ValueError(f"start={options.start!r} is not one of paper, own")
+    """The command's options, and the overrides of its runs."""
+    options, overrides = split(arguments, Options, SETTABLE)
+    choose("preset", options.preset, list(PRESETS))
+    choose("start", options.start, ("paper", "own"))
     return options, overrides
 
 
@@ -244,20 +198,13 @@ def main() -> int:
     summaries = _do(runs, results / "table1_runs")
     if summaries is None:
         return 1
-    _draw(results)
+    draw(results)
     if options.start == "own":
         own = own_runs(runs, summaries, preset)
         if _do(own, results / "table1_own_runs") is None:
             return 1
-        _draw(results)
+        draw(results)
     return 0
-
-
-def _draw(results: Path) -> None:
-    # As a command: drawing is above the experiments, which do not import it.
-    subprocess.run(
-        [sys.executable, "-m", "scripts.tables", str(results.resolve())], check=True, cwd=ROOT
-    )
 
 
 if __name__ == "__main__":

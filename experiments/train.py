@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import platform
@@ -17,18 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyperopt import HyperOptimizer
 from models import MODELS
 
 from .config import Config, identity, run_hash
-from .data import load, pixels
-from .gradient import make_gradient
+from .data import load
+from .images import Images
 from .logger import make_logger
+from .schedule import make_schedule
 from .store import RunDirectory, RunStore
-
-EVALUATION_BATCH = 2000
 
 # Compiling makes it say, once for each process, that there is no GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -79,9 +79,11 @@ class _Run:
         self.directory = directory
         torch.set_num_threads(config.trainer.threads)
         self.device = torch.device(config.device)
-        data = self.data = load(config.data.name, config.data.root)
-        self.x_train, self.y_train = data.x_train.to(self.device), data.y_train.to(self.device)
-        self.x_test, self.y_test = data.x_test.to(self.device), data.y_test.to(self.device)
+        trainer = config.trainer
+        self.data = load(config.data.name, config.data.root)
+        self.task = Images(self.data, trainer.batch_size, config.data.augment, self.device)
+        whole = trainer.epochs * self.task.steps_per_epoch
+        self.steps = min(whole, trainer.steps or whole)
         self._start()
 
     def _start(self) -> None:
@@ -89,16 +91,18 @@ class _Run:
         init_seed, shuffle_seed = np.random.SeedSequence(self.config.seed).generate_state(2)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(init_seed))
-            self.model: nn.Module = MODELS[self.config.model.name]()
-        self.model.to(self.device)
+            self.model = MODELS[self.config.model.name]()
+        # Convolutions are faster with the channels of a pixel beside each other.
+        self.model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = HyperOptimizer(
             self.model.parameters(),
             self.config.stack.notation or "",
             compile=self.config.trainer.compile,
         )
-        self.gradient = make_gradient(
-            self.model, self.config.trainer.batch_size, self.config.trainer.compile_model
-        )
+        trainer = self.config.trainer
+        self.gradient = self.task.gradient(self.model, trainer.compile_model, trainer.autocast)
+        start = self.optimizer.hyperparameters()[0]
+        self.schedule = make_schedule(self.config.schedule, start, self.steps)
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
         self.epoch = 0
         self.step = 0
@@ -108,10 +112,6 @@ class _Run:
         self.curves: list[list[float]] = []  # epoch, step, train loss, test error
         self.trajectory: list[list[float]] = []  # step, values in the order of optimizer.names
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.x_train) / self.config.trainer.batch_size)
-
     def finish(self, report: Report) -> dict[str, Any]:
         """Train to the end and record everything."""
         config, directory = self.config, self.directory
@@ -120,7 +120,7 @@ class _Run:
         self._write_curves()
         logger = make_logger(config, directory)
         report(self._progress())
-        while self.epoch < config.trainer.epochs and not self.diverged:
+        while self.step < self.steps and not self.diverged:
             recorded = len(self.trajectory)
             self._train_epoch(report)
             directory.save_checkpoint(self._state())
@@ -139,15 +139,14 @@ class _Run:
         trainer = self.config.trainer
         model, optimizer = self.model, self.optimizer
         began = time.perf_counter()
-        order = torch.randperm(len(self.x_train), generator=self.shuffle).to(self.device)
         losses: list[Tensor] = []
+        sizes: list[int] = []
         snapshots: list[Tensor] = []
         steps: list[int] = []
-        batches = order.split(trainer.batch_size)
-        for batch in batches:
-            images = self.x_train.index_select(0, batch)
-            labels = self.y_train.index_select(0, batch)
-            losses.append(self.gradient(images, labels))
+        for batch in itertools.islice(self.task.epoch(self.shuffle), self.steps - self.step):
+            self._follow_schedule()
+            losses.append(self.gradient(*batch))
+            sizes.append(len(batch[0]))
             optimizer.step()
             self.step += 1
             if self.step % trainer.record_every == 0:
@@ -157,7 +156,7 @@ class _Run:
         if not steps or steps[-1] != self.step:
             snapshots.append(optimizer.snapshot())
             steps.append(self.step)
-        weights = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
+        weights = torch.tensor(sizes, dtype=torch.float64)
         train_loss = float(torch.stack(losses).double().cpu() @ weights / weights.sum())
         self.trajectory += [
             [step, *values]
@@ -167,18 +166,14 @@ class _Run:
         finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
         self.diverged = not (math.isfinite(train_loss) and bool(finite))
         self.epoch += 1
-        self.curves.append([self.epoch, self.step, train_loss, self._test_error()])
+        self.curves.append([self.epoch, self.step, train_loss, self.task.test_error(model)])
 
-    @torch.inference_mode()
-    def _test_error(self) -> float:
-        """Percent of the test set that is classified wrongly."""
-        wrong = torch.zeros((), dtype=torch.int64, device=self.device)
-        batches = zip(
-            self.x_test.split(EVALUATION_BATCH), self.y_test.split(EVALUATION_BATCH), strict=True
-        )
-        for x, y in batches:
-            wrong += (self.model(pixels(x)).argmax(1) != y).sum()
-        return 100.0 * wrong.item() / len(self.x_test)
+    def _follow_schedule(self) -> None:
+        """Set what the schedule says of the next step."""
+        for name, value in self.schedule(self.step).items():
+            for group in self.optimizer.param_groups:
+                if group[name] != value:
+                    group[name] = value
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -215,12 +210,7 @@ class _Run:
             self._start()
 
     def _progress(self) -> Progress:
-        progress = Progress(
-            self.epoch,
-            self.config.trainer.epochs,
-            self.step,
-            self.config.trainer.epochs * self.steps_per_epoch,
-        )
+        progress = Progress(self.epoch, self.config.trainer.epochs, self.step, self.steps)
         if self.curves:
             row = self._last_row()
             progress.train_loss = row["train_loss"]

@@ -1,7 +1,14 @@
 """The models of the experiments, as plain modules."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import nn
 
 from .mlp import MLP
+from .resnet import ResNet
 
-MODELS: dict[str, type[nn.Module]] = {"mlp": MLP}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": MLP,
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56)},
+}

@@ -1,9 +1,9 @@
-"""Draw every table and figure from the CSVs of the runs, without training.
+"""Draw every table and figure from the records of the runs, without training.
 
     python -m scripts.tables            # those of results/
     python -m scripts.tables FOLDER     # those of a reduced preset or of MNIST-5k
 
-The same CSVs give the same files, byte for byte.
+The same records give the same files, byte for byte.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from experiments.command import ROOT
 from experiments.data import LABELS
 from experiments.store import write_text
-from experiments.table1 import LEARNED, REFERENCE, ROOT
+from experiments.table1 import LEARNED, REFERENCE
 from scripts import style
+from scripts.figure2 import draw_figure2
 
 BLOCKS = {"a": "SGD", "b": "Adam", "c": "AdaGrad", "d": "RMSProp"}
 KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
@@ -262,7 +264,10 @@ def draw_table1(folder: Path) -> list[Path]:
 def main(arguments: Sequence[str]) -> int:
     folder = Path(arguments[0]) if arguments else ROOT / "results"
     try:
-        paths = draw_table1(folder)
+        figures = sorted(folder.glob("figure2_*.jsonl.gz"))
+        paths = [path for source in figures for path in draw_figure2(source)]
+        if not figures or (folder / "table1_runs.csv").exists():
+            paths += draw_table1(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

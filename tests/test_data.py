@@ -1,20 +1,35 @@
-"""The sources of MNIST, in their order, and what is said when one is not what it should be."""
+"""The sources of the data, in their order, and what is said when one is not what it should be."""
 
+import hashlib
 import os
+import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10 as CIFAR10Folder
 
 from experiments import data
 from experiments.config import compose
-from experiments.data import MNIST_SHA256, Dataset, load, pixels, resolve
+from experiments.data import (
+    CIFAR10_MEAN,
+    CIFAR10_SD,
+    CIFAR10_SHA256,
+    MNIST_SHA256,
+    Dataset,
+    load,
+    pixels,
+    resolve,
+)
 from experiments.run import resolve_all
 
 FULL = Path(os.environ.get("HYPEROPT_DATA", "data"), "mnist.npz")
 needs_mnist = pytest.mark.skipif(not FULL.is_file(), reason="needs the full MNIST")
+CIFAR10 = FULL.with_name("cifar10.npz")
+needs_cifar10 = pytest.mark.skipif(not CIFAR10.is_file(), reason="needs CIFAR-10")
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +42,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Downloads fail, and are counted."""
     tried: list[Path] = []
 
-    def fail(root: Path) -> bool:
+    def fail(name: str, root: Path) -> bool:
         tried.append(root)
         return False
 
-    monkeypatch.setattr(data, "_download_mnist", fail)
+    monkeypatch.setattr(data, "_download", fail)
     return tried
 
 
@@ -76,6 +91,73 @@ def test_torchvisions_folder_holds_the_same_digits(tmp_path: Path) -> None:
     assert (digits.sha256, digits.source) == (MNIST_SHA256, "torchvision's MNIST folder")
 
 
+@needs_cifar10
+def test_the_full_cifar10_is_known_by_its_checksum() -> None:
+    """The colours' means and deviations, and as many of each class as the original has."""
+    images = load("cifar10", CIFAR10.parent)
+    assert (images.sha256, images.source) == (CIFAR10_SHA256, "cifar10.npz")
+    assert images.x_train.shape == (50_000, 32, 32, 3) and images.x_test.dtype == torch.uint8
+    assert images.y_train.bincount().tolist() == [5000] * 10
+    assert images.y_test.bincount().tolist() == [1000] * 10
+    levels = torch.arange(256).double() / 255
+    for colour, mean, sd in zip(images.x_train.unbind(-1), CIFAR10_MEAN, CIFAR10_SD, strict=True):
+        share = colour.flatten().bincount(minlength=256).double() / colour.numel()
+        assert (share @ levels).item() == pytest.approx(mean, abs=1e-7)
+        assert (share @ (levels - mean) ** 2).sqrt().item() == pytest.approx(sd, abs=1e-7)
+
+
+def test_cifar10_is_the_same_in_whatever_order_and_container_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few images stand for it, in an npz file and, in another order, in torchvision's folder."""
+    x = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8)
+    y = torch.arange(30, dtype=torch.uint8) % 10
+    parts = {"x_train": x[:20], "y_train": y[:20], "x_test": x[20:], "y_test": y[20:]}
+    arrays: dict[str, Any] = {name: part.numpy() for name, part in parts.items()}
+    np.savez(tmp_path / "cifar10.npz", **arrays)
+    with pytest.raises(ValueError, match=r"not hold CIFAR-10: .* expected 6b6ac4d8") as refused:
+        load("cifar10", tmp_path)
+    train, test = (data._sorted(arrays[f"x_{p}"], arrays[f"y_{p}"]) for p in ("train", "test"))
+    known = data._dataset("", "", [*train, *test])
+    assert f"have sha256 {known.sha256[:16]}" in str(refused.value)
+    monkeypatch.setitem(data.SHA256, "cifar10", known.sha256)
+    from_npz = load("cifar10", tmp_path)
+
+    folder = tmp_path / "torchvision" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    reversed_batches = {"data_batch_1": (x[10:20], y[10:20]), "data_batch_2": (x[:10], y[:10])}
+    lists: dict[str, list[list[str]]] = {}
+    for name, (images, labels) in (reversed_batches | {"test_batch": (x[20:], y[20:])}).items():
+        planes = images.permute(0, 3, 1, 2).reshape(len(images), -1).numpy()
+        batch = pickle.dumps({"data": planes, "labels": labels.tolist()})
+        (folder / name).write_bytes(batch)
+        which = "test_list" if name == "test_batch" else "train_list"
+        lists.setdefault(which, []).append([name, hashlib.md5(batch).hexdigest()])
+    names = pickle.dumps({"label_names": [str(label) for label in range(10)]})
+    (folder / "batches.meta").write_bytes(names)
+    for which, files in lists.items():
+        monkeypatch.setattr(CIFAR10Folder, which, files)
+    monkeypatch.setitem(CIFAR10Folder.meta, "md5", hashlib.md5(names).hexdigest())
+    again = load("cifar10", tmp_path / "torchvision")
+    assert again.source == "torchvision's CIFAR10 folder" and from_npz.source == "cifar10.npz"
+    for part in ("x_train", "y_train", "x_test", "y_test"):
+        assert getattr(again, part).equal(getattr(from_npz, part))
+    labelled = {row.numpy().tobytes(): int(label) for row, label in zip(x, y, strict=True)}
+    for row, label in zip(again.x_train, again.y_train, strict=True):
+        assert labelled[row.numpy().tobytes()] == label
+
+
+def test_without_cifar10_it_is_said_where_to_put_it(tmp_path: Path, offline: list[Path]) -> None:
+    for download, tried in ((False, 0), (True, 1)):
+        with pytest.raises(ValueError) as caught:
+            resolve("cifar10", tmp_path, download)
+        said = str(caught.value)
+        assert said.startswith(f"CIFAR-10 is not under '{tmp_path}'") and "\n" not in said
+        assert ("could not be downloaded" in said) == download and len(offline) == tried
+        for word in ("put cifar10.npz", "cifar-10-batches-py", "data.root", "HYPEROPT_DATA"):
+            assert word in said
+
+
 def save_npz(path: Path, digits: Dataset) -> None:
     np.savez(
         path,
@@ -117,5 +199,5 @@ def test_a_banner_says_that_other_digits_stand_in(
 
 
 def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no data set 'mnits'; known are mnist, mnist-5k"):
+    with pytest.raises(ValueError, match="no data set 'mnits'; known are mnist, mnist-5k, cifar10"):
         resolve("mnits", tmp_path)

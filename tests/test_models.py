@@ -1,11 +1,14 @@
 """The models compute what their docstrings say."""
 
+import math
+
 import pytest
 import torch
 
+from models import MODELS
 from models.char_rnn import CharRNN
 from models.mlp import MLP
-from models.resnet import ResNet
+from models.resnet import BasicBlock, ResNet
 
 
 def test_mlp_is_tanh_after_both_layers_then_log_softmax() -> None:
@@ -28,6 +31,21 @@ def test_mlp_has_the_papers_size() -> None:
 )
 def test_resnets_have_the_parameters_of_he_et_al(depth, parameters):
     assert sum(p.numel() for p in ResNet(depth).parameters()) == parameters
+
+
+def test_resnets_are_he_et_al_s_without_biases_and_with_parameter_free_shortcuts():
+    model = MODELS["resnet20"]()
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 19
+    for m in convolutions:
+        assert m.bias is None and m.padding == (1, 1)
+        sd = math.sqrt(2 / (m.out_channels * 9))  # He et al. 2015, fan-out
+        assert m.weight.std().item() == pytest.approx(sd, rel=0.2)
+    block = BasicBlock(4, 8).eval()
+    torch.nn.init.zeros_(block.norm2.weight)  # what is left is the shortcut
+    x, zeros = torch.rand(2, 4, 6, 6), torch.zeros(2, 2, 3, 3)
+    expected = torch.cat([zeros, x[:, :, ::2, ::2], zeros], dim=1)
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_resnet_gives_log_probabilities_and_refuses_other_depths():

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # An outer `make test PYTHON=...` must not reach the inner one.
-    ours = ("MAKE", "MFLAGS", "PYTHON", "PRESET", "WORKERS", "LOGGER", "START", "ARGS")
+    ours = ("MAKE", "MFLAGS", "PYTHON", "PRESET", "WORKERS", "LOGGER", "START", "SEEDS", "ARGS")
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(
         ["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
@@ -44,7 +44,9 @@ def make_targets() -> list[str]:
 def test_make_alone_lists_every_target_with_a_line() -> None:
     rules = make_targets()
     listed = dict(re.findall(r"^  make ([\w-]+) +(\S.*)$", make().stdout, re.MULTILINE))
-    assert {"setup", "test", "lint", "reproduce-table1", "tables"} <= set(rules)
+    assert {"setup", "test", "lint", "reproduce-table1", "reproduce-figure2", "tables"} <= set(
+        rules
+    )
     assert list(listed) == rules
 
 
@@ -52,6 +54,10 @@ def test_choices_reach_the_command() -> None:
     choices = ("PRESET=quick", "WORKERS=3", "LOGGER=wandb", "START=own")
     command = " ".join(make("-n", "reproduce-table1", *choices).stdout.split())
     assert "experiments.table1 preset=quick workers=3 logger=wandb start=own" in command
+
+    choices = ("PRESET=paper", "WORKERS=3", "START=records", "SEEDS=0,1")
+    command = " ".join(make("-n", "reproduce-figure2", *choices).stdout.split())
+    assert "experiments.figure2 preset=paper workers=3 start=records seeds=0,1" in command
 
 
 @pytest.fixture

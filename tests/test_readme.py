@@ -1,6 +1,7 @@
 """Everything that the README tells a reader to type works as written."""
 
 import csv
+import json
 import re
 import shlex
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from test_rules import NOT_IN_TORCH, PLAIN
 from experiments.config import compose, protect_notation
 from hyperopt import RULES, Rule, parse
 from hyperopt.rule import write
+from scripts.cost import words
 
 README = (ROOT / "README.md").read_text()
 
@@ -137,6 +139,17 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
         )
     section = README.partition("## The rules\n\n")[2].partition("\n\n")[0]
     assert section == "\n".join(rows)
+
+
+def test_the_cost_of_figure_2_is_what_was_counted() -> None:
+    path = ROOT / "results" / "figure2_cost.json"
+    gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]
+    cost = json.loads(path.read_text())
+    assert (gflop, int(operators)) == (f"{cost['gflop']:.1f}", cost["operators"])
+    minutes, hours = re.findall(r"about (\d+) minutes,\s+and all 60 take (\d+) hours", README)[0]
+    estimate = words(cost)
+    assert f"{minutes} minutes of launching at 20 µs" in estimate
+    assert f"all 60 of them, one after the other, would take {hours} hours" in estimate
 
 
 def test_links_lead_somewhere() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from experiments.config import Config, compose, identity, resolve, run_hash
 from experiments.data import load
+from experiments.schedule import ScheduleConfig
 from experiments.store import RunDirectory, RunStore, write_text
 from experiments.train import train
 
@@ -42,13 +43,16 @@ def test_any_changed_field_of_the_identity_changes_the_hash() -> None:
     others = [
         replace(config, model=replace(config.model, name="other")),
         replace(config, data=replace(config.data, name="mnist")),
+        replace(config, data=replace(config.data, augment=True)),
+        replace(config, schedule=ScheduleConfig("cosine", final=0.0)),
+        replace(config, schedule=ScheduleConfig("cosine", final=0.1)),
         replace(config, stack=replace(config.stack, notation="SGD(0.01) / SGD(0.02)")),
         replace(config, seed=1),
         replace(config, device="cuda"),
     ]
     for field in fields(config.trainer):
         value = getattr(config.trainer, field.name)
-        changed = not value if isinstance(value, bool) else value + 1
+        changed: Any = not value if isinstance(value, bool) else (value or 0) + 1
         others.append(replace(config, trainer=replace(config.trainer, **{field.name: changed})))
     hashes = [run_hash(other) for other in (config, *others)]
     assert len(set(hashes)) == len(hashes)

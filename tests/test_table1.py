@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from experiments import table1
-from experiments.config import Config
+from experiments.config import Config, resolve, run_hash
 from experiments.store import csv_text
 from experiments.table1 import COLUMNS, PRESETS, own_runs, reference, row_configs, table_runs
 from hyperopt import parse
@@ -64,6 +64,13 @@ def test_the_papers_preset_is_96_runs_of_359550_steps(configs: dict[str, Config]
     runs = table_runs(configs, PRESETS["paper"])
     assert len(runs) == 96
     assert sum(config.trainer.epochs * 235 for _, config in runs) == 359_550
+
+
+def test_options_of_other_experiments_leave_the_hashes_of_the_committed_runs_alone() -> None:
+    with open(table1.ROOT / "results" / "table1_runs.csv", newline="") as file:
+        committed = {line["hash"] for line in csv.DictReader(file)}
+    runs = table_runs(row_configs(["device=cpu"]), PRESETS["paper"])
+    assert {run_hash(resolve(config, "mnist")) for _, config in runs} == committed
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The training run and its command line, on the embedded digits."""
 
+import copy
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from experiments.config import Config, compose, resolve, run_hash
-from experiments.data import load
+from experiments.data import load, normalised, pixels
 from experiments.gradient import make_gradient
 from experiments.run import resolve_all
 from experiments.store import RunStore
@@ -163,18 +165,31 @@ def test_the_compiled_gradient_is_the_gradient() -> None:
         (digits.x_train[:64], digits.y_train[:64]),
         (digits.x_train[64:100], digits.y_train[64:100]),  # a last batch, smaller than the others
     ):
-        loss = make_gradient(model, 64, compile=False)(images, labels)
+        loss = make_gradient(model, pixels, 64, compile=False)(images, labels)
         expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        compiled_loss = make_gradient(model, 64, compile=True)(images, labels)
+        compiled_loss = make_gradient(model, pixels, 64, compile=True)(images, labels)
         torch.testing.assert_close(compiled_loss, loss)
         for p, grad in zip(model.parameters(), expected, strict=True):
             assert p.grad is not None and p.grad.stride() == p.stride()
             torch.testing.assert_close(p.grad, grad, atol=1e-7, rtol=1e-4)
 
 
-def test_a_model_with_buffers_has_no_compiled_gradient() -> None:
-    with pytest.raises(ValueError, match=r"BatchNorm1d has buffers.*compile_model=false"):
-        make_gradient(torch.nn.BatchNorm1d(3), 64, compile=True)
+def test_the_compiled_gradient_updates_buffers_once() -> None:
+    """Compiled for 8 images; the batch of 5 goes the eager way, through the same buffers."""
+    eager = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.LogSoftmax(1))
+    compiled = copy.deepcopy(eager)
+    gradients = [
+        make_gradient(model, normalised, 8, compile)
+        for model, compile in ((eager, False), (compiled, True))
+    ]
+    for n in (8, 8, 5):
+        images, labels = torch.randint(256, (n, 6, 6, 3), dtype=torch.uint8), torch.arange(n)
+        losses = [gradient(images, labels) for gradient in gradients]
+        torch.testing.assert_close(losses[1], losses[0])
+        for p, q in zip(compiled.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4)
+    assert compiled[1].num_batches_tracked == 3
+    torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()))
 
 
 # The configuration.
@@ -196,6 +211,9 @@ def test_a_model_with_buffers_has_no_compiled_gradient() -> None:
         (["device=tpu"], "device='tpu' is not known; give auto, cpu or cuda"),
         (["trainer.batch_size=0"], "trainer.batch_size=0 must be 1 or more"),
         (["trainer.epochs=0"], "trainer.epochs=0 must be 1 or more"),
+        (["trainer.steps=0"], "trainer.steps=0 must be 1 or more"),
+        (["data.augment=true"], "data.augment=true is for images in colour, not for mnist-5k"),
+        (["schedule=hee"], "schedule/hee"),
         (["seed=-1"], "seed=-1 must be 0 or more"),
         (["model.name=mpl"], "model.name='mpl' is not one of mlp"),
     ],

@@ -1,0 +1,102 @@
+"""What the commands of the tables and figures share: options, doing many runs, provenance."""
+
+from __future__ import annotations
+
+import difflib
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+from .config import Config
+from .data import LABELS
+from .pool import run_all
+from .run import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Options = TypeVar("Options")
+
+
+def split(
+    arguments: Sequence[str], kind: type[Options], settable: Sequence[str]
+) -> tuple[Options, list[str]]:
+    """Split a command line into the command's own options and the overrides of its runs.
+
+    Args:
+        kind: a dataclass of strings, the options with their defaults.
+        settable: the keys of the runs' config that may be set.
+
+    Raises:
+        ValueError: anything else, in one line.
+    """
+    own, overrides = {}, []
+    known = [*(f.name for f in fields(kind)), *settable]  # type: ignore[arg-type]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"{argument!r} is not an option of this command, as key=value; {hint}")
+        if key in settable:
+            overrides.append(argument)
+        else:
+            own[key] = value
+    return kind(**own), overrides
+
+
+def choose(name: str, value: str, known: Sequence[str]) -> str:
+    """`value`, which must be one of those that are known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+    return value
+
+
+def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
+    """The summaries of all runs, done where they are not; None if some failed, which are listed."""
+    outcomes = run_all(configs, configs[0].workers)
+    failed = [outcome for outcome in outcomes if outcome.summary is None]
+    if failed:
+        for outcome in failed:
+            print(f"\n{describe(outcome)}\n{outcome.error}", file=sys.stderr)
+        print(f"\n{len(failed)} of {len(outcomes)} runs failed.", file=sys.stderr)
+        return None
+    return [outcome.summary for outcome in outcomes if outcome.summary is not None]
+
+
+def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where the numbers of a table come from; differing values of the runs are all listed."""
+
+    def values(key: str) -> list[Any]:
+        found = [summary["provenance"][key] for summary in summaries]
+        return sorted(set(found), key=str)
+
+    keys = ("commit", "dirty", "python", "torch", "numpy", "platform", "device", "compiled")
+    steps: dict[str, list[float]] = {}
+    for summary in summaries:
+        steps.setdefault(summary["stack"], []).append(summary["provenance"]["seconds_per_step"])
+    return {
+        "data": LABELS[summaries[0]["data"]],
+        "data_sha256": summaries[0]["data_sha256"],
+        "runs": len(summaries),
+        "steps": sum(summary["steps"] for summary in summaries),
+        **{key: values(key) for key in keys},
+        "runs_resumed": sum(summary["provenance"]["resumed"] > 0 for summary in summaries),
+        "training_seconds": sum(summary["provenance"]["seconds"] for summary in summaries),
+        "seconds_per_step": {stack: fmean(seconds) for stack, seconds in steps.items()},
+    }
+
+
+def draw(results: Path) -> None:
+    """Draw what there is to draw in a folder of results."""
+    # As a command: drawing is above the experiments, which do not import it.
+    subprocess.run(
+        [sys.executable, "-m", "scripts.tables", str(results.resolve())], check=True, cwd=ROOT
+    )

@@ -1,0 +1,89 @@
+"""Classification of images: what a run is fed, and how its model is judged.
+
+What another task would have to offer the training run is what this class does: the batches of an
+epoch, the gradient of the loss on one of them, and an error on the test set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .data import INPUTS, Dataset
+from .gradient import Gradient, make_gradient
+
+PAD = 4  # pixels of zeros around an image from which a crop is taken
+EVALUATION_VALUES = 2000 * 28 * 28  # of a batch of test images; larger ones leave the caches
+
+
+class Images:
+    """A data set on a device, in batches.
+
+    Args:
+        augment: whether each training image is, each time, a random crop of itself with zeros
+            around, and flipped half the time; for images with colours.
+    """
+
+    def __init__(
+        self, data: Dataset, batch_size: int, augment: bool, device: torch.device | str
+    ) -> None:
+        self.batch_size, self.augment = batch_size, augment
+        self.inputs = INPUTS[data.name]
+        x = F.pad(data.x_train, (0, 0, PAD, PAD, PAD, PAD)) if augment else data.x_train
+        self.x_train, self.y_train = x.to(device), data.y_train.to(device)
+        self.x_test, self.y_test = data.x_test.to(device), data.y_test.to(device)
+        self.size = data.x_train.shape[1]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.x_train) // self.batch_size)
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images (n, height, width[, 3]) and labels (n,), in a new order; the last n is less.
+
+        All that is random is drawn at the start, from a generator on the CPU, so that it is the
+        same on any device.
+        """
+        device = self.x_train.device
+        order = torch.randperm(len(self.x_train), generator=generator).to(device)
+        if not self.augment:
+            for batch in order.split(self.batch_size):
+                yield self.x_train.index_select(0, batch), self.y_train.index_select(0, batch)
+            return
+        corners = torch.randint(2 * PAD + 1, (2, len(order), 1), generator=generator).to(device)
+        flips = torch.randint(2, (len(order), 1), generator=generator).bool().to(device)
+        pixels = torch.arange(self.size, device=device)
+        for batch, (top, left), flip in zip(
+            order.split(self.batch_size),
+            zip(*(corner.split(self.batch_size) for corner in corners), strict=True),
+            flips.split(self.batch_size),
+            strict=True,
+        ):
+            rows = top + pixels
+            columns = left + torch.where(flip, self.size - 1 - pixels, pixels)
+            yield self._crops(batch, rows, columns), self.y_train.index_select(0, batch)
+
+    def _crops(self, batch: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Of each image of a batch, the pixels in its own rows and columns, [n, size] each."""
+        height, width, colours = self.x_train.shape[1:]
+        places = (batch[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
+        flat = self.x_train.view(-1, colours).index_select(0, places.view(-1))
+        return flat.view(*places.shape, colours)
+
+    def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
+        """A function of a batch that sets `grad` and returns the loss, see `make_gradient`."""
+        return make_gradient(model, self.inputs, self.batch_size, compile, autocast)
+
+    @torch.inference_mode()
+    def test_error(self, model: nn.Module) -> float:
+        """Percent of the test set that `model`, in evaluation mode, classifies wrongly."""
+        wrong = torch.zeros((), dtype=torch.int64, device=self.x_test.device)
+        size = max(1, EVALUATION_VALUES // self.x_test[0].numel())
+        model.eval()
+        for x, y in zip(self.x_test.split(size), self.y_test.split(size), strict=True):
+            wrong += (model(self.inputs(x)).argmax(1) != y).sum()
+        model.train()
+        return 100.0 * wrong.item() / len(self.x_test)

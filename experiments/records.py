@@ -1,0 +1,93 @@
+"""Finished runs in one compact file, so that a long experiment can go on on another machine.
+
+    python -m experiments.records export results/figure2_cpu.jsonl.gz runs
+    python -m experiments.records import results/figure2_cpu.jsonl.gz runs
+
+The first puts every finished run of the store `runs` into the file, beside what the file has
+already; the second puts the runs of the file into the store, where they count as finished. The file
+has a line of JSON for each run: its hash, and the text of each of its files.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from .config import identity_hash
+from .run import guarded
+from .store import RunStore, write_bytes, write_text
+
+FILES = ("config.json", "curves.csv", "hyperparameters.csv", "summary.json")  # the mark comes last
+
+Record = dict[str, str]  # the text of each file of a run
+
+
+def read_records(path: Path) -> dict[str, Record]:
+    """The runs in a file, by their hash; nothing where there is no file.
+
+    Raises:
+        ValueError: the file is damaged, or a run's config is not that of its hash.
+    """
+    if not path.exists():
+        return {}
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        records = {line["hash"]: line["files"] for line in map(json.loads, lines)}
+        for name, files in records.items():
+            config = json.loads(files["config.json"])
+            named = config.pop("hash") == name == identity_hash(config)
+            if not named or set(files) != set(FILES):
+                raise ValueError(f"run {name} is not whole")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as records of runs: {error}") from None
+    return records
+
+
+def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:
+    """Put those of the runs that are finished into a file, and return how many it then has."""
+    records = read_records(path)
+    for name in hashes:
+        if store.summary(name) is not None:
+            folder = store.run(name).path
+            records[name] = {file: (folder / file).read_text() for file in FILES}
+    lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
+    write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    return len(records)
+
+
+def import_runs(path: Path, store: RunStore) -> int:
+    """Put the runs of a file into a store, where those that are not finished become so.
+
+    Returns:
+        how many became so.
+    """
+    new = 0
+    for name, files in read_records(path).items():
+        with store.claim(name) as directory:
+            if directory.summary() is not None:
+                continue
+            for file in FILES:
+                write_text(directory.path / file, files[file])
+            (directory.path / "checkpoint.pt").unlink(missing_ok=True)
+            new += 1
+    return new
+
+
+def main() -> int:
+    if len(sys.argv) != 4 or sys.argv[1] not in ("export", "import"):
+        print(__doc__)
+        return 0 if set(sys.argv[1:]) & {"-h", "--help"} else 2
+    path, store = Path(sys.argv[2]), RunStore(sys.argv[3])
+    if sys.argv[1] == "import":
+        print(f"{import_runs(path, store)} runs are new in {store.root}")
+    else:
+        finished = [run.parent.name for run in store.root.glob("*/summary.json")]
+        print(f"{export_runs(store, finished, path)} runs are in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

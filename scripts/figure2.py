@@ -1,0 +1,376 @@
+"""Figure 2's curves, learned schedules, table and replay, drawn from the records of its runs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from experiments.command import provenance
+from experiments.data import LABELS
+from experiments.figure2 import HE, KINDS, LRS, MOMENTA, REPLAY, REPLAYED, Cell, cell_of
+from experiments.records import read_records
+from experiments.store import write_json, write_text
+from scripts import cost, style
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "plain": {"color": style.ORANGE, "linestyle": "--"},
+    "tower": {"color": style.BLUE, "linestyle": "-"},
+    "he": {"color": style.BLACK, "linestyle": ":"},
+    "replay": {"color": style.GREEN, "linestyle": "-."},
+}
+GRID = [(lr, momentum) for lr in sorted(LRS) for momentum in sorted(MOMENTA)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run: its cell, seed, summary, a line for each epoch, and one every few steps."""
+
+    cell: Cell
+    seed: int
+    summary: dict[str, Any]
+    curves: pd.DataFrame
+    values: pd.DataFrame
+
+    @property
+    def loss(self) -> float:
+        """The training loss of the last epoch; infinite where the run diverged."""
+        return math.inf if self.summary["diverged"] else self.summary["train_loss"]
+
+
+def read_runs(source: Path) -> list[Run]:
+    """The runs in a file of records, by cell and seed; replays of other schedules are left out.
+
+    Raises:
+        ValueError: it holds runs of several settings.
+    """
+    replayed = source.with_name(source.name.removesuffix(".jsonl.gz") + "_replay.csv")
+    checksum = hashlib.sha256(replayed.read_bytes()).hexdigest() if replayed.exists() else None
+    runs, settings = [], set()
+    for files in read_records(source).values():
+        summary = json.loads(files["summary.json"])
+        cell = cell_of(summary)
+        if cell.kind == "replay" and summary["schedule"]["file"] != checksum:
+            continue
+        keys = ("model", "data", "trainer", "device")
+        settings.add(json.dumps({key: summary[key] for key in keys}, sort_keys=True))
+        curves, values = (
+            pd.read_csv(io.StringIO(files[name])) for name in ("curves.csv", "hyperparameters.csv")
+        )
+        runs.append(Run(cell, summary["seed"], summary, curves, values))
+    if len(settings) > 1:
+        raise ValueError(
+            f"{source} holds runs of several settings, {' and '.join(sorted(settings))}; give "
+            "results= another folder for one of them"
+        )
+    return sorted(runs, key=lambda run: (run.cell.lr, run.cell.momentum, run.cell.kind, run.seed))
+
+
+def of(runs: Iterable[Run], cell: Cell) -> list[Run]:
+    return [run for run in runs if run.cell == cell]
+
+
+def setting(runs: list[Run]) -> str:
+    """The runs' setting in words, for captions; a shorter one than the paper's is named as such."""
+    summary = runs[0].summary
+    steps = summary["trainer"].get("steps")
+    length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
+    text = f"ResNet-20 on {LABELS[summary['data']]}, {length}"
+    return text if steps == 64_000 else f"{text}; a reduced setting, the paper's is 64,000 steps"
+
+
+def count(runs: Iterable[Run]) -> str:
+    """As in "n = 3", or "n = 1 to 3" where cells have been run with different numbers of seeds."""
+    numbers = pd.Series([run.cell.label for run in runs]).value_counts()
+    least, most = numbers.min(), numbers.max()
+    return f"n = {most}" if least == most else f"n = {least} to {most}"
+
+
+# Tables.
+
+
+def run_table(runs: list[Run]) -> pd.DataFrame:
+    """A line for each run."""
+    return pd.DataFrame(
+        {
+            "kind": run.cell.kind,
+            "lr": run.cell.lr,
+            "momentum": run.cell.momentum,
+            "seed": run.seed,
+            "hash": run.summary["hash"],
+            "test_error": run.summary["test_error"],
+            "train_loss": run.summary["train_loss"],
+            "diverged": run.summary["diverged"],
+            "learned_lr": run.summary["hyperparameters"][0]["lr"],
+            "learned_momentum": run.summary["hyperparameters"][0]["momentum"],
+        }
+        for run in runs
+    )
+
+
+def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each cell: means and sample standard deviations over its seeds."""
+    cells = runs.groupby(["kind", "lr", "momentum"])
+    return cells.agg(
+        n=("seed", "size"),
+        test_error=("test_error", "mean"),
+        test_error_sd=("test_error", "std"),
+        train_loss=("train_loss", "mean"),
+        train_loss_sd=("train_loss", "std"),
+        diverged=("diverged", "sum"),
+        learned_lr=("learned_lr", "mean"),
+        learned_momentum=("learned_momentum", "mean"),
+    ).reset_index()
+
+
+def mean_text(cells: pd.DataFrame, cell: Cell, what: str, digits: int) -> str:
+    """As in "17.20 ± 0.31"; what diverged is counted."""
+    line = cells[
+        (cells.kind == cell.kind) & (cells.lr == cell.lr) & (cells.momentum == cell.momentum)
+    ].squeeze()
+    if line.empty:
+        return ""
+    text = "" if math.isnan(line[what]) else f"{line[what]:.{digits}f}"
+    if not math.isnan(line[f"{what}_sd"]):
+        text += f" ± {line[f'{what}_sd']:.{digits}f}"
+    return text + (f" ({line.diverged} of {line.n} diverged)" if line.diverged else "")
+
+
+def compare(runs: list[Run]) -> dict[tuple[float, float], tuple[float, float]]:
+    """For each lr and momentum, the mean training loss of the plain runs and of the towers.
+
+    Only of seeds that both have.
+    """
+    found = {}
+    for start in GRID:
+        plain, tower = (
+            {run.seed: run.loss for run in of(runs, Cell(kind, *start))}
+            for kind in ("plain", "tower")
+        )
+        if both := sorted(plain.keys() & tower.keys()):
+            found[start] = (
+                sum(plain[seed] for seed in both) / len(both),
+                sum(tower[seed] for seed in both) / len(both),
+            )
+    return found
+
+
+def markdown(runs: list[Run], cells: pd.DataFrame, name: str, about: str) -> str:
+    """The table with the figures and what is to be said of them, as Markdown."""
+    losses = compare(runs)
+    lines = [
+        f"# Figure 2: {setting(runs)}",
+        "",
+        "Test error in percent after the last epoch and mean training loss in nats of that epoch: "
+        "mean ± standard deviation over n seeds. From each start plain SGD with lr and momentum "
+        "held fixed, and the tower that tunes both, with the paper's hyper-step sizes. Weight "
+        "decay 1e-4 throughout. *Learned* are the tower's final values, mean over seeds.",
+        "",
+        "| lr | momentum | Plain: error | Tower: error | Plain: loss | Tower: loss | n, plain "
+        "| n, tower | Learned lr | Learned momentum | Tower's loss no worse |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for lr, momentum in GRID:
+        plain, tower = Cell("plain", lr, momentum), Cell("tower", lr, momentum)
+        verdict = ""
+        if (lr, momentum) in losses:
+            before, after = losses[lr, momentum]
+            verdict = "yes" if after <= before else "no"
+        towers = [run.summary["hyperparameters"][0] for run in of(runs, tower)]
+        texts = [
+            *(mean_text(cells, cell, "test_error", 2) for cell in (plain, tower)),
+            *(mean_text(cells, cell, "train_loss", 3) for cell in (plain, tower)),
+            *(str(len(of(runs, cell))) for cell in (plain, tower)),
+            *(mean_of([values[key] for values in towers]) for key in ("lr", "momentum")),
+            verdict,
+        ]
+        lines.append(f"| {lr} | {momentum} | {' | '.join(texts)} |")
+    better = sum(after <= before for before, after in losses.values())
+    lines += [
+        "",
+        f"The tower's training loss is no worse than the plain run's from {better} of "
+        f"{len(losses)} starts.",
+        "",
+        "| From lr 0.1, momentum 0.9 | Test error | Training loss | n |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for cell in (Cell("plain", 0.1, 0.9), REPLAYED, REPLAY, HE):
+        if found := of(runs, cell):
+            error = mean_text(cells, cell, "test_error", 2)
+            loss = mean_text(cells, cell, "train_loss", 3)
+            lines.append(f"| {KINDS[cell.kind]} | {error} | {loss} | {len(found)} |")
+    if of(runs, REPLAY):
+        lines += [
+            "",
+            "The replay is plain SGD that follows the lr and the momentum that the tower learned "
+            f"with seed {min(run.seed for run in of(runs, REPLAYED))}, step by step.",
+        ]
+    for figure, caption in captions(runs).items():
+        lines += ["", f"![{caption}]({name}_{figure}.png)", "", caption]
+    return "\n".join([*lines, *(["", about] if about else [])]) + "\n"
+
+
+def mean_of(values: list[float | None]) -> str:
+    """The mean; nothing where a run ended in something that is not a number."""
+    numbers = [value for value in values if value is not None]
+    return f"{sum(numbers) / len(numbers):.4g}" if numbers and len(numbers) == len(values) else ""
+
+
+def captions(runs: list[Run]) -> dict[str, str]:
+    """What is drawn, with a line on each."""
+    found = {
+        "train_loss": "Training loss from nine starts: towers against plain SGD",
+        "test_error": "Test error from nine starts: towers against plain SGD",
+        "lr": "The lr that towers learned, beside He et al.'s schedule",
+        "momentum": "The momentum that towers learned, beside the 0.9 of He et al.",
+    }
+    if of(runs, REPLAY):
+        found["replay"] = "The learned schedule, replayed with plain SGD"
+    return {name: f"{text} ({count(runs)}, a line for each seed)." for name, text in found.items()}
+
+
+def latex(runs: list[Run], cells: pd.DataFrame) -> str:
+    """The table for a paper; needs the booktabs package."""
+    lines = [
+        "\\begin{table}",
+        f"  \\caption{{Test error (\\%) from nine starts, {count(runs)}. {setting(runs)}.}}",
+        "  \\centering\\small",
+        "  \\begin{tabular}{rrrr}",
+        "    \\toprule",
+        "    lr & momentum & plain & tower \\\\",
+        "    \\midrule",
+    ]
+    for lr, momentum in GRID:
+        texts = [
+            mean_text(cells, Cell(kind, lr, momentum), "test_error", 2)
+            for kind in ("plain", "tower")
+        ]
+        lines.append(f"    {lr} & {momentum} & {' & '.join(texts)} \\\\".replace("±", "$\\pm$"))
+    he = mean_text(cells, HE, "test_error", 2).replace("±", "$\\pm$")
+    lines += ["    \\midrule", f"    \\multicolumn{{3}}{{l}}{{{KINDS['he']}}} & {he} \\\\"]
+    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+
+
+# Figures.
+
+
+def grid_figure(
+    runs: list[Run], title: str, label: str, draw: Callable[[plt.Axes, float, float], None]
+) -> plt.Figure:
+    """3 x 3 panels, lr by momentum."""
+    lrs, momenta = sorted(LRS), sorted(MOMENTA)
+    figure, axes = plt.subplots(
+        len(lrs), len(momenta), figsize=(style.WIDTH, 5.2), sharex=True, squeeze=False
+    )
+    for row, lr in zip(axes, lrs, strict=True):
+        for axis, momentum in zip(row, momenta, strict=True):
+            draw(axis, lr, momentum)
+            axis.set_title(f"from lr {lr}, momentum {momentum}")
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(label)
+    handles = {text: line for axis in axes.flat for line, text in zip(*labelled(axis), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"{title}\n{setting(runs)}; {count(runs)}", fontsize=8)
+    return figure
+
+
+def labelled(axis: plt.Axes) -> tuple[list[Any], list[str]]:
+    return axis.get_legend_handles_labels()
+
+
+def plot(axis: plt.Axes, runs: list[Run], column: str) -> None:
+    """One line for each run, by the epoch."""
+    for run in runs:
+        per_epoch = run.curves.step.iloc[-1] / run.curves.epoch.iloc[-1]
+        table = run.values if column in run.values else run.curves
+        axis.plot(table.step / per_epoch, table[column], linewidth=1, **LOOKS[run.cell.kind])
+    if runs:
+        axis.plot([], [], label=KINDS[runs[0].cell.kind], **LOOKS[runs[0].cell.kind])
+
+
+def curves_figure(runs: list[Run], column: str, label: str) -> plt.Figure:
+    def draw(axis: plt.Axes, lr: float, momentum: float) -> None:
+        for cell in (HE, Cell("plain", lr, momentum), Cell("tower", lr, momentum)):
+            plot(axis, of(runs, cell), column)
+
+    return grid_figure(runs, "Towers against plain SGD from the same start", label, draw)
+
+
+def schedules_figure(runs: list[Run], column: str, label: str, log: bool) -> plt.Figure:
+    def draw(axis: plt.Axes, lr: float, momentum: float) -> None:
+        towers = of(runs, Cell("tower", lr, momentum))
+        for cell in (HE, Cell("tower", lr, momentum)):
+            plot(axis, of(runs, cell)[: 1 if cell == HE else None], column)
+        if log and all((run.values[column] > 0).all() for run in towers):
+            axis.set_yscale("log")
+
+    return grid_figure(runs, f"The {label} that towers learned", label, draw)
+
+
+def replay_figure(runs: list[Run]) -> plt.Figure:
+    """Loss, error and lr of the tower, of its schedule replayed, of He et al., and of plain SGD."""
+    figure, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 2.4), squeeze=False)
+    shown = (Cell("plain", 0.1, 0.9), HE, REPLAYED, REPLAY)
+    panels = (
+        ("train_loss", "training loss (nats)"),
+        ("test_error", "test error (%)"),
+        ("0.lr", "lr"),
+    )
+    for axis, (column, label) in zip(axes[0], panels, strict=True):
+        for cell in shown:
+            plot(axis, of(runs, cell), column)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+    axes[0, 2].set_yscale("log")
+    figure.legend(*labelled(axes[0, 0]), loc="outside lower center", ncols=4)
+    chosen = [run for cell in shown for run in of(runs, cell)]
+    figure.suptitle(f"From lr 0.1, momentum 0.9\n{setting(runs)}; {count(chosen)}", fontsize=8)
+    return figure
+
+
+# All of it.
+
+
+def draw_figure2(source: Path) -> list[Path]:
+    """Draw Figure 2 from a file of records; returns what was written beside it.
+
+    Raises:
+        ValueError: the records are damaged, or of several settings.
+    """
+    runs, name = read_runs(source), source.name.removesuffix(".jsonl.gz")
+    table = run_table(runs)
+    cells = cell_table(table)
+    costs = source.with_name("figure2_cost.json")
+    words = cost.words(json.loads(costs.read_text())) if costs.exists() else ""
+    options: dict[str, Any] = {"index": False, "lineterminator": "\n"}
+    written = {
+        f"{name}_runs.csv": table.to_csv(**options),
+        f"{name}.csv": cells.to_csv(float_format="%.6g", **options),
+        f"{name}.md": markdown(runs, cells, name, words),
+        f"{name}.tex": latex(runs, cells),
+    }
+    for file, text in written.items():
+        write_text(source.with_name(file), text)
+    paths = [source.with_name(file) for file in written]
+    paths.append(source.with_name(f"{name}_runs.json"))
+    write_json(paths[-1], provenance([run.summary for run in runs]))
+    figures = {
+        "train_loss": lambda: curves_figure(runs, "train_loss", "training loss (nats)"),
+        "test_error": lambda: curves_figure(runs, "test_error", "test error (%)"),
+        "lr": lambda: schedules_figure(runs, "0.lr", "lr", log=True),
+        "momentum": lambda: schedules_figure(runs, "0.momentum", "momentum", log=False),
+        "replay": lambda: replay_figure(runs),
+    }
+    for what in captions(runs):
+        paths += style.save(figures[what](), source.with_name(f"{name}_{what}"))
+    return paths
