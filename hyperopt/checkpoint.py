@@ -66,11 +66,18 @@ def restore(
             return numbers.get(slot.name, otherwise)
         return otherwise
 
+    of_tensor = [group for group in groups for _ in group["params"]]
+
     def initial(k: int, slot: Slot) -> float:
         value: Any = stack.levels[k].values[slot.name]
-        if k == 0 and (slot.owner is not None or len(groups) == 1):
-            value = groups[int(slot.owner or 0)][slot.name]
-        return value[str(slot.owner)] if isinstance(value, dict) else value
+        if k > 0:
+            return value[str(slot.owner)] if isinstance(value, dict) else value
+        if isinstance(slot.owner, str):
+            shown = of_tensor[int(slot.owner[1:])][slot.name]
+            return value if isinstance(shown, Tensor | list) else shown  # it was saved
+        if slot.owner is not None or len(groups) == 1:
+            value = groups[slot.owner or 0][slot.name]
+        return value
 
     def vector(numbers: Sequence[Any]) -> Tensor:
         return torch.tensor([float(x) for x in numbers], dtype=like.dtype, device=like.device)
@@ -82,11 +89,10 @@ def restore(
     for k, (b, _) in enumerate(layout.levels):
         block = layout.blocks[b]
         old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
-        domains = [block.rule.tuned[slot.name] for slot in block.tuned]
-        slots = zip(domains, block.tuned, strict=True)
-        start = [domain.raw(float(initial(k, slot))) for domain, slot in slots]
-        reach = vector([domain.reach for domain in domains])
-        bounds.append(torch.stack([-reach, reach]))
+        hows = [block.rule.tuned[slot.name] for slot in block.tuned]
+        slots = zip(hows, block.tuned, strict=True)
+        start = [how.domain.raw(float(initial(k, slot))) for how, slot in slots]
+        bounds.append(vector([number for how in hows for number in how.reach]).view(-1, 2).T)
         raw.append(
             vector([recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)])
         )
@@ -186,7 +192,8 @@ def load_shards(
             for name, value in entries[0].items()
             if isinstance(value, Tensor)
         }
-        shard = Shard.new(chosen, Owner(everyone[numbers[0]][1]), lowest)
+        owner = Owner(everyone[numbers[0]][1], numbers[0] if lowest.by_tensor else None)
+        shard = Shard.new(chosen, owner, lowest)
         w, g, fresh, moved = shard.last
         shard.last = Move(
             kept.get("last_weight", w),
@@ -252,7 +259,7 @@ def _kind(stack: Stack) -> list[tuple]:
     return [
         (
             rule.name,
-            [(name, domain.name) for name, domain in rule.tuned.items()],
+            [(name, how.domain.name, how.per) for name, how in rule.tuned.items()],
             [name for name in rule.hypers if k and rule.on(name)],
             [(n, set(value)) for n, value in rule.values.items() if isinstance(value, dict)],
             rule.settings,

@@ -37,14 +37,15 @@ class Shown:
         self._watched: list[list[Any]] = []  # group, name, what it shows, its place in `packed`
         self._betas = betas(stack.levels[0])
         lowest = layout.blocks[0]
+        end = 0
         for number, group in enumerate(groups):
             own: list[list[Any]] = []
+            start, end = end, end + len(group["params"])
             for name in lowest.rule.hypers:
-                slot = Slot(name, number)
-                if slot not in (*lowest.tuned, *lowest.fixed):
-                    slot = Slot(name)
+                slots = [Slot(name, f"p{start}"), Slot(name, number), Slot(name)]
+                slot = next(s for s in slots if s in (*lowest.tuned, *lowest.fixed))
                 place = layout.names.index(f"0.{slot}")
-                shown = packed[place]
+                shown = packed[place : place + end - start] if slot is slots[0] else packed[place]
                 group[name] = shown if slot in lowest.tuned else float(shown)
                 own.append([group, name, group[name], place])
             if self._betas:
@@ -94,7 +95,7 @@ class Shown:
         """Raise if a tuned value is no longer that of its raw value: a view was written to."""
         lowest, parts = self._layout.blocks[0], self._layout.parts(self._packed)
         for slot, raw in zip(lowest.tuned, parts.raw[0][0], strict=True):
-            held = lowest.rule.tuned[slot.name].value(raw)
+            held = lowest.rule.tuned[slot.name].domain.value(raw)
             shown = self._packed[self._layout.names.index(f"0.{slot}")]
             if not torch.isclose(shown, held, rtol=1e-6, atol=0, equal_nan=True):
                 raise ValueError(self._refusal(slot.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -189,9 +190,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         """What `snapshot` holds, as ``"0.lr"``: the level and the hyperparameter.
 
         A value that one param group has to itself is ``"0.lr[1]"``, and one that a level has for a
-        single hyperparameter below it ``"1.lr[beta1]"``.
+        single hyperparameter below it ``"1.lr[beta1]"``. One that a tensor has to itself is
+        ``"0.lr[hidden.weight]"`` where the parameters were given with their names, as by
+        ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted from 0.
         """
-        return self._layout.names
+        return self._names
 
     def snapshot(self) -> Tensor:
         """The current values of all hyperparameters in the order of `names`, as a new tensor.
@@ -242,7 +245,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 piece = shard.part(params)
                 if not active or number != shard.owner.group:
                     self._settle(piece)
-                piece.owner = Owner(number)
+                piece.owner = self._owner(params[0], number)
                 piece.follow()
                 (shards if active else parked).append(piece)
         known = {p for shard in shards + parked for p in shard.params}
@@ -255,11 +258,19 @@ class HyperOptimizer(torch.optim.Optimizer):
                         "make the layer with sparse=False"
                     )
             lowest = self._layout.blocks[0]
-            shards += [Shard.new(params, Owner(number), lowest) for params in divide(new)]
+            parts = [[p] for p in new] if lowest.by_tensor else divide(new)
+            shards += [Shard.new(each, self._owner(each[0], number), lowest) for each in parts]
         place = {p: i for i, p in enumerate(numbers)}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
         self._lay_out(exported)
+
+    def _owner(self, p: Tensor, group: int) -> Owner:
+        """Whose hyperparameters a shard that begins with a parameter is moved by."""
+        if not self._layout.blocks[0].by_tensor:
+            return Owner(group)
+        everyone = [q for each in self.param_groups for q in each["params"]]
+        return Owner(group, next(i for i, q in enumerate(everyone) if q is p))
 
     def _settle(self, shard: Shard) -> None:
         """Let a shard forget its last move, of which the state that it led to remains."""
@@ -290,7 +301,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             self._rule = rule.with_values(self.stack.levels[0].values)
         stack = Stack(self._rule, *self.stack.levels[1:])
         self._layout = Layout(
-            build(stack, self._overrides),
+            build(stack, self._overrides, [len(group["params"]) for group in self.param_groups]),
             tuple(shard.owner for shard in self._shards),
             tuple(len(shard) for shard in self._shards),
             processes([p for group in self.param_groups for p in group["params"]]),
@@ -308,6 +319,12 @@ class HyperOptimizer(torch.optim.Optimizer):
         for shard, own in zip(self._shards, self._parts.small, strict=True):
             shard.last = self._layout.last(own, shard.last.w, shard.last.g, shard.last.state)
         self._laid_groups = len(self.param_groups)
+        called = [name for g in self.param_groups for name in g.get("param_names", [])]
+        by_place = {f"[p{i}]": f"[{name}]" for i, name in enumerate(called)}
+        self._names = tuple(
+            re.sub(r"\[p\d+\]$", lambda place: by_place.get(place[0], place[0]), name)
+            for name in self._layout.names
+        )
         self._shown = Shown(self.param_groups, stack, self._layout, self._packed)
         active = {p for shard in self._shards for p in shard.params}
         self._active = [id(p) for g in self.param_groups for p in g["params"] if p in active]
@@ -343,7 +360,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             "state": save_shards(self._shards, self._parked, number),
             "param_groups": [
                 {
-                    **{name: float(group[name]) for name in self._rule.hypers},
+                    **{name: _number(group[name]) for name in self._rule.hypers},
                     **{name: group[name] for name in group if name not in told},
                     "own": sorted(own),
                     "params": [number[p] for p in group["params"]],
@@ -383,3 +400,8 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _on(self) -> list[str]:
         """The hyperparameters of the lowest level that take part."""
         return [name for name in self._rule.hypers if self._rule.on(name)]
+
+
+def _number(value: Any) -> float | list[float]:
+    """What a param group shows, as plain numbers: one, or one for each tensor."""
+    return value.tolist() if isinstance(value, Tensor) else float(value)

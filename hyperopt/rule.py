@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
 from torch import Tensor
 
-from .domains import DOMAINS, REAL, Domain
+from .domains import DOMAINS, REAL, SQUARE, Domain
 
 if TYPE_CHECKING:
     from .stack import Stack
@@ -55,6 +55,78 @@ class Hyper:
         return self if rule is None else rule.values[self.name]
 
 
+SCOPES = ("run", "group", "tensor")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the level above moves a hyperparameter.
+
+    Attributes:
+        domain: the domain in which it is moved.
+        low, high: bounds of its value, beside those of the domain.
+        per: what has a value of its own: the whole run, each param group, or each tensor.
+    """
+
+    domain: Domain
+    low: float = -math.inf
+    high: float = math.inf
+    per: str = "run"
+
+    @classmethod
+    def parse(cls, text: str, otherwise: Domain) -> Tuning:
+        """The tuning that ``"log from 1e-6 to 1 per tensor"`` stands for; all of it is optional.
+
+        Raises:
+            ValueError: one line that says what is wrong.
+        """
+        words = text.split()
+        domain = otherwise
+        if words and words[0] not in ("from", "to", "per"):
+            if words[0] not in DOMAINS:
+                raise ValueError(f"there is no domain {words[0]!r}; {near(words[0], DOMAINS)}")
+            domain = DOMAINS[words.pop(0)]
+        given = dict(zip(words[::2], words[1::2], strict=False))
+        try:
+            low, high = float(given.get("from", -math.inf)), float(given.get("to", math.inf))
+            if len(given) * 2 != len(words) or given.keys() - {"from", "to", "per"}:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{text!r} does not say how to tune; it is a domain, then from and to with a "
+                "number, and per with run, group or tensor, each where wanted and once"
+            ) from None
+        per = given.get("per", "run")
+        if per not in SCOPES:
+            raise ValueError(f"there is no scope {per!r}; {near(per, SCOPES)}")
+        if not low < high:
+            raise ValueError(f"from {low:g} to {high:g} leaves nothing between")
+        for number in (low, high):
+            if math.isfinite(number) and number not in domain:
+                raise ValueError(f"{number:g} is not in the {domain.name} domain")
+        return cls(domain, low, high, per)
+
+    def __contains__(self, value: float) -> bool:
+        return value in self.domain and self.low <= value <= self.high
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The lowest and the highest raw value."""
+        reach = self.domain.reach
+        high = min(reach, self.domain.raw(self.high)) if math.isfinite(self.high) else reach
+        if math.isfinite(self.low):
+            return max(-reach, self.domain.raw(self.low)), high
+        return (-high if self.domain is SQUARE else -reach), high
+
+    def write(self, otherwise: Domain) -> str:
+        """The inverse of `parse`."""
+        words = [] if self.domain is otherwise else [self.domain.name]
+        words += [f"from {write(self.low)}"] if math.isfinite(self.low) else []
+        words += [f"to {write(self.high)}"] if math.isfinite(self.high) else []
+        words += [f"per {self.per}"] if self.per != "run" else []
+        return " ".join(words)
+
+
 @dataclass(frozen=True)
 class Option:
     """Declares a constant of a rule that no level moves: a switch, or how the state starts."""
@@ -87,7 +159,8 @@ class Rule:
     ``SGD({"lr": 1e-5, "momentum": 1e-6})``.
 
     ``rule["lr", "beta1: log"]`` is the rule whose ``lr`` and ``beta1`` alone are moved by the level
-    above, ``beta1`` in the log domain. ``rule / other`` puts ``other`` on top.
+    above, ``beta1`` in the log domain; `Tuning` says what else may stand there. ``rule / other``
+    puts ``other`` on top.
 
     Raises:
         ValueError: a value outside its domain.
@@ -146,7 +219,7 @@ class Rule:
                 raise ValueError(
                     f"{self.name}: {name} must be {least} or more, but is {self.settings[name]!r}"
                 )
-        self.subset: dict[str, Domain] | None = None
+        self.subset: dict[str, Tuning] | None = None
         self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)
 
     def _number(self, hyper: Hyper, value: Any) -> float:
@@ -164,25 +237,23 @@ class Rule:
     def __getitem__(self, names: str | tuple[str, ...]) -> Rule:
         subset = {}
         for item in (names,) if isinstance(names, str) else names:
-            name, _, domain = (part.strip() for part in item.partition(":"))
+            name, _, how = (part.strip() for part in item.partition(":"))
             if name not in self.hypers:
                 raise ValueError(
                     f"{self.name} has no hyperparameter {name!r}; {near(name, self.hypers)}"
                 )
-            if domain and domain not in DOMAINS:
-                raise ValueError(f"there is no domain {domain!r}; {near(domain, DOMAINS)}")
-            subset[name] = DOMAINS[domain] if domain else self.hypers[name].domain
+            subset[name] = Tuning.parse(how, self.hypers[name].domain)
         chosen = self._copy()
         chosen.subset = {name: subset[name] for name in self.hypers if name in subset}
         return chosen
 
     @property
-    def tuned(self) -> dict[str, Domain]:
-        """The hyperparameters that a level above this one moves, with their domains."""
+    def tuned(self) -> dict[str, Tuning]:
+        """The hyperparameters that a level above this one moves, and how."""
         if self.subset is not None:
             return self.subset
         return {
-            name: hyper.domain
+            name: Tuning(hyper.domain)
             for name, hyper in self.hypers.items()
             if hyper.tuned and name in self.used
         }
@@ -242,11 +313,10 @@ class Rule:
         ]
         text = f"{self.name}({', '.join(arguments)})"
         if self.subset is not None:
-            items = [
-                name if domain is self.hypers[name].domain else f"{name}: {domain.name}"
-                for name, domain in self.subset.items()
-            ]
-            text += f"[{', '.join(items)}]"
+            hows = (
+                (name, how.write(self.hypers[name].domain)) for name, how in self.subset.items()
+            )
+            text += f"[{', '.join(f'{name}: {how}' if how else name for name, how in hows)}]"
         return text
 
     __repr__ = __str__

@@ -71,8 +71,7 @@ class Shard:
             self._here, grads = [local(p) for p in self.params], [local(g) for g in grads]
         first, grad = self._here[0], grads[0]
         self._in_place = (
-            len(self) >= LARGE
-            and len(self.params) == 1
+            len(self.params) == 1
             and first.dtype == grad.dtype == precision(first)
             and first.is_contiguous()
             and grad.is_contiguous()

@@ -4,7 +4,8 @@ stack = level ("/" level)*                 lowest level first
 level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
 value = number | True | False | {hyperparameter: number, ...}
-moved = hyperparameters that the level above moves, each as name or name: domain
+moved = hyperparameters that the level above moves, each as name or name: how
+how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor)]
 
 A level above the lowest may also say how it moves the one below, as in SGD(1e-5, clip_norm=1):
 clip_value and clip_norm clip the gradient that it is given (as those above it see it too), every=10
@@ -37,15 +38,26 @@ class Stack:
                 raise ValueError(
                     f"{above} has nothing to move: {below} leaves it no hyperparameter"
                 )
-            for name, domain in below.tuned.items():
+            for name, how in below.tuned.items():
                 values = below.values[name]
                 for number in values.values() if isinstance(values, dict) else (values,):
-                    if number not in domain:
+                    if number not in how.domain:
                         raise ValueError(
-                            f"{below}: {name} = {number:g} cannot be moved in the {domain.name} "
-                            f"domain, which is ({domain.low:g}, {domain.high:g}); start it "
-                            f"inside, or name another domain, as in [{name}: real]"
+                            f"{below}: {name} = {number:g} cannot be moved in the "
+                            f"{how.domain.name} domain, which is ({how.domain.low:g}, "
+                            f"{how.domain.high:g}); start it inside, or name another domain, as in "
+                            f"[{name}: real]"
                         )
+                    if number not in how:
+                        raise ValueError(
+                            f"{below}: {name} = {number:g} is not within its bounds, from "
+                            f"{how.low:g} to {how.high:g}"
+                        )
+                if how.per != "run" and below is not levels[0]:
+                    raise ValueError(
+                        f"{below}: {name} per {how.per} is for the lowest level; above it, give "
+                        "one number for each hyperparameter below, as in {lr: 0.1, ...}"
+                    )
         for name in vars(Rule).keys() & levels[0].options:
             if levels[0].settings[name] != levels[0].options[name].default:
                 raise ValueError(
@@ -208,7 +220,10 @@ class _Parser:
             if item in (known.partition(":")[0] for known in items):
                 self.fail(f"{item} is named twice", start)
             if self.took(":"):
-                item += ":" + self.expect("name", "the name of a domain")
+                words = [self.expect("name", "the name of a domain")]
+                while self.token not in (",", "]", ""):
+                    words.append(self.advance())
+                item += ": " + " ".join(words)
             try:
                 _ = rule[item]
             except ValueError as error:

@@ -85,8 +85,8 @@ class TowerState(NamedTuple):
 class Slot:
     """One value of a hyperparameter: for everything that the level moves, or for one owner alone.
 
-    On level 0 an owner is the number of a param group, or that of a parameter as ``"p3"``; above,
-    the name of a hyperparameter below.
+    On level 0 an owner is the number of a param group, or a parameter, the fourth as ``"p3"``;
+    above, the name of a hyperparameter below.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Block:
         if raw.shape[-1] != len(names):
             names = _names(self.tuned)
         parts, start = [], 0
-        for domain, run in itertools.groupby(names, lambda name: self.rule.tuned[name]):
+        for domain, run in itertools.groupby(names, lambda name: self.rule.tuned[name].domain):
             end = start + len(list(run))
             parts.append(domain.value(raw[..., start:end]))
             start = end
@@ -171,13 +171,18 @@ class Block:
         runs = [(owner, len(list(run))) for owner, run in itertools.groupby(self.below)]
         return torch.cat([by_owner[owner].expand(count) for owner, count in runs])
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether, on level 0, tensors have values of their own, so that each is a shard."""
+        return not self.below and any(isinstance(slot.owner, str) for slot in self.tuned)
+
     def structure(self) -> tuple:
         """What tells two blocks apart but for numbers; equal structures share a compiled step."""
         rule = self.rule
         return (
             type(rule),
             tuple(rule.settings.items()),
-            tuple((name, domain.name) for name, domain in rule.tuned.items()),
+            tuple((name, how.domain.name) for name, how in rule.tuned.items()),
             tuple(name for name in rule.hypers if rule.on(name)),
             self.tuned,
             self.fixed,
@@ -191,12 +196,18 @@ def _names(slots: Sequence[Slot]) -> list[str]:
     return list(dict.fromkeys(slot.name for slot in slots))
 
 
-def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) -> tuple[Block, ...]:
+def build(
+    stack: Stack,
+    overrides: Sequence[frozenset[str]] = (frozenset(),),
+    counts: Sequence[int] = (1,),
+) -> tuple[Block, ...]:
     """The blocks of a stack whose weights come in param groups.
 
     Args:
         overrides: for each param group, the hyperparameters of the lowest level for which it has a
-            value of its own. One that is tuned and not overridden is shared by the groups.
+            value of its own. One that is tuned and not overridden is shared by the groups, unless
+            its tuning says otherwise.
+        counts: for each param group, the number of its parameters.
     """
     groups = range(len(overrides))
     blocks: list[Block] = []
@@ -209,11 +220,16 @@ def build(stack: Stack, overrides: Sequence[frozenset[str]] = (frozenset(),)) ->
             value = rule.values[name]
             if k > 0 and isinstance(value, dict):
                 owners = list(value)
-            elif k == 0 and len(groups) > 1:
-                moved = name in rule.tuned and not top
-                owners = [g for g in groups if name in overrides[g] or not moved]
-                if len(owners) < len(groups):
-                    owners.insert(0, None)
+            elif k == 0:
+                how = rule.tuned.get(name) if not top else None
+                if how is not None and how.per == "tensor":
+                    owners = [f"p{i}" for i in range(sum(counts))]
+                elif how is not None and how.per == "group":
+                    owners = [*groups]
+                elif len(groups) > 1:
+                    owners = [g for g in groups if name in overrides[g] or how is None]
+                    if len(owners) < len(groups):
+                        owners.insert(0, None)
             slots = tuned if name in rule.tuned and not top else fixed
             slots += [Slot(name, owner) for owner in owners]
         below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()

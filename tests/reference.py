@@ -179,7 +179,7 @@ class Reference:
             raw, constants = {}, {}
             for key, value in values.items():
                 if base(key) in tuned:
-                    raw[key] = TO_RAW[tuned[base(key)].name](mp.mpf(value))
+                    raw[key] = TO_RAW[tuned[base(key)].domain.name](mp.mpf(value))
                 else:
                     constants[key] = mp.mpf(value)
             self.raw.append(raw)
@@ -191,7 +191,7 @@ class Reference:
     def values(self, k: int, raw: dict) -> dict:
         """The values that level k's rule uses, by name, where its raw values are ``raw``."""
         tuned = self.levels[k].tuned
-        values = {key: FROM_RAW[tuned[base(key)].name](r) for key, r in raw.items()}
+        values = {key: FROM_RAW[tuned[base(key)].domain.name](r) for key, r in raw.items()}
         return {**values, **self.constants[k]}
 
     def hyperparameters(self) -> list[dict[str, float]]:

@@ -54,7 +54,7 @@ def namespace(values: dict[str, Any]) -> SimpleNamespace:
 def difference(rule: Rule, move: tuple, g: Tensor, name: str) -> float:
     """How g times the new weights changes with a raw value, by differences of fourth order."""
     last_w, last_g, state, values = move
-    domain = rule.tuned[name]
+    domain = rule.tuned[name].domain
 
     def after(d: float) -> float:
         raw = torch.tensor(domain.raw(values[name]) + d, dtype=torch.float64)
@@ -118,8 +118,8 @@ def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(name):
 def test_no_hyperparameter_leaves_its_domain(name):
     """One step moves it as far as can be; in the next it is legal and all is finite still."""
     for rule in variants(name):
-        for n, domain in rule.tuned.items():
-            if domain is REAL:
+        for n, how in rule.tuned.items():
+            if how.domain is REAL:
                 continue
             for size, sign in itertools.product((1e3, 1e300), (1, -1)):
                 w = torch.ones(4, dtype=torch.float64, requires_grad=True)
@@ -130,7 +130,7 @@ def test_no_hyperparameter_leaves_its_domain(name):
                     optimizer.step()
                     value = optimizer.hyperparameters()[0][n]
                     where = f"{optimizer.stack}: {n} is {value}"
-                    assert legal.low <= value < legal.high and value in domain, where
+                    assert legal.low <= value < legal.high and value in how, where
                     assert w.isfinite().all(), where
                 assert optimizer.snapshot().isfinite().all(), where
 
