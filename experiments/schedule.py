@@ -16,7 +16,6 @@ what is a number of epochs below is a share of the schedule's own `epochs`.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 from collections.abc import Callable, Mapping
@@ -24,8 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+import hyperopt
 from hyperopt import Stack
 from hyperopt.rule import near
 
@@ -84,26 +82,11 @@ def make_schedule(config: ScheduleConfig, start: Mapping[str, float], steps: int
     if config.name == "constant":
         return lambda step: {}
     if config.name == "replay":
-        return _replay(Path(config.file or ""))
+        learned = hyperopt.Schedule.load(config.file or "")
+        return lambda step: learned.at(step + 1)
     factor, reads = FACTORS[config.name]
     settings = {name: getattr(config, name) for name in reads}
     return lambda step: {"lr": start["lr"] * factor(step, steps, **settings)}
-
-
-def _replay(path: Path) -> Schedule:
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
-        at = columns.pop("step")
-    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"schedule.file={path} cannot be replayed ({type(error).__name__}: {error}); expected "
-            "a CSV of numbers with a column step and one for each hyperparameter"
-        ) from None
-    return lambda step: {
-        name: float(np.interp(step + 1, at, values)) for name, values in columns.items()
-    }
 
 
 def check_schedule(config: ScheduleConfig, stack: Stack) -> None:

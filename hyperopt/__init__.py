@@ -9,8 +9,9 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 
 from .domains import DOMAINS, Domain
 from .optimizer import HyperOptimizer
-from .rule import RULES, Hyper, Option, Rule
+from .rule import RULES, Hyper, Option, Rule, Tuning
 from .rules import SGD, Adadelta, AdaGrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSProp
+from .schedule import Replay, Schedule
 from .stack import Stack, parse
 
 __all__ = [
@@ -30,7 +31,10 @@ __all__ = [
     "Option",
     "RAdam",
     "RMSProp",
+    "Replay",
     "Rule",
+    "Schedule",
     "Stack",
+    "Tuning",
     "parse",
 ]

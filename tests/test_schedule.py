@@ -87,6 +87,6 @@ def test_a_schedule_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     path.write_text("step,lr\n1,much\n")
     assert "could not convert string to float: 'much'" in refused(*replay)
     path.write_text("epoch,lr\n1,0.1\n")
-    assert "expected a CSV of numbers with a column step" in refused(*replay)
+    assert "expected a CSV or JSON of numbers with a column step" in refused(*replay)
     path.write_text("step,beta1\n1,0.1\n")
     assert "has a column 'beta1', which SGD has not" in refused(*replay)

@@ -1,0 +1,200 @@
+"""Learned schedules: what a tower has made of its hyperparameters, kept and replayed without it.
+
+Once the values are fixed, a tower is a plain optimizer: replayed step by step, a schedule gives the
+run's weights again, to rounding.
+
+    schedule = Schedule()
+    for x, y in loader:
+        ...
+        optimizer.step()
+        schedule.append(optimizer)
+    schedule.save("learned.csv")
+
+    optimizer = torch.optim.Adam(model.parameters())
+    replay = Replay(optimizer, Schedule.load("learned.csv"))
+    for x, y in loader:
+        ...
+        optimizer.step()
+        replay.step()
+"""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .optimizer import HyperOptimizer
+
+# What torch.optim calls some hyperparameters: (our rule's, torch's).
+IN_TORCH = {("RMSprop", "gamma"): "alpha"}
+
+
+class Schedule:
+    """Values of the lowest level's hyperparameters by step.
+
+    Args:
+        steps: the steps, counted from 1, in increasing order.
+        values: for each hyperparameter, as ``"lr"`` or, where param groups have their own,
+            ``"lr[1]"``, one number for each of the steps: what that step was made with.
+
+    Raises:
+        ValueError: steps that do not increase, or a number of values that is not theirs.
+    """
+
+    def __init__(
+        self, steps: Sequence[int] = (), values: Mapping[str, Sequence[float]] | None = None
+    ) -> None:
+        self._steps = list(steps)
+        self._values = {name: list(each) for name, each in (values or {}).items()}
+        self._snapshots: list[Tensor] = []  # not read from the device yet
+        self._names: list[tuple[str, int]] = []  # with their places in a snapshot
+        if any(a >= b for a, b in zip(self._steps, self._steps[1:], strict=False)):
+            raise ValueError("the steps of a schedule must increase")
+        for name, each in self._values.items():
+            if len(each) != len(self._steps):
+                raise ValueError(f"{name} has {len(each)} values for {len(self._steps)} steps")
+
+    def append(self, optimizer: HyperOptimizer) -> None:
+        """Keep what the optimizer's last step was made with; nothing waits for the device."""
+        if not self._names:
+            self._names = [
+                (name.removeprefix("0."), place)
+                for place, name in enumerate(optimizer.names)
+                if name.startswith("0.")
+            ]
+        self._snapshots.append(optimizer.snapshot())
+
+    def _read(self) -> None:
+        if self._snapshots:
+            start = self._steps[-1] if self._steps else 0
+            self._steps += range(start + 1, start + 1 + len(self._snapshots))
+            for name, place in self._names:
+                column = torch.stack([snapshot[place] for snapshot in self._snapshots])
+                self._values.setdefault(name, []).extend(column.tolist())
+            self._snapshots = []
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that are known."""
+        self._read()
+        return self._steps
+
+    @property
+    def values(self) -> dict[str, list[float]]:
+        """The values at these steps, by hyperparameter."""
+        self._read()
+        return self._values
+
+    def at(self, step: int) -> dict[str, float]:
+        """The values for a step; between two known ones on the line, outside those at the ends."""
+        steps = self.steps
+        i = bisect.bisect_left(steps, step)
+        if i == len(steps) or steps[i] == step or i == 0:
+            return {name: each[min(i, len(steps) - 1)] for name, each in self.values.items()}
+        share = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
+        return {
+            name: each[i - 1] + share * (each[i] - each[i - 1])
+            for name, each in self.values.items()
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write it, as JSON if the name ends so, and else as CSV with one line for each step."""
+        columns = {"step": self.steps, **self.values}
+        if Path(path).suffix == ".json":
+            text = json.dumps(columns)
+        else:
+            rows = zip(*columns.values(), strict=True)
+            lines = [columns.keys(), *([repr(number) for number in row] for row in rows)]
+            text = "".join(",".join(line) + "\n" for line in lines)
+        Path(path).write_text(text)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """The inverse of `save`.
+
+        Raises:
+            ValueError: a file that is not there, or is no schedule.
+        """
+        try:
+            if Path(path).suffix == ".json":
+                columns = json.loads(Path(path).read_text())
+            else:
+                with open(path, newline="") as file:
+                    rows = list(csv.DictReader(file))
+                columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
+            steps = [int(step) for step in columns.pop("step")]
+            if not steps:
+                raise ValueError("it has no steps")
+            return cls(steps, columns)
+        except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} cannot be replayed ({type(error).__name__}: {error}); expected a CSV or "
+                "JSON of numbers with a column step and one for each hyperparameter"
+            ) from None
+
+
+class Replay:
+    """Sets the hyperparameters of a plain optimizer, ours or one of ``torch.optim``, by a schedule.
+
+    The first step's are set at once; ``step()``, after each step of the optimizer, sets the next
+    one's. What the optimizer does not have, and what was 0 throughout, is left out.
+
+    Raises:
+        ValueError: a hyperparameter that the optimizer does not have, or that each tensor has to
+            itself.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+        self.optimizer, self.schedule = optimizer, schedule
+        self.last_step = 0
+        self._targets = {
+            name: self._find(name) for name, each in schedule.values.items() if any(each)
+        }
+        self.step()
+
+    def step(self) -> None:
+        """Set what the optimizer's next step is made with."""
+        self.last_step += 1
+        values = self.schedule.at(self.last_step)
+        for name, targets in self._targets.items():
+            for group, key, place in targets:
+                if place is None:
+                    group[key] = values[name]
+                else:
+                    group[key] = (*group[key][:place], values[name], *group[key][place + 1 :])
+
+    def _find(self, name: str) -> list[tuple[dict[str, Any], str, int | None]]:
+        """The param groups that a hyperparameter is set in, its key there, and its place."""
+        match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name)
+        groups = self.optimizer.param_groups
+        if match is None or int(match[2] or 0) >= len(groups):
+            raise ValueError(
+                f"{name} has no param group in this optimizer; give it groups like those of the "
+                "optimizer that learned the schedule, one for each tensor that has its own"
+            )
+        key, place = match[1], None
+        if not isinstance(self.optimizer, HyperOptimizer):
+            key = IN_TORCH.get((type(self.optimizer).__name__, key), key)
+            if key in ("beta1", "beta2") and "betas" in groups[0]:
+                key, place = "betas", int(key[-1]) - 1
+        if key not in groups[0]:
+            raise ValueError(f"{type(self.optimizer).__name__} has no hyperparameter {name!r}")
+        chosen = groups if match[2] is None else [groups[int(match[2])]]
+        return [(group, key, place) for group in chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the replay is; the schedule is not part of it."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from where `state_dict` was taken."""
+        self.last_step = state_dict["last_step"] - 1
+        self.step()

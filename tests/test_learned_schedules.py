@@ -1,0 +1,93 @@
+"""A learned schedule is kept, and replayed by a plain optimizer it gives the run again."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hyperopt import HyperOptimizer, Replay, Schedule
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+
+def train(model: nn.Module, optimizer, after) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(40):
+        x = torch.randn(16, 4, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True).sin()).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        after()
+    return losses
+
+
+LEARNERS: dict[str, Any] = {
+    "SGD(0.05, momentum=0.5) / SGD(1e-3)": lambda p: torch.optim.SGD(p, 1, momentum=0.1),
+    "Adam(0.01) / Adam(1e-3)": torch.optim.Adam,
+    "RMSProp(0.01) / SGD(1e-3)": torch.optim.RMSprop,
+    "AdamW(0.01, weight_decay=0.1)[lr: log, weight_decay] / SGD(0.1)": torch.optim.AdamW,
+}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json"])
+@pytest.mark.parametrize("stack", LEARNERS)
+def test_a_replay_gives_the_run_again(stack, suffix, tmp_path):
+    model, schedule = net(), Schedule()
+    tower = HyperOptimizer(model.parameters(), stack, compile=False)
+    learned = train(model, tower, lambda: schedule.append(tower))
+    assert len(set(schedule.values["lr"])) == 40, "the lr must have moved at every step"
+    schedule.save(tmp_path / f"learned.{suffix}")
+    plain = stack.partition("/")[0].partition("[")[0]
+    makers = (LEARNERS[stack], lambda p: HyperOptimizer(p, plain, compile=False))
+    for make in makers:
+        model = net()
+        optimizer = make(model.parameters())
+        replay = Replay(optimizer, Schedule.load(tmp_path / f"learned.{suffix}"))
+        assert train(model, optimizer, replay.step) == pytest.approx(learned, rel=1e-9)
+        assert replay.last_step == 41
+
+
+def test_groups_and_where_a_replay_goes_on():
+    schedule = Schedule([1, 3], {"lr[0]": [0.1, 0.3], "lr[1]": [1.0, 2.0]})
+    p, q = (torch.ones(1, requires_grad=True) for _ in range(2))
+    optimizer = torch.optim.SGD([{"params": [p]}, {"params": [q]}], 5.0)
+
+    def lrs() -> list[float]:
+        return [group["lr"] for group in optimizer.param_groups]
+
+    replay = Replay(optimizer, schedule)
+    assert lrs() == [0.1, 1.0]
+    replay.step()
+    assert lrs() == pytest.approx([0.2, 1.5])  # between two known steps
+    state = replay.state_dict()
+    replay.step()
+    replay.step()
+    assert lrs() == pytest.approx([0.3, 2.0])  # and after the last one
+    replay.load_state_dict(state)
+    assert lrs() == pytest.approx([0.2, 1.5])
+
+
+def test_what_cannot_be_replayed(tmp_path):
+    p = torch.ones(1, requires_grad=True)
+    with pytest.raises(ValueError, match="SGD has no hyperparameter 'gamma'"):
+        Replay(torch.optim.SGD([p], 0.1), Schedule([1], {"gamma": [0.9]}))
+    for name in ("lr[1]", "lr[hidden.weight]"):
+        with pytest.raises(ValueError, match=r"has no param group in this optimizer; give"):
+            Replay(torch.optim.SGD([p], 0.1), Schedule([1], {name: [0.9]}))
+    with pytest.raises(ValueError, match="steps of a schedule must increase"):
+        Schedule([2, 1], {"lr": [0.1, 0.2]})
+    with pytest.raises(ValueError, match="lr has 1 values for 2 steps"):
+        Schedule([1, 2], {"lr": [0.1]})
+    for text in ("", "lr\n0.1\n", "step,lr\n1,x\n", "step,lr\n"):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"bad.csv cannot be replayed .*; expected a CSV"):
+            Schedule.load(tmp_path / "bad.csv")
+    with pytest.raises(ValueError, match=r"none.json cannot be replayed \(FileNotFoundError"):
+        Schedule.load(tmp_path / "none.json")
