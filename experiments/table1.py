@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -166,10 +167,13 @@ def _do(runs: Sequence[tuple[Row, Config]], path: Path) -> list[dict[str, Any]] 
     began = time.monotonic()
     summaries = do_all([config for _, config in runs])
     if summaries is not None:
-        made = provenance(summaries)
-        made["wall_seconds_of_last_command"] = time.monotonic() - began
+        made, where = provenance(summaries), path.with_suffix(".json")
+        known = json.loads(where.read_text()) if where.exists() else {}
+        # The time is that of the command that did the runs, not of one that found them done.
+        last = known.pop("wall_seconds_of_last_command", None)
+        made["wall_seconds_of_last_command"] = last if known == made else time.monotonic() - began
         write_text(path.with_suffix(".csv"), csv_text(run_lines(runs, summaries)))
-        write_json(path.with_suffix(".json"), made)
+        write_json(where, made)
     return summaries
 
 

@@ -250,6 +250,12 @@ def test_the_command_killed_and_started_again_draws_the_same_table(tmp_path: Pat
     assert f"{whole}/results/mnist-5k-quick/table1.md" in done.stdout
     assert "32 of 32 runs are finished" in done.stderr
 
+    where = whole / "results" / "mnist-5k-quick" / "table1_runs.json"
+    provenance = where.read_text()
+    again = subprocess.run(command(whole), capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert where.read_text() == provenance, "a command that trains nothing has changed it"
+
     for runs in (1, 12):
         process = subprocess.Popen(
             command(broken), stderr=subprocess.DEVNULL, start_new_session=True
