@@ -143,7 +143,7 @@ def _multiply_by_onednn(graph: fx.GraphModule) -> None:
         *bias, a, b = node.args
         if node.meta["val"].dtype == torch.float32:
             with graph.graph.inserting_before(node):
-                transposed = graph.graph.call_function(aten.t.default, (b,))
+                transposed = graph.graph.call_function(aten.permute.default, (b, [1, 0]))
                 transposed.meta["val"] = b.meta["val"].t()
             node.target = torch.ops.hyperopt.product.default
             node.args = (a, transposed, bias[0] if bias else None)

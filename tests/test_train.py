@@ -158,6 +158,8 @@ def test_seeds_decide_and_global_state_does_not(tmp_path: Path) -> None:
     assert one["train_loss"] != other["train_loss"]
 
 
+@pytest.mark.compiler
+@pytest.mark.filterwarnings("error:gradients could not be compiled")
 def test_the_compiled_gradient_is_the_gradient() -> None:
     digits = load("mnist-5k", "")
     model = MLP()
