@@ -266,6 +266,7 @@ def test_records_are_finished_runs_elsewhere(done: Path, cifar: Path, tmp_path: 
 def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     hashes = [run.name for run in (done / "runs").iterdir()]
+    assert export_runs(RunStore(tmp_path / "runs"), hashes, path) == 0 and not path.exists()
     assert export_runs(RunStore(done / "runs"), hashes[:5], path) == 5
     assert export_runs(RunStore(done / "runs"), hashes[3:], path) == 20  # none is lost
     half_done = tmp_path / "runs" / hashes[0] / "checkpoint.pt"
