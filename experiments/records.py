@@ -47,14 +47,18 @@ def read_records(path: Path) -> dict[str, Record]:
 
 
 def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:
-    """Put those of the runs that are finished into a file, and return how many it then has."""
+    """Put those of the runs that are finished into a file, and return how many it then has.
+
+    Where there is none, no file is written.
+    """
     records = read_records(path)
     for name in hashes:
         if store.summary(name) is not None:
             folder = store.run(name).path
             records[name] = {file: (folder / file).read_text() for file in FILES}
-    lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
-    write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    if records:
+        lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
+        write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
     return len(records)
 
 

@@ -23,7 +23,7 @@ from experiments.store import RunStore
 from experiments.train import Progress, train
 from hyperopt import parse
 from scripts import style
-from scripts.figure2 import draw_figure2
+from scripts.figure2 import draw_figure2, read_runs
 from scripts.tables import main as draw_all
 
 CIFAR10 = Path(os.environ.get("HYPEROPT_DATA", "data"), "cifar10.npz")
@@ -266,6 +266,7 @@ def test_records_are_finished_runs_elsewhere(done: Path, cifar: Path, tmp_path: 
 def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     hashes = [run.name for run in (done / "runs").iterdir()]
+    assert export_runs(RunStore(tmp_path / "runs"), hashes, path) == 0 and not path.exists()
     assert export_runs(RunStore(done / "runs"), hashes[:5], path) == 5
     assert export_runs(RunStore(done / "runs"), hashes[3:], path) == 20  # none is lost
     half_done = tmp_path / "runs" / hashes[0] / "checkpoint.pt"
@@ -294,6 +295,15 @@ def test_damaged_records_are_refused(done: Path, tmp_path: Path, harm: str) -> N
         config.write_text(whole)
     with pytest.raises(ValueError, match=r"records.jsonl.gz cannot be read as records of runs"):
         import_runs(path, RunStore(tmp_path / "runs"))
+
+
+def test_replays_of_another_schedule_are_left_out(done: Path, tmp_path: Path) -> None:
+    for name in ("figure2_cpu.jsonl.gz", "figure2_cpu_replay.csv"):
+        (tmp_path / name).write_bytes((done / "results" / name).read_bytes())
+    assert len(read_runs(tmp_path / "figure2_cpu.jsonl.gz")) == 20
+    (tmp_path / "figure2_cpu_replay.csv").write_text("step,lr,momentum\n1,0.1,0.9\n")
+    kinds = [run.cell.kind for run in read_runs(tmp_path / "figure2_cpu.jsonl.gz")]
+    assert len(kinds) == 19 and "replay" not in kinds
 
 
 def test_runs_of_several_settings_are_not_mixed(done: Path, cifar: Path, tmp_path: Path) -> None:
