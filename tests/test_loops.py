@@ -441,11 +441,12 @@ def test_parameters_that_are_replaced_in_their_group(memory, stack):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_parameters_that_move_to_another_group(memory, stack):
-    """They keep what the rule knows of them, and go on with the other group's step size."""
+    """They keep what the rule knows of them, and go on with the other group's values."""
+    own = {"momentum": 0.5} if "momentum" in stack else {"betas": (0.5, 0.6)}
 
     def change(t: int, model: Net, optimizer: torch.optim.Optimizer) -> None:
         if t == 2:
-            optimizer.add_param_group({"params": model.last.parameters(), "lr": 0.02})
+            optimizer.add_param_group({"params": model.last.parameters(), **own})
         if t == 7:
             first, second = (group["params"] for group in optimizer.param_groups)
             second.insert(1, first.pop(0))
@@ -520,6 +521,8 @@ def test_a_state_is_loaded_where_the_precisions_differ():
     fresh.first.float()
     fresh.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())
+    for layer in (fresh.first, fresh.last):
+        assert other.state[layer.weight]["exp_avg"].dtype == layer.weight.dtype
     train(model, optimizer, range(4, 9))
     train(fresh, other, range(4, 9))
     same_weights(fresh.double(), model, rtol=1e-4)
