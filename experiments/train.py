@@ -95,7 +95,7 @@ class _Run:
         # Convolutions are faster with the channels of a pixel beside each other.
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = HyperOptimizer(
-            self.model.parameters(),
+            self.model.named_parameters(),
             self.config.stack.notation or "",
             compile=self.config.trainer.compile,
         )
@@ -215,7 +215,7 @@ class _Run:
             row = self._last_row()
             progress.train_loss = row["train_loss"]
             progress.test_error = row["test_error"]
-            progress.lr = row["0.lr"]
+            progress.lr = row.get("0.lr")  # None where groups or tensors have their own
         return progress
 
     def _last_row(self) -> dict[str, float]:
