@@ -45,7 +45,8 @@ def compiled(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step | 
         return None
     try:
         with torch.no_grad():
-            together = len(shards) <= TOGETHER
+            # The trial of a kernel must not call other processes, which may not be trying theirs.
+            together = len(shards) <= TOGETHER and not layout.processes
             return (_all_at_once if together else _by_shard)(layout, parts, shards)
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
