@@ -354,12 +354,12 @@ def climb(
     going = largest.isfinite().to(tower.steps.dtype)
 
     # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
-    hypergradients, states, lost = [hypergradient], [], [1 - going]
+    hypergradients, states, skipped = [hypergradient], [], [1 - going.view(1)]
     for b, block in upper:
         last = tower.upper[b - 1]
         after, jacobians, missed = differentiate(block, tower.raw[b], tower.fixed[b], last)
         states.append(after)
-        lost += missed
+        skipped.append(missed)
         for jacobian in jacobians:
             hypergradients[-1] = clipped(block.rule, hypergradients[-1])
             hypergradients.append((hypergradients[-1][:, None] * jacobian).sum(0))
@@ -371,21 +371,24 @@ def climb(
         state, below = states[b - 1], range(k - block.count, k)
         vectors = [raws[i] for i in below]
         gradients = torch.stack([hypergradients[i] for i in below])
-        sound, turn = gradients.isfinite().all(1), its_turn(block.rule, tower.steps)
-        made = [turn] * block.count
+        sound = gradients.isfinite().all(1)
+        turn = its_turn(block.rule, tower.steps)
+        fine = [*sound]
         for i in reversed(range(block.count)):
             own = {name: rows[i] for name, rows in state.items()}
             h = block.values(raws[k], tower.fixed[b][i])
             new, _ = block.rule.update(vectors[i], gradients[i], own, h)
-            fine = sound[i] & new.isfinite().all()
-            lost[k] = lost[k] + (turn & ~fine)
-            made[i] = turn & fine
+            fine[i] = sound[i] & ((new * 0).sum() == 0)  # NaN unless all are finite
+            made = fine[i] if turn is None else fine[i] & turn
             low, high = bounds[k - 1]
-            raws[k - 1] = torch.where(made[i], new.clamp(low, high), vectors[i])
+            raws[k - 1] = torch.where(made, new.clamp(low, high), vectors[i])
             k -= 1
         w = torch.stack(vectors) if block.depends_on_weights else None
-        moved = torch.stack(made).to(gradients.dtype)
-        moves.insert(0, Move(w, gradients, state, moved))
+        moved, missed = torch.stack(fine), ~torch.stack(fine)
+        if turn is not None:
+            moved, missed = moved & turn, missed & turn
+        skipped[b] = skipped[b] + missed
+        moves.insert(0, Move(w, gradients, state, moved.to(gradients.dtype)))
 
     ends = itertools.accumulate(block.count for block in blocks)
     raw = [
@@ -395,7 +398,7 @@ def climb(
         raw=tuple(raw),
         last_fixed=tower.fixed[0][0],
         steps=tower.steps + 1,
-        skipped=tower.skipped + torch.stack(lost),
+        skipped=tower.skipped + torch.cat(skipped),
         upper=tuple(moves),
     ), going
 
@@ -411,8 +414,10 @@ def clipped(rule: Rule, g: Tensor) -> Tensor:
     return g
 
 
-def its_turn(rule: Rule, steps: Tensor) -> Tensor:
-    """Whether a level moves what is below it in this step: a truth value, 0-dim."""
+def its_turn(rule: Rule, steps: Tensor) -> Tensor | None:
+    """Whether a level moves what is below it in this step, 0-dim; None where it always does."""
+    if rule.every == 1 and rule.until == math.inf:
+        return None
     return (steps % rule.every == 0) & (steps < rule.until)
 
 
@@ -431,14 +436,14 @@ def advance(
 
 def differentiate(
     block: Block, raw: Tensor, fixed: Tensor, move: Move
-) -> tuple[State, list[Tensor], list[Tensor]]:
+) -> tuple[State, list[Tensor], Tensor]:
     """Run the last moves of a block's levels again, all at once.
 
     Returns:
         the states that they led to; for each level the derivative of the raw values that it moved
         with respect to its own, [tuned slots below, tuned slots]; and whether its state has to stay
-        as it was since the new one is not finite, 1 or 0. Where no move was made, the state is that
-        before, and the derivative 0.
+        as it was since the new one is not finite, [levels]. Where no move was made, the state is
+        that before, and the derivative 0.
     """
     n = raw.shape[1]
 
@@ -463,4 +468,4 @@ def differentiate(
         return torch.where(sound.view(-1, *[1] * (new.ndim - 1)), new, old)
 
     state = {name: where(after[name], rows) for name, rows in move.state.items()}
-    return state, list(where(jacobian, 0.0)), list((made & ~sound).to(raw.dtype))
+    return state, list(where(jacobian, 0.0)), made & ~sound
