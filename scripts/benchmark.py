@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -346,9 +347,10 @@ def bars(times: pd.DataFrame, compiling: pd.DataFrame) -> list[tuple[str, str, f
     for model, bar in (("mlp", 1.06), ("resnet20", 1.005), ("char_rnn", 1.01)):
         family = "Adam" if model == "char_rnn" else "SGD momentum"
         ratio(
-            f"whole step, {tower_label(family, 1)}, {LABELS[model]}, over torch (foreach)",
+            f"whole step (lower quartiles), {tower_label(family, 1)}, {LABELS[model]}, over torch "
+            "(foreach)",
             bar,
-            "whole_us",
+            "whole_us_q25",
             model,
             ("compiled", family, 1),
             (foreach, family, 0),
@@ -416,11 +418,9 @@ LABELS = {
 
 
 def tower_label(family: str, height: int) -> str:
-    if height <= 2:
-        return (
-            tower(family, height).replace("(1e-6)", "").replace("(1e-9)", "").replace("(1e-12)", "")
-        )
-    return f"tower of {family} of height {height}"
+    if height > 2:
+        return f"tower of {family} of height {height}"
+    return re.sub(r"\(1e-\d+\)", "", tower(family, height)).replace("(1e-6, ", "(")
 
 
 def report() -> None:
@@ -431,8 +431,11 @@ def report() -> None:
     lines = [
         "# What a hyperoptimizer costs",
         "",
-        f"{about}. Medians over rounds in which all contenders of a model take turns, with the",
-        "quartiles. Made by `make benchmark`; ratios carry over to other machines, times do not.",
+        f"{about}.",
+        "Medians over rounds in which all contenders of a model take turns, with the quartiles.",
+        "Where a machine changes its clock in between, medians of whole steps compare clocks, so",
+        "that their ratios are those of the lower quartiles. Made by `make benchmark`; ratios",
+        "carry over to other machines, times do not.",
         "",
         "| what | bound | measured | |",
         "|---|---|---|---|",
@@ -475,7 +478,7 @@ def report() -> None:
 def draw_heights(times: pd.DataFrame, about: str) -> None:
     """Time of a training step against the height of the tower (the paper's Figure 3b)."""
     models = [model for model in LABELS if times[times.model == model].whole_us.notna().any()]
-    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.6), squeeze=False)
     looks = {"compiled": (style.BLUE, "o", "ours"), "published": (style.ORANGE, "s", "published")}
     for axis, model in zip(axes[0], models, strict=True):
         for (kind, look), (family, line) in itertools.product(
@@ -485,19 +488,26 @@ def draw_heights(times: pd.DataFrame, about: str) -> None:
                 (times.model == model) & (times.optimizer == kind) & (times.family == family)
             ].sort_values("height")
             color, marker, name = look
-            axis.plot(
+            axis.errorbar(
                 rows.height,
                 rows.whole_us / 1000,
-                line,
+                [
+                    (rows.whole_us - rows.whole_us_q25) / 1000,
+                    (rows.whole_us_q75 - rows.whole_us) / 1000,
+                ],
+                linestyle=line,
                 color=color,
                 marker=marker,
+                markersize=4,
+                elinewidth=0.8,
                 markerfacecolor="white" if family == "SGD" else color,
                 label=f"{name}, towers of {family}",
             )
-        axis.set(yscale="log", xlabel="height", title=LABELS[model].split(",")[0])
+        axis.set(ylim=(0, None), xlabel="height", title=LABELS[model].split(",")[0])
     axes[0][0].set_ylabel("ms per training step")
-    axes[0][0].legend(fontsize=6)
-    figure.supxlabel(about, fontsize=5, color="#555555")
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, fontsize=6, ncols=4, loc="outside upper center")
+    figure.supxlabel(f"{about}. Medians with quartiles.", fontsize=5, color="#555555")
     style.save(figure, RESULTS / "benchmark_height")
 
 

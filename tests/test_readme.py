@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest.mock import patch
 
+import pandas as pd
 import pytest
 import torch
 from conftest import Digits
@@ -19,6 +20,7 @@ from test_rules import NOT_IN_TORCH, PLAIN
 from experiments.config import compose, protect_notation
 from hyperopt import RULES, Rule, parse
 from hyperopt.rule import write
+from scripts.benchmark import bars
 from scripts.cost import words
 
 README = (ROOT / "README.md").read_text()
@@ -146,6 +148,17 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
         )
     section = README.partition("## The rules\n\n")[2].partition("\n\n")[0]
     assert section == "\n".join(rows)
+
+
+def test_the_costs_are_those_of_the_committed_benchmark() -> None:
+    times, compiling = (
+        pd.read_csv(ROOT / "results" / name) for name in ("benchmark.csv", "benchmark_compile.csv")
+    )
+    found = [value for _, _, _, value in bars(times, compiling)]
+    (share,) = re.findall(r"takes ([\d.]+) times as long as torch's own Adam", README)
+    (faster,) = re.findall(r"height 50 is (\d+) times faster", README)
+    assert share == f"{found[0]:.2f}"
+    assert faster == f"{found[7]:.0f}"
 
 
 def test_the_cost_of_figure_2_is_what_was_counted() -> None:
