@@ -280,7 +280,8 @@ def provenance() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    status = git("status", "--porcelain", "--untracked-files=no")
+    # What is computed does not depend on results/, which a command may have written to itself.
+    status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
