@@ -157,7 +157,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a sparse gradient.
             ValueError: a tuned hyperparameter was set in a param group, parameters were moved to
-                several devices, a param group was taken away.
+                several devices, a param group was taken away, or a parameter that has
+                hyperparameters to itself changed its place among the others.
         """
         loss = None
         if closure is not None:
@@ -246,6 +247,11 @@ class HyperOptimizer(torch.optim.Optimizer):
                 if not active or number != shard.owner.group:
                     self._settle(piece)
                 piece.owner = self._owner(params[0], number)
+                if piece.owner.parameter != shard.owner.parameter:
+                    raise ValueError(
+                        "a parameter that has hyperparameters to itself changed its place among "
+                        "the others; replace parameters where they are, or make a new optimizer"
+                    )
                 piece.follow()
                 (shards if active else parked).append(piece)
         known = {p for shard in shards + parked for p in shard.params}

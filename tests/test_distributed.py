@@ -11,18 +11,27 @@ from test_loops import TALL, Net, batch, loss_of
 from torch import Tensor, multiprocessing, nn
 
 from hyperopt import HyperOptimizer
+from hyperopt.shard import local
 
 STEPS = 9
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
 
-def train(model: nn.Module, optimizer: HyperOptimizer, steps: range, share: slice) -> list[Tensor]:
-    """Train on a share of each batch; return the hyperparameters after each step."""
+def train(
+    model: nn.Module, optimizer: HyperOptimizer, steps: range, share: slice, fails: bool = True
+) -> list[Tensor]:
+    """Train on a share of each batch; return the hyperparameters after each step.
+
+    Args:
+        fails: whether one gradient is not finite here.
+    """
     seen = []
     for t in steps:
         optimizer.zero_grad()
         loss_of(model, batch(t)[share]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+        if t == 6 and fails:
+            local(next(model.parameters()).grad).view(-1)[0] = torch.nan
         optimizer.step()
         seen.append(optimizer.snapshot())
     return seen
@@ -49,11 +58,11 @@ def fully_sharded(rank: int, whole: Net) -> tuple[list[Tensor], list[Tensor]]:
         return model, HyperOptimizer(model.parameters(), TALL, compile=False)
 
     model, optimizer = make()
-    seen = train(model, optimizer, range(4), share)
+    seen = train(model, optimizer, range(4), share, fails=rank == 0)
     fresh, other = make()
     fresh.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    seen += train(fresh, other, range(4, STEPS), share)
+    seen += train(fresh, other, range(4, STEPS), share, fails=rank == 0)
 
     with pytest.raises(ValueError, match="divided over processes in another way than others"):
         HyperOptimizer([*fresh.parameters(), nn.Parameter(torch.zeros(3))], TALL)
@@ -79,6 +88,7 @@ def test_two_processes_are_as_one(tmp_path):
     model = Net()
     optimizer = HyperOptimizer(model.parameters(), TALL, compile=False)
     expected = train(model, optimizer, range(STEPS), slice(None))
+    assert optimizer.skipped[0] == 1
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for way, (seen, weights) in ours.items():
         assert all(map(torch.equal, seen, theirs[way][0])), f"{way}: the processes disagree"

@@ -471,6 +471,19 @@ def test_groups_cannot_be_taken_away():
         train(model, optimizer, range(1))
 
 
+def test_parameters_with_hyperparameters_to_themselves_keep_their_places():
+    model, optimizer = trained(3, "SGD(0.1)[lr: per tensor] / SGD(1e-3)")
+    before = optimizer.snapshot()
+    own = optimizer.param_groups[0]["params"]
+    model.first.weight = own[0] = nn.Parameter(torch.full_like(own[0], 0.5))
+    train(model, optimizer, range(1))
+    assert not torch.equal(model.first.weight, torch.full_like(own[0], 0.5))
+    assert torch.equal(optimizer.snapshot()[0], before[0]), "it has not moved anything yet"
+    del own[0]
+    with pytest.raises(ValueError, match="changed its place"):
+        train(model, optimizer, range(1))
+
+
 def test_a_parameter_that_is_given_twice():
     p = nn.Parameter(torch.zeros(3))
     with pytest.warns(UserWarning, match="duplicate"), pytest.raises(ValueError, match="tied ones"):
