@@ -209,11 +209,14 @@ def test_betas_that_are_tuned_or_set_one_by_one():
 
 
 def test_a_step_size_that_is_set_as_a_tensor():
-    model, optimizer = made("SGD(0.1)")
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
-    train(model, optimizer, range(3))
+    model, optimizer = trained(1, "SGD(0.5)")
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    train(model, optimizer, range(1, 3))
     peer = Net()
-    train(peer, torch.optim.SGD(peer.parameters(), 0.5), range(3))
+    theirs = torch.optim.SGD(peer.parameters(), 0.5)
+    train(peer, theirs, range(1))
+    theirs.param_groups[0]["lr"] = 0.25
+    train(peer, theirs, range(1, 3))
     same_weights(model, peer, rtol=1e-10)
     train_by([s.StepLR(optimizer, 1)], model, optimizer, range(2))
-    assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(0.005)
+    assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(0.0025)
