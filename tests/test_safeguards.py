@@ -68,6 +68,13 @@ def test_a_hypergradient_that_overflows_leaves_the_weights_moving():
     assert not torch.equal(weights[-1], weights[-2])
 
 
+def test_a_move_that_overflows_is_left_out():
+    some = [torch.full((5,), 1e5, dtype=torch.float64) for _ in range(3)]
+    _, numbers, optimizer = run("SGD(0.01) / SGD(1e300)", some)
+    assert [level[0]["lr"] for level in numbers] == [0.01] * 3
+    assert optimizer.skipped == [0, 2]
+
+
 def test_a_state_that_overflows_is_not_kept():
     # The hypergradient is finite, and its square, which Adam keeps, is not.
     some = [torch.full((5,), 1e90, dtype=torch.float64) for _ in range(4)]
