@@ -61,7 +61,7 @@ reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PR
 reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw it (PRESET=cpu or paper)
 	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
 
-benchmark: setup ## time a step beside torch.optim and the published package, on one core (15 minutes)
+benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
 	@$(PY) -m scripts.benchmark
 
 tables: setup ## redraw every table and figure from the results in the repository, without training

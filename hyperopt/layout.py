@@ -2,7 +2,8 @@
 
 Everything small, all hyperparameters of all levels and the whole state of the upper levels, lies in
 one float64 vector, `packed`, and is worked on as views of it; everything large is one flat vector
-per shard and kind. A step is then one function of these tensors, which compiles into one kernel.
+per shard and kind. A step is then a function of these tensors, whose halves compile into one kernel
+each.
 """
 
 from __future__ import annotations

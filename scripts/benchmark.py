@@ -1,6 +1,6 @@
 """What a hyperoptimizer costs, beside `torch.optim` and the published package.
 
-    make benchmark                          everything, about a quarter of an hour of one core
+    make benchmark                          everything, about twenty minutes of one core
     python -m scripts.benchmark mlp         some of mlp, resnet20, char_rnn, transformer, compiling
     python -m scripts.benchmark report      draw the tables and figures again from the CSV
 
