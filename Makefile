@@ -27,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 tables benchmark clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-v1 tables benchmark clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,12 @@ reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PR
 
 reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw it (PRESET=cpu or paper)
 	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
+
+reproduce-figure3: setup ## train towers from 21 initial step sizes and draw Figure 3 (PRESET=cpu, paper or quick)
+	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS)
+
+reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
+	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
 	@$(PY) -m scripts.benchmark

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +17,7 @@ from .config import Config
 from .data import LABELS
 from .pool import run_all
 from .run import describe
+from .store import csv_text, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +72,30 @@ def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
         print(f"\n{len(failed)} of {len(outcomes)} runs failed.", file=sys.stderr)
         return None
     return [outcome.summary for outcome in outcomes if outcome.summary is not None]
+
+
+def do_and_record(
+    configs: Sequence[Config],
+    path: Path,
+    table: Callable[[Sequence[dict[str, Any]]], Sequence[Sequence[Any]]],
+) -> list[dict[str, Any]] | None:
+    """Do all runs and write their CSV and its provenance; None if some failed.
+
+    Args:
+        path: of both files, without the suffix.
+        table: makes the rows of the CSV from the summaries.
+    """
+    began = time.monotonic()
+    summaries = do_all(configs)
+    if summaries is not None:
+        made, where = provenance(summaries), path.with_suffix(".json")
+        known = json.loads(where.read_text()) if where.exists() else {}
+        # The time is that of the command that did the runs, not of one that found them done.
+        last = known.pop("wall_seconds_of_last_command", None)
+        made["wall_seconds_of_last_command"] = last if known == made else time.monotonic() - began
+        write_text(path.with_suffix(".csv"), csv_text(table(summaries)))
+        write_json(where, made)
+    return summaries
 
 
 def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

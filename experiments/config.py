@@ -42,6 +42,7 @@ class DataConfig:
     name: str = MISSING
     root: str = MISSING  # not part of the identity
     download: bool = MISSING  # not part of the identity
+    shuffle: bool = True  # a new order in every epoch; else that of the file
     augment: bool = False  # random crops and flips; see experiments/images.py
 
 
@@ -208,6 +209,8 @@ def identity(config: Config) -> dict[str, Any]:
     }
     if config.data.augment:
         found["augment"] = True
+    if not config.data.shuffle:
+        found["shuffle"] = False
     if config.schedule.name != "constant":
         found["schedule"] = schedule_identity(config.schedule)
     return found

@@ -25,12 +25,18 @@ class Images:
     Args:
         augment: whether each training image is, each time, a random crop of itself with zeros
             around, and flipped half the time; for images with colours.
+        shuffle: whether each epoch has an order of its own, or that of the file.
     """
 
     def __init__(
-        self, data: Dataset, batch_size: int, augment: bool, device: torch.device | str
+        self,
+        data: Dataset,
+        batch_size: int,
+        augment: bool,
+        device: torch.device | str,
+        shuffle: bool = True,
     ) -> None:
-        self.batch_size, self.augment = batch_size, augment
+        self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
         self.inputs = INPUTS[data.name]
         x = F.pad(data.x_train, (0, 0, PAD, PAD, PAD, PAD)) if augment else data.x_train
         self.x_train, self.y_train = x.to(device), data.y_train.to(device)
@@ -42,13 +48,15 @@ class Images:
         return -(-len(self.x_train) // self.batch_size)
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images (n, height, width[, 3]) and labels (n,), in a new order; the last n is less.
+        """uint8 images (n, height, width[, 3]) and labels (n,), in an order; the last n is less.
 
         All that is random is drawn at the start, from a generator on the CPU, so that it is the
         same on any device.
         """
         device = self.x_train.device
-        order = torch.randperm(len(self.x_train), generator=generator).to(device)
+        n = len(self.x_train)
+        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        order = order.to(device)
         if not self.augment:
             for batch in order.split(self.batch_size):
                 yield self.x_train.index_select(0, batch), self.y_train.index_select(0, batch)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +22,9 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import ROOT, choose, do_all, draw, provenance, split
+from .command import ROOT, choose, do_and_record, draw, split
 from .config import CONFIGS, Config, compose
 from .run import guarded, resolve_all
-from .store import csv_text, write_json, write_text
 
 REFERENCE = ROOT / "results" / "reference" / "table1_mnist.csv"
 
@@ -164,17 +161,8 @@ def _shortened(config: Config, preset: Preset) -> Config:
 
 def _do(runs: Sequence[tuple[Row, Config]], path: Path) -> list[dict[str, Any]] | None:
     """Do the runs and write their CSV and its provenance; None if some failed."""
-    began = time.monotonic()
-    summaries = do_all([config for _, config in runs])
-    if summaries is not None:
-        made, where = provenance(summaries), path.with_suffix(".json")
-        known = json.loads(where.read_text()) if where.exists() else {}
-        # The time is that of the command that did the runs, not of one that found them done.
-        last = known.pop("wall_seconds_of_last_command", None)
-        made["wall_seconds_of_last_command"] = last if known == made else time.monotonic() - began
-        write_text(path.with_suffix(".csv"), csv_text(run_lines(runs, summaries)))
-        write_json(where, made)
-    return summaries
+    configs = [config for _, config in runs]
+    return do_and_record(configs, path, lambda summaries: run_lines(runs, summaries))
 
 
 def _arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:

@@ -81,7 +81,9 @@ class _Run:
         self.device = torch.device(config.device)
         trainer = config.trainer
         self.data = load(config.data.name, config.data.root)
-        self.task = Images(self.data, trainer.batch_size, config.data.augment, self.device)
+        self.task = Images(
+            self.data, trainer.batch_size, config.data.augment, self.device, config.data.shuffle
+        )
         whole = trainer.epochs * self.task.steps_per_epoch
         self.steps = min(whole, trainer.steps or whole)
         self._start()

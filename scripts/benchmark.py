@@ -479,36 +479,42 @@ def draw_heights(times: pd.DataFrame, about: str) -> None:
     """Time of a training step against the height of the tower (the paper's Figure 3b)."""
     models = [model for model in LABELS if times[times.model == model].whole_us.notna().any()]
     figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.6), squeeze=False)
-    looks = {"compiled": (style.BLUE, "o", "ours"), "published": (style.ORANGE, "s", "published")}
     for axis, model in zip(axes[0], models, strict=True):
-        for (kind, look), (family, line) in itertools.product(
-            looks.items(), (("SGD", "--"), ("Adam", "-"))
-        ):
-            rows = times[
-                (times.model == model) & (times.optimizer == kind) & (times.family == family)
-            ].sort_values("height")
-            color, marker, name = look
-            axis.errorbar(
-                rows.height,
-                rows.whole_us / 1000,
-                [
-                    (rows.whole_us - rows.whole_us_q25) / 1000,
-                    (rows.whole_us_q75 - rows.whole_us) / 1000,
-                ],
-                linestyle=line,
-                color=color,
-                marker=marker,
-                markersize=4,
-                elinewidth=0.8,
-                markerfacecolor="white" if family == "SGD" else color,
-                label=f"{name}, towers of {family}",
-            )
-        axis.set(ylim=(0, None), xlabel="height", title=LABELS[model].split(",")[0])
+        plot_heights(axis, times, model)
+        axis.set_title(LABELS[model].split(",")[0])
     axes[0][0].set_ylabel("ms per training step")
     lines = axes[0][0].get_legend_handles_labels()
     figure.legend(*lines, fontsize=6, ncols=4, loc="outside upper center")
     figure.supxlabel(f"{about}. Medians with quartiles.", fontsize=5, color="#555555")
     style.save(figure, RESULTS / "benchmark_height")
+
+
+def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
+    """Time of a training step of one model against height, ours and the published package."""
+    looks = {"compiled": (style.BLUE, "o", "ours"), "published": (style.ORANGE, "s", "published")}
+    for (kind, look), (family, line) in itertools.product(
+        looks.items(), (("SGD", "--"), ("Adam", "-"))
+    ):
+        rows = times[
+            (times.model == model) & (times.optimizer == kind) & (times.family == family)
+        ].sort_values("height")
+        color, marker, name = look
+        axis.errorbar(
+            rows.height,
+            rows.whole_us / 1000,
+            [
+                (rows.whole_us - rows.whole_us_q25) / 1000,
+                (rows.whole_us_q75 - rows.whole_us) / 1000,
+            ],
+            linestyle=line,
+            color=color,
+            marker=marker,
+            markersize=4,
+            elinewidth=0.8,
+            markerfacecolor="white" if family == "SGD" else color,
+            label=f"{name}, towers of {family}",
+        )
+    axis.set(ylim=(0, None), xlabel="height")
 
 
 def draw_peers(times: pd.DataFrame, about: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -19,6 +21,18 @@ WIDTH = 6.75  # inches: two columns of a NeurIPS page
 # Of the Okabe-Ito palette, which colour-blind readers can tell apart; their greys differ too, and
 # each goes with a marker of its own, for print in black and white.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#000000"
+
+MARKERS = "os^Dv*"
+
+
+def sequence(count: int) -> list[dict[str, Any]]:
+    """Looks of lines that have an order, the first light and the last dark, for `plot`."""
+    shades = matplotlib.colormaps["cividis_r"](np.linspace(0.08, 1.0, count))
+    return [
+        {"color": tuple(shade), "marker": marker}
+        for shade, marker in zip(shades, MARKERS, strict=False)
+    ]
+
 
 plt.rcParams.update(
     {

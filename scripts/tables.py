@@ -23,6 +23,8 @@ from experiments.store import write_text
 from experiments.table1 import LEARNED, REFERENCE
 from scripts import style
 from scripts.figure2 import draw_figure2
+from scripts.figure3 import draw_figure3
+from scripts.tables_v1 import draw_tables_v1
 
 BLOCKS = {"a": "SGD", "b": "Adam", "c": "AdaGrad", "d": "RMSProp"}
 KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
@@ -263,10 +265,19 @@ def draw_table1(folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str]) -> int:
     folder = Path(arguments[0]) if arguments else ROOT / "results"
+    drawings = {
+        "figure2_*.jsonl.gz": draw_figure2,
+        "figure3_*_runs.csv": draw_figure3,
+        "tables_v1_runs.csv": draw_tables_v1,
+    }
     try:
-        figures = sorted(folder.glob("figure2_*.jsonl.gz"))
-        paths = [path for source in figures for path in draw_figure2(source)]
-        if not figures or (folder / "table1_runs.csv").exists():
+        paths = [
+            path
+            for pattern, draw in drawings.items()
+            for source in sorted(folder.glob(pattern))
+            for path in draw(source)
+        ]
+        if not paths or (folder / "table1_runs.csv").exists():
             paths += draw_table1(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

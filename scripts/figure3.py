@@ -1,0 +1,315 @@
+"""Figure 3: how far towers forgive their initial step sizes, and what each level costs.
+
+    python -m scripts.figure3           # check what the paper says of it against results/
+    python -m scripts.figure3 FOLDER
+
+Prints the decades of robustness of each height, and our test errors beside those of the published
+package. The exit status is 1 where the claim or the agreement does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from experiments.command import ROOT
+from experiments.data import LABELS
+from experiments.store import write_text
+from scripts import style
+from scripts.benchmark import plot_heights
+
+REFERENCE = ROOT / "results" / "reference" / "figure3_published.csv"
+TIMES = ROOT / "results" / "benchmark.csv"
+NEAR = 1.5  # times the best plain error is near enough
+EPOCHS = {"paper": 30, "cpu": 5}  # of the presets that are judged
+GUESSING = 80.0  # percent; guessing one of ten digits gets about 90 of them wrong
+
+
+def points(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each rule, height and start: mean and sample standard deviation over seeds."""
+    groups = runs.groupby(["rule", "height", "lr"], sort=False)
+    table = groups.agg(
+        n=("seed", "size"),
+        test_error=("test_error", "mean"),
+        sd=("test_error", "std"),
+        lowest=("test_error", "min"),
+        highest=("test_error", "max"),
+        diverged=("diverged", "sum"),
+    ).reset_index()
+    best = table[table.height == 0].groupby("rule").test_error.min()
+    table["near"] = table.test_error <= NEAR * table.rule.map(best)
+    return table
+
+
+def robustness(table: pd.DataFrame) -> pd.DataFrame:
+    """A line for each rule and height: its decades of robustness.
+
+    These are how many powers of ten of starts end within 1.5 times the best error of that rule
+    without a tower: near starts, by how many of them there are in a power of ten. `below` counts
+    those alone that are less than the best start of the plain rule.
+    """
+    lines = []
+    for rule, own in table.groupby("rule", sort=False):
+        plain = own[own.height == 0]
+        best = plain.loc[plain.test_error.idxmin()]
+        starts = sorted(own.lr.unique())
+        per_decade = (len(starts) - 1) / math.log10(starts[-1] / starts[0])
+        for height, rows in own.groupby("height"):
+            lines.append(
+                {
+                    "rule": rule,
+                    "height": height,
+                    "decades": rows.near.sum() / per_decade,
+                    "below": rows.near[rows.lr < best.lr].sum() / per_decade,
+                    "best_error": rows.test_error.min(),
+                    "best_lr": rows.lr[rows.test_error.idxmin()],
+                    "diverged": rows.diverged.sum(),
+                    "runs": rows.n.sum(),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+# The check.
+
+
+def claim(robust: pd.DataFrame) -> dict[str, bool]:
+    """For each rule, whether taller towers forgive starts that are too small no less."""
+    return {
+        str(rule): bool(own.sort_values("height").below.is_monotonic_increasing)
+        for rule, own in robust.groupby("rule", sort=False)
+    }
+
+
+def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Our means beside the published package's errors of one seed, where both have a start.
+
+    `agrees`: that one run is no more than three of our standard deviations off, or 15 % of the
+    error, whichever is more; errors of guessing agree with each other.
+    """
+    both = published.merge(table, on=["rule", "height", "lr"], suffixes=("_published", ""))
+    off = (both.test_error - both.test_error_published).abs()
+    guessing = both[["test_error", "test_error_published"]].min(axis=1) >= GUESSING
+    allowed = (3 * both.sd).clip(lower=0.15 * both.test_error_published)
+    both["agrees"] = (off <= allowed) | guessing
+    return both
+
+
+def check(folder: Path) -> bool:
+    """Print the numbers behind the paper's claim, and whether it holds.
+
+    Raises:
+        ValueError: there are no runs.
+    """
+    sources = sorted(folder.glob("figure3_*_runs.csv"))
+    if not sources:
+        raise ValueError(f"there is no figure3_*_runs.csv in {folder}; make reproduce-figure3")
+    holds = True
+    for source in sources:
+        runs = pd.read_csv(source)
+        table = points(runs)
+        robust = robustness(table)
+        print(f"{source.name}: {setting(runs)}")
+        for rule, own in robust.groupby("rule", sort=False):
+            print(f"  decades of robustness of towers of {rule}, by height")
+            print("    height               ", *(f"{height:5d}" for height in own.height))
+            print("    all starts           ", *(f"{decades:5.1f}" for decades in own.decades))
+            print("    starts that are too small", *(f"{below:5.1f}" for below in own.below))
+            print("    runs that diverged   ", *(f"{diverged:5d}" for diverged in own.diverged))
+        for rule, verdict in claim(robust).items():
+            answer = "do not shrink" if verdict else "SHRINK"
+            print(f"  {rule}: for starts that are too small they {answer} with height")
+            holds &= verdict
+        if is_of_reference(runs):
+            both = beside_published(table, pd.read_csv(REFERENCE))
+            print("  test error (%) beside the published package, one seed")
+            for (rule, height), own in both.groupby(["rule", "height"], sort=False):
+                print(f"    towers of {rule} of height {height}")
+                print("      from     ", *(f"{lr:6.0e}" for lr in own.lr))
+                print("      published", *(f"{error:6.1f}" for error in own.test_error_published))
+                print("      ours     ", *(f"{error:6.1f}" for error in own.test_error))
+                print("      sd       ", *(f"{sd:6.1f}" for sd in own.sd))
+            print(f"  {both.agrees.sum()} of {len(both)} agree")
+            holds &= bool(both.agrees.all())
+    return holds
+
+
+def is_of_reference(runs: pd.DataFrame) -> bool:
+    """Whether runs are in the setting of the published package's."""
+    return bool((runs.data == "mnist").all() and (runs.epochs == 2).all())
+
+
+# What is said and drawn.
+
+
+def setting(runs: pd.DataFrame) -> str:
+    """The runs' setting in words, for captions."""
+    length, seeds = (
+        f"{count} {what}{'s' if count > 1 else ''}"
+        for count, what in ((runs.epochs.max(), "epoch"), (runs.seed.nunique(), "seed"))
+    )
+    data, devices = LABELS[runs.data.iloc[0]], " and ".join(runs.device.unique())
+    return f"MLP on {data}, batch 256, {length}, {seeds}, {devices}"
+
+
+def markdown(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame, name: str) -> str:
+    """The figure with its caption, the decades of robustness, and every point, as Markdown."""
+    lines = [
+        f"# Figure 3: {setting(runs)}",
+        "",
+        f"![{caption(runs)}]({name}.png)",
+        "",
+        caption(runs),
+        "",
+        "## Decades of robustness",
+        "",
+        f"How many powers of ten of starts end within {NEAR} times the best error of the plain "
+        "rule; *too small*: of those alone that are less than the plain rule's best start.",
+        "",
+        "| Towers of | Height | Decades | Too small | Best error | from | Diverged | Runs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in robust.itertuples():
+        lines.append(
+            f"| {line.rule} | {line.height} | {line.decades:.1f} | {line.below:.1f} | "
+            f"{line.best_error:.2f} | {line.best_lr:g} | {line.diverged} | {line.runs} |"
+        )
+    for rule, verdict in claim(robust).items():
+        answer = "never shrink" if verdict else "shrink somewhere"
+        lines += ["", f"{rule}: for starts that are too small they {answer} with height."]
+    for rule, own in table.groupby("rule", sort=False):
+        heights = list(own.height.unique())
+        lines += [
+            "",
+            f"## Towers of {rule}: test error in percent",
+            "",
+            f"| Start | {' | '.join(f'height {height}' for height in heights)} |",
+            f"| ---: |{' ---: |' * len(heights)}",
+        ]
+        for lr, row in own.groupby("lr"):
+            cells = [
+                f"{one.test_error:.2f}"
+                + ("" if math.isnan(one.sd) else f" ± {one.sd:.2f}")
+                + (f" ({one.diverged} of {one.n} diverged)" if one.diverged else "")
+                for one in row.sort_values("height").itertuples()
+            ]
+            lines.append(f"| {lr:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def caption(runs: pd.DataFrame) -> str:
+    diverged = int(runs.diverged.sum())
+    return (
+        "(a) Test error after the last epoch against the step size at which all levels of a tower "
+        "start, mean and standard deviation over seeds. A cross above marks a start from which "
+        f"some run diverged; {diverged} of {len(runs)} did, and count with the error of their "
+        "last weights. Below, decades of robustness: how many powers of ten of starts end within "
+        f"{NEAR} times the best error of the plain rule (dotted line); hatched are those from its "
+        "best start up. (b) Time of a training step of the MLP against height, from benchmark.csv. "
+        f"{setting(runs)}."
+    )
+
+
+def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt.Figure:
+    """Error against the start for each rule, decades below it, and time against height."""
+    rules = list(table.rule.unique())
+    figure = plt.figure(figsize=(style.WIDTH, 3.9))
+    left, right = figure.subfigures(1, 2, width_ratios=[2.3, 1])
+    axes = left.subplots(2, len(rules), sharey="row", height_ratios=[2.4, 1], squeeze=False)
+    for (above, below), rule in zip(axes.T, rules, strict=True):
+        draw_errors(above, table[table.rule == rule], rule)
+        draw_decades(below, robust[robust.rule == rule])
+    axes[0, 0].set_ylabel("test error (%)")
+    axes[1, 0].set_ylabel("decades of\nrobustness")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    left.legend(handles, labels, loc="outside lower center", ncols=len(labels), title="height")
+    axis = right.subplots()
+    plot_heights(axis, pd.read_csv(TIMES), "mlp")
+    axis.set(title="(b) a training step", ylabel="ms")
+    right.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
+    figure.suptitle(f"{setting(runs)}; mean ± standard deviation", fontsize=8)
+    return figure
+
+
+def draw_errors(axis: plt.Axes, table: pd.DataFrame, rule: str) -> None:
+    """A curve for each height; starts from which some run diverged are marked above."""
+    looks = style.sequence(table.height.nunique())
+    for (height, own), look in zip(table.groupby("height"), looks, strict=True):
+        rows = own.sort_values("lr")
+        sd = rows.sd.fillna(0.0)
+        axis.plot(rows.lr, rows.test_error, label=f"{height}", linewidth=1.1, **look)
+        low = (rows.test_error - sd).clip(lower=rows.lowest)
+        high = (rows.test_error + sd).clip(upper=100.0)
+        axis.fill_between(rows.lr, low, high, color=look["color"], alpha=0.18, linewidth=0)
+        bad = rows.lr[rows.diverged > 0]
+        place = 115 * 1.13**height  # above all errors, a line for each height
+        axis.plot(bad, [place] * len(bad), "x", color=look["color"], markersize=3.5)
+    best = table[table.height == 0].test_error.min()
+    axis.axhline(NEAR * best, color=style.BLACK, linewidth=0.7, linestyle=":")
+    axis.set(xscale="log", yscale="log", ylim=(2.5, 240), xlabel="initial step size of all levels")
+    axis.yaxis.set_major_locator(FixedLocator([3, 5, 10, 20, 50, 100]))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xticks([1e-8, 1e-6, 1e-4, 1e-2, 1e0, 1e2])
+    axis.set_title(f"(a) towers of {rule}")
+
+
+def draw_decades(axis: plt.Axes, robust: pd.DataFrame) -> None:
+    """A bar for each height, its part above the best plain start hatched."""
+    looks = style.sequence(len(robust))
+    for line, look in zip(robust.itertuples(), looks, strict=True):
+        colour = look["color"]
+        axis.bar(line.height, line.below, color=colour, edgecolor=style.BLACK, linewidth=0.5)
+        axis.bar(
+            line.height,
+            line.decades - line.below,
+            bottom=line.below,
+            color="white",
+            edgecolor=colour,
+            hatch="//////",
+            linewidth=0.5,
+        )
+        axis.annotate(
+            f"{line.decades:.1f}",
+            (line.height, line.decades),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
+    axis.set(xlabel="height", xticks=robust.height)
+    axis.grid(axis="x", visible=False)
+    axis.margins(y=0.2)
+
+
+def draw_figure3(source: Path) -> list[Path]:
+    """Draw Figure 3 from the CSV of its runs; returns what was written beside it."""
+    runs, name = pd.read_csv(source), source.name.removesuffix("_runs.csv")
+    table = points(runs)
+    robust = robustness(table)
+    written = {
+        f"{name}.csv": table.to_csv(index=False, lineterminator="\n", float_format="%.6g"),
+        f"{name}.md": markdown(runs, table, robust, name),
+    }
+    for file, text in written.items():
+        write_text(source.with_name(file), text)
+    paths = [source.with_name(file) for file in written]
+    return paths + style.save(figure(runs, table, robust), source.with_name(name))
+
+
+def main(arguments: Sequence[str]) -> int:
+    try:
+        return 0 if check(Path(arguments[0]) if arguments else ROOT / "results") else 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
