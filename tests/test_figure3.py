@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -112,7 +112,7 @@ def test_the_whole_command_trains_once_and_counts_what_diverged(tmp_path: Path) 
     assert {path.suffix for path in results.iterdir()} == {".csv", ".json", ".md", ".pdf", ".png"}
 
 
-def fake_runs(errors: dict[tuple[str, int], Sequence[float]], starts: Sequence[float]) -> str:
+def fake_runs(errors: Mapping[tuple[str, int], Sequence[float]], starts: Sequence[float]) -> str:
     """A CSV of two seeds, whose errors are 1 point above and below those given."""
     rows = [
         {
@@ -135,7 +135,7 @@ ERRORS = {
 }
 
 
-def table(tmp_path: Path, errors: dict[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
+def table(tmp_path: Path, errors: Mapping[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
     (tmp_path / "figure3_quick_runs.csv").write_text(fake_runs(errors, STARTS_BY_HALVES))
     return drawn.points(pd.read_csv(tmp_path / "figure3_quick_runs.csv"))
 
