@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -220,7 +221,8 @@ def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt
     """Error against the start for each rule, decades below it, and time against height."""
     rules = list(table.rule.unique())
     figure = plt.figure(figsize=(style.WIDTH, 3.9))
-    left, right = figure.subfigures(1, 2, width_ratios=[2.3, 1])
+    parts: Any = figure.subfigures(1, 2, width_ratios=[2.3, 1])
+    left, right = parts
     axes = left.subplots(2, len(rules), sharey="row", height_ratios=[2.4, 1], squeeze=False)
     for (above, below), rule in zip(axes.T, rules, strict=True):
         draw_errors(above, table[table.rule == rule], rule)
