@@ -62,7 +62,7 @@ reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw
 	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
 
 reproduce-figure3: setup ## train towers from 21 initial step sizes and draw Figure 3 (PRESET=cpu, paper or quick)
-	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS)
+	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
 	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)

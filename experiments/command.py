@@ -62,6 +62,14 @@ def choose(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def seed_list(text: str) -> list[int]:
+    """The seeds in a text as "0,1,2"."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds={text!r} is no list of numbers as in 0,1,2") from None
+
+
 def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
     """The summaries of all runs, done where they are not; None if some failed, which are listed."""
     outcomes = run_all(configs, configs[0].workers)

@@ -2,7 +2,7 @@
 
     python -m experiments.figure3
     python -m experiments.figure3 preset=paper workers=4 data.root=data store=runs
-    python -m experiments.figure3 preset=quick
+    python -m experiments.figure3 preset=quick seeds=0
 
 All levels of a tower start at the same step size. What comes out is `figure3_PRESET_runs.csv`, a
 line for each run, from which `scripts.tables` draws. Runs that are finished are not done again.
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .command import choose, do_and_record, draw, split
+from .command import choose, do_and_record, draw, seed_list, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 
@@ -46,13 +46,11 @@ class Preset:
     Attributes:
         epochs: of each run.
         starts: the initial step sizes.
-        seeds: those of each tower and start.
         overrides: of the runs' config.
     """
 
     epochs: int
     starts: tuple[float, ...] = STARTS
-    seeds: tuple[int, ...] = (0, 1, 2)
     overrides: tuple[str, ...] = ()
 
 
@@ -69,6 +67,7 @@ class Options:
     """What the command line sets beside the keys of the runs' config."""
 
     preset: str = "cpu"
+    seeds: str = "0,1,2"
     results: str = "results"
 
 
@@ -92,7 +91,9 @@ COLUMNS = (
 )
 
 
-def figure_runs(preset: Preset, overrides: Sequence[str]) -> list[tuple[Tower, Config]]:
+def figure_runs(
+    preset: Preset, seeds: Sequence[int] = (0, 1, 2), overrides: Sequence[str] = ()
+) -> list[tuple[Tower, Config]]:
     """The runs of the figure, each with its tower."""
     base = compose(
         ["experiment=figure3", f"trainer.epochs={preset.epochs}", *preset.overrides, *overrides]
@@ -101,7 +102,7 @@ def figure_runs(preset: Preset, overrides: Sequence[str]) -> list[tuple[Tower, C
     return [
         (tower, replace(base, stack=StackConfig(tower.stack), seed=seed, row=label(tower)))
         for tower in towers
-        for seed in preset.seeds
+        for seed in seeds
     ]
 
 
@@ -123,19 +124,19 @@ def run_lines(towers: Sequence[Tower], summaries: Sequence[dict[str, Any]]) -> l
     return lines
 
 
-def _arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
-    """The command's options, and the overrides of its runs."""
+def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]:
+    """The command's options, the seeds among them, and the overrides of its runs."""
     options, overrides = split(arguments, Options, SETTABLE)
     choose("preset", options.preset, list(PRESETS))
-    return options, overrides
+    return options, seed_list(options.seeds), overrides
 
 
 def main() -> int:
     if set(sys.argv[1:]) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    options, overrides = _arguments(sys.argv[1:])
-    runs = figure_runs(PRESETS[options.preset], overrides)
+    options, seeds, overrides = _arguments(sys.argv[1:])
+    runs = figure_runs(PRESETS[options.preset], seeds, overrides)
     towers, configs = [tower for tower, _ in runs], resolve_all([config for _, config in runs])
     # Only the full MNIST may replace the results that are committed.
     found = configs[0].data.name

@@ -23,7 +23,7 @@ from scripts.tables import main as draw_all
 def test_the_runs_are_those_of_the_issue() -> None:
     """Heights 0 to 5, 21 starts, 3 seeds of each rule; all levels start at the same step size."""
     assert (STARTS[0], STARTS[1], STARTS[-1], len(STARTS)) == (1e-8, 3.162e-8, 1e2, 21)
-    runs = figure_runs(PRESETS["cpu"], [])
+    runs = figure_runs(PRESETS["cpu"])
     assert len(runs) == 756
     for tower, config in runs:
         stack = parse(config.stack.notation or "")
@@ -34,20 +34,22 @@ def test_the_runs_are_those_of_the_issue() -> None:
         assert all(constants.items() <= rule.settings.items() for rule in stack.levels)
         assert (config.trainer.epochs, config.trainer.batch_size) == (5, 256)
         assert (config.model.name, config.data.name, config.device) == ("mlp", "mnist", "cpu")
-    assert {config.trainer.epochs for _, config in figure_runs(PRESETS["paper"], [])} == {30}
-    assert len(figure_runs(PRESETS["paper"], [])) == 756
+    assert {config.trainer.epochs for _, config in figure_runs(PRESETS["paper"])} == {30}
+    assert len(figure_runs(PRESETS["paper"])) == 756
 
 
 def test_the_committed_runs_are_those_of_the_presets() -> None:
     for name, preset in PRESETS.items():
         path = command.ROOT / "results" / f"figure3_{name}_runs.csv"
         if path.exists():
-            configs = [resolve(config, "mnist") for _, config in figure_runs(preset, [])]
-            assert list(pd.read_csv(path).hash) == list(map(run_hash, configs))
+            committed = pd.read_csv(path)
+            runs = figure_runs(preset, sorted(committed.seed.unique().tolist()))
+            configs = [resolve(config, "mnist") for _, config in runs]
+            assert list(committed.hash) == list(map(run_hash, configs))
 
 
 def test_starts_and_seeds_share_compiled_steps() -> None:
-    runs = [resolve(config, "mnist") for _, config in figure_runs(PRESETS["cpu"], [])]
+    runs = [resolve(config, "mnist") for _, config in figure_runs(PRESETS["cpu"])]
     assert len({structure(config) for config in runs}) == 12
 
 
@@ -55,6 +57,7 @@ def test_starts_and_seeds_share_compiled_steps() -> None:
     ("argument", "message"),
     [
         ("preset=short", "preset='short' is not one of paper, cpu, quick"),
+        ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
         ("worker=2", "did you mean workers"),
         ("trainer.epochs=1", "is not an option of this command"),
     ],
@@ -76,7 +79,7 @@ def execute(folder: Path) -> int:
         return [Outcome(config, train(config)) for config in configs]
 
     with pytest.MonkeyPatch.context() as patch:
-        small = Preset(1, (1e-2, 1e38), (0,), ("device=cpu", "trainer.compile_model=false"))
+        small = Preset(1, (1e-2, 1e38), ("device=cpu", "trainer.compile_model=false"))
         patch.setitem(PRESETS, "quick", small)
         patch.setattr(figure3, "HEIGHTS", (0, 1))
         patch.setattr(command, "run_all", run_all)
@@ -84,7 +87,7 @@ def execute(folder: Path) -> int:
         # No data but the 5,000 digits.
         places = [f"data.root={folder}", f"store={folder}/runs", f"results={folder}/results"]
         more = ["data.download=false", "trainer.compile=false"]
-        patch.setattr(sys, "argv", ["figure3", "preset=quick", *places, *more])
+        patch.setattr(sys, "argv", ["figure3", "preset=quick", "seeds=0", *places, *more])
         assert figure3.main() == 0
     return made
 
