@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from .config import Config
 from .data import LABELS
 from .pool import run_all
-from .run import describe
+from .run import report_failures
 from .store import csv_text, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,11 +73,7 @@ def seed_list(text: str) -> list[int]:
 def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
     """The summaries of all runs, done where they are not; None if some failed, which are listed."""
     outcomes = run_all(configs, configs[0].workers)
-    failed = [outcome for outcome in outcomes if outcome.summary is None]
-    if failed:
-        for outcome in failed:
-            print(f"\n{describe(outcome)}\n{outcome.error}", file=sys.stderr)
-        print(f"\n{len(failed)} of {len(outcomes)} runs failed.", file=sys.stderr)
+    if report_failures(outcomes):
         return None
     return [outcome.summary for outcome in outcomes if outcome.summary is not None]
 

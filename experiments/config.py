@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -103,12 +104,19 @@ def compose(overrides: Sequence[str]) -> Config:
     """
     GlobalHydra.instance().clear()
     overrides = protect_notation(overrides)
-    check_keys(overrides)
+    check_overrides(overrides)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return to_config(hydra_compose("config", overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        raise ValueError(one_line(error)) from None
+
+
+def one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf has against a command line, with the reason that it had."""
+    reasons = [error, *([error.__cause__] if error.__cause__ else [])]
+    text = ": ".join(str(reason).splitlines()[0] for reason in reasons)
+    return f"{text}; give hydra/sweeper=optuna" if "INTERVAL_SWEEP" in text else text
 
 
 def to_config(composed: Any) -> Config:
@@ -256,18 +264,30 @@ def protect_notation(arguments: Sequence[str]) -> list[str]:
     return protected
 
 
-def check_keys(arguments: Sequence[str]) -> None:
-    """Raise a ValueError that names the near keys for one that the config does not have."""
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Raise a ValueError that names what is near, for a key or a file of a group that is not there.
+
+    What Hydra knows of itself, and values in more than words and commas, are left for it to judge.
+    """
+    groups = {folder.name: folder for folder in CONFIGS.iterdir() if folder.is_dir()}
     known = [*_keys(Config), "experiment"]
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
         key = key.lstrip("+~").partition("@")[0]
         if argument.startswith("-") or not (equals or argument.startswith("~")):
             continue
         if key not in known and not key.startswith("hydra"):
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
-            raise ValueError(f"there is no config key {key!r}; {hint}")
+            raise ValueError(f"there is no config key {key!r}; {_meant(key, known)}")
+        if key in groups and re.fullmatch(r"[\w.,-]+", value):
+            files = sorted(path.stem for path in groups[key].glob("*.yaml"))
+            for name in value.split(","):
+                if name not in (*files, "null"):
+                    raise ValueError(f"there is no {key} {name!r}; {_meant(name, files)}")
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -45,7 +46,8 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
 
     Args:
         configs: resolved ones.
-        workers: runs side by side; None is one for each core that this process may use.
+        workers: runs side by side; None is one for each core that this process may use, or for each
+            GPU where the runs are on several.
 
     Returns:
         One outcome for each config, in their order.
@@ -58,7 +60,8 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
             waiting.append(outcome)
     if waiting:
         show = all(outcome.config.progress for outcome in outcomes)
-        _Pool(waiting, workers or _cores(), _display(len(outcomes), len(waiting), show)).run()
+        size = workers or _side_by_side(waiting[0].config.device)
+        _Pool(waiting, size, _display(len(outcomes), len(waiting), show)).run()
     return outcomes
 
 
@@ -72,7 +75,22 @@ def run_one(config: Config) -> Outcome:
     return outcome
 
 
-def _cores() -> int:
+def explain(error: Exception) -> str:
+    """One line for what the command's user can mend; a traceback for a mistake in the program."""
+    if isinstance(error, (ValueError, OSError)):
+        return str(error)
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+def use_gpu(number: int) -> None:
+    """Give the `number`-th of the runs side by side a GPU of its own, where there are several."""
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def _side_by_side(device: str) -> int:
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device_count()
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -87,11 +105,11 @@ def structure(config: Config) -> tuple:
 class _Worker:
     """A process that does one run after another, and this side's view of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, slot: int) -> None:
         # A fresh interpreter: forking one in which torch's threads run is not safe.
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=_work, args=(other,), daemon=True)
+        self.process = context.Process(target=_work, args=(other, slot), daemon=True)
         self.process.start()
         other.close()
         self.structures: set[tuple] = set()
@@ -121,7 +139,7 @@ class _Pool:
     def run(self) -> None:
         with self.display:
             try:
-                self.workers = [_Worker() for _ in range(self.size)]
+                self.workers = [_Worker(slot) for slot in range(self.size)]
                 for slot in range(self.size):
                     self._next_job(slot)
                 while any(worker.job for worker in self.workers):
@@ -157,10 +175,12 @@ class _Pool:
                 message = worker.pipe.recv()
             except (EOFError, ConnectionError):  # the process died
                 worker.process.join()
+                config = worker.job.config
+                summary = RunStore(config.store).summary(run_hash(config))  # it may have been done
                 message = f"its process died with exit code {worker.process.exitcode}"
-                self._ended(slot, error=message)
+                self._ended(slot, summary, message if summary is None else None)
                 worker.end()
-                self.workers[slot] = _Worker()
+                self.workers[slot] = _Worker(slot)
                 self._next_job(slot)
                 continue
             if isinstance(message, Progress):
@@ -180,10 +200,11 @@ class _Pool:
         self.display.ended(slot, job)
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, slot: int) -> None:
     """What a worker process does: receive configs; send Progress, then a summary or an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_gpu(slot)
     last = 0.0
 
     def report(progress: Progress) -> None:
@@ -201,8 +222,7 @@ def _work(pipe: Connection) -> None:
         try:
             pipe.send(train(config, report))
         except Exception as error:
-            lines = traceback.format_exception(error)
-            pipe.send("".join(lines).rstrip())
+            pipe.send(explain(error))
 
 
 def _end_with_parent() -> None:

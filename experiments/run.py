@@ -3,21 +3,26 @@
     python -m experiments.run experiment=table1 'stack=SGD(0.01) / SGD(0.01)'
     python -m experiments.run -m stack.rule=SGD stack.height=0,1,2,3 stack.lr=1e-4,1e-3 seed=0,1,2
 
-Hydra only composes the configs; the runs go to the store, several of them through the pool.
+Hydra composes the configs and, by its launchers, says where a sweep's runs are done; what they find
+goes to the store.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
 
 import hydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.panel import Panel
 
 from . import data
-from .config import CONFIGS, Config, check_keys, protect_notation, resolve, to_config
-from .pool import Outcome, run_all, run_one
+from .config import CONFIGS, Config, check_overrides, one_line, protect_notation, resolve
+from .pool import Outcome, run_one
 
 
 def resolve_all(configs: list[Config]) -> list[Config]:
@@ -52,18 +57,10 @@ def banner(config: Config, found: str) -> None:
     console.print(Panel(text, title=data.LABELS[found], border_style="bold red", expand=False))
 
 
-def execute(configs: list[Config]) -> list[Outcome]:
-    """Do runs whose configs were composed together: one here, several through the pool."""
-    resolved = resolve_all(configs)
-    if len(resolved) == 1:
-        return [run_one(resolved[0])]
-    return run_all(resolved, resolved[0].workers)
-
-
 def describe(outcome: Outcome) -> str:
     """One line for a finished run."""
     summary = outcome.summary
-    label = f"{outcome.config.stack.notation}, seed {outcome.config.seed}"
+    label = f"{outcome.config.stack.notation or outcome.config.stack}, seed {outcome.config.seed}"
     if summary is None:
         return f"{label}: failed: {(outcome.error or '').splitlines()[-1]}"
     values = " / ".join(
@@ -80,10 +77,29 @@ def describe(outcome: Outcome) -> str:
     )
 
 
-def guarded(main: Any) -> int:
-    """Call `main`; a ValueError becomes one line and exit status 2, Ctrl-C a hint and 130."""
+def report_failures(outcomes: Sequence[Outcome]) -> bool:
+    """List the runs that failed, each error once; whether there are any."""
+    failed: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        if outcome.summary is None:
+            failed.setdefault(outcome.error or "", []).append(outcome)
+    for error, those in failed.items():
+        print("", *map(describe, those), sep="\n", file=sys.stderr)
+        if "\n" in error:
+            print(error, file=sys.stderr)
+    if failed and len(outcomes) > 1:
+        count = sum(map(len, failed.values()))
+        print(f"\n{count} of {len(outcomes)} runs failed.", file=sys.stderr)
+    return bool(failed)
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Call `main`; what was asked wrongly becomes one line and status 2, Ctrl-C a hint and 130."""
     try:
         return main()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -97,26 +113,31 @@ def guarded(main: Any) -> int:
 
 
 def main() -> int:
+    from . import sweep  # which needs this module
+
+    sweep.single.clear()
+    sweep.folders.clear()
+    sweeps = bool({"-m", "--multirun"} & set(sys.argv))
     arguments = protect_notation(sys.argv[1:])
-    check_keys(arguments)
+    check_overrides(arguments)
+    if sweeps and not any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
+        arguments.append(f"hydra.sweep.dir=${{store}}/.sweep/{time.time_ns():x}-{os.getpid()}")
     sys.argv[1:] = arguments
-    requested: list[Config] = []
-
-    # Hydra calls this once, or with -m once for each config of the sweep.
-    @hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")
-    def collect(composed: Any) -> None:
-        requested.append(to_config(composed))
-
-    collect()
-    if not requested:  # --help, --cfg and the like
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come as they are, and not to standard error
+    try:
+        hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(sweep.job)()
+    except Exception as error:
+        # A sweep ends with the error of the first of its runs that failed, when all have ended.
+        if not sweep.folders:
+            raise
+        return 0 if sweep.conclude(sweep.folders[-1], error) else 1
+    if sweep.folders:
+        return 0 if sweep.conclude(sweep.folders[-1]) else 1
+    if not sweep.single:  # --help, --cfg and the like
         return 0
-    outcomes = execute(requested)
-    for outcome in outcomes:
-        print(describe(outcome))
-    failed = [outcome for outcome in outcomes if outcome.summary is None]
-    for outcome in failed:
-        print(f"\n{describe(outcome)}\n{outcome.error}", file=sys.stderr)
-    return 1 if failed else 0
+    (config,) = resolve_all(sweep.single)
+    print(describe(run_one(config)))
+    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ whole whenever it is there.
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import io
 import json
@@ -21,7 +22,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,14 +30,30 @@ import torch
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a file that then takes the place of `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call `write` on a file that then takes the place of `path`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; of a full disk, that it is full and what to do.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise _named(error, path) from None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with a sentence that says what to do, where the disk is full."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return error
+    return OSError(f"the disk is full, {path} is not written; make room and give the command again")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -69,7 +86,7 @@ class RunDirectory:
         """The summary of a finished run, or None for any other."""
         try:
             summary = json.loads((self.path / "summary.json").read_text())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
         whole = isinstance(summary, dict) and summary.get("hash") == self.hash
         return summary if whole else None
@@ -93,7 +110,9 @@ class RunDirectory:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         state = {"hash": self.hash, **state}
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
+        content = io.BytesIO()  # torch.save calls a full disk an internal error of its own
+        torch.save(state, content)
+        write_atomically(self.path / "checkpoint.pt", lambda file: file.write(content.getbuffer()))
 
     def save_config(self, identity: dict[str, Any]) -> None:
         write_json(self.path / "config.json", {"hash": self.hash, **identity})
@@ -104,8 +123,12 @@ class RunDirectory:
 
     def append_curves(self, name: str, rows: Sequence[Sequence[Any]]) -> None:
         """Add to `name`.csv what has come since; a run that resumes writes it whole again."""
-        with open(self.path / f"{name}.csv", "a") as file:
-            file.write(csv_text(rows))
+        path = self.path / f"{name}.csv"
+        try:
+            with open(path, "a") as file:
+                file.write(csv_text(rows))
+        except OSError as error:
+            raise _named(error, path) from None
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the checkpoint."""

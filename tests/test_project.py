@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hyperopt": set(),
     "models": set(),
     "experiments": {"models", "hyperopt"},
+    "hydra_plugins": {"experiments"},
     "scripts": {"experiments", "models", "hyperopt"},
 }
 

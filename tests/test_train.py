@@ -204,7 +204,8 @@ def test_the_compiled_gradient_updates_buffers_once() -> None:
         (["+trainer.epocs=3"], "no config key 'trainer.epocs'; did you mean trainer.epochs"),
         (["sede=3"], "no config key 'sede'; did you mean seed"),
         (["stack.hight=3"], "no config key 'stack.hight'; did you mean stack.height"),
-        (["model=mpl"], "model/mpl"),
+        (["model=mpl"], "there is no model 'mpl'; did you mean mlp?"),
+        (["logger=wandbb"], "there is no logger 'wandbb'; did you mean wandb?"),
         (["trainer.epochs=many"], "many"),
         (["stack=SGD(0.01) / SDG(0.01)"], "SDG"),
         (["stack=SGD(0.01)", "stack.rule=SGD"], "both given; give the notation, or"),
@@ -215,7 +216,7 @@ def test_the_compiled_gradient_updates_buffers_once() -> None:
         (["trainer.epochs=0"], "trainer.epochs=0 must be 1 or more"),
         (["trainer.steps=0"], "trainer.steps=0 must be 1 or more"),
         (["data.augment=true"], "data.augment=true is for images in colour, not for mnist-5k"),
-        (["schedule=hee"], "schedule/hee"),
+        (["schedule=hee"], "there is no schedule 'hee'; did you mean he?"),
         (["seed=-1"], "seed=-1 must be 0 or more"),
         (["model.name=mpl"], "model.name='mpl' is not one of mlp"),
     ],
@@ -263,7 +264,10 @@ def test_the_readmes_sweep(tmp_path: Path) -> None:
         *("seed=0,1,2", *EAGER, "trainer.epochs=1", f"store={tmp_path}", "workers=2"),
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 36
+    *lines, last = done.stdout.splitlines()
+    assert len(lines) == 36
+    tidy = Path(last.removeprefix("The tidy CSV of 36 runs is "))
+    assert tidy.parent == tmp_path / "sweeps" and len(tidy.read_text().splitlines()) == 37
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("*/summary.json")]
     found = {(summary["stack"], summary["seed"]) for summary in summaries}
     stacks = {" / ".join([f"SGD({lr})"] * n) for n in (1, 2, 3, 4) for lr in (0.0001, 0.001, 0.01)}
@@ -281,7 +285,7 @@ def test_a_sweep_over_stacks(tmp_path: Path) -> None:
         *(*EAGER, "trainer.epochs=1"),
     )
     assert done.returncode == 0, done.stderr
-    assert [line.split(", seed")[0] for line in done.stdout.splitlines()] == [
+    assert [line.split(", seed")[0] for line in done.stdout.splitlines()[:-1]] == [
         "Adam(0.001)[lr, beta1] / SGD({lr: 1e-5, beta1: 1e-6})",
         "SGD(0.1, momentum=0.9)",
     ]

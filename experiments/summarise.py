@@ -1,0 +1,186 @@
+"""Means over finished runs, by any columns of their tidy CSV.
+
+    python -m experiments.summarise
+    python -m experiments.summarise stack.rule=SGD stack.height=0,1,2 by=stack.height,0.lr
+    python -m experiments.summarise data=mnist show=test_error,learned.0.lr csv=tidy.csv store=runs
+
+prints, of the runs in the store that have one of the given values in each of the given columns, the
+mean ± standard deviation of what `show` names (test_error,train_loss by default; percent and nats)
+over all that `by` does not name (by default it names every setting in which the runs differ, but
+the seed). `csv` names a file for the selected runs themselves, a line each.
+
+The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
+trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
+the results: test_error, train_loss, diverged, epochs, steps, and learned.0.lr and the like, the
+values at the end.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hyperopt import parse
+from hyperopt.rule import near
+
+from .run import guarded
+from .store import RunStore, csv_text, write_text
+
+RESULTS = ("test_error", "train_loss", "diverged", "epochs", "steps")
+# Of a summary, what is neither a setting nor a result.
+LEFT_OUT = ("hash", "hyperparameters", "tuned", "data_source", "data_sha256", "provenance")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets beside the values of columns."""
+
+    store: str = "runs"
+    by: str = ""
+    show: str = "test_error,train_loss"
+    csv: str = ""
+
+
+def tidy(summary: dict[str, Any]) -> dict[str, Any]:
+    """One line of the tidy CSV: a finished run's hash, settings and results, by their columns."""
+    settings = {k: v for k, v in summary.items() if k not in (*LEFT_OUT, *RESULTS)}
+    levels = parse(summary["stack"]).levels
+    line = {"hash": summary["hash"], **dict(_flat(settings))}
+    line |= {"stack.rule": levels[0].name, "stack.height": len(levels) - 1}
+    line |= dict(_flat({str(k): level.values for k, level in enumerate(levels)}))
+    line |= {name: summary[name] for name in RESULTS}
+    for k, (level, values) in enumerate(zip(levels, summary["hyperparameters"], strict=True)):
+        constant = level.hypers.keys() - level.tuned.keys() if k < len(levels) - 1 else values
+        line |= {f"learned.{k}.{n}": v for n, v in values.items() if n not in constant}
+    return line
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def tidy_csv(summaries: Iterable[dict[str, Any]]) -> str:
+    """The tidy CSV: settings first, results last, empty where a run does not have the column.
+
+    It holds no times and no paths, so that the same runs give the same bytes wherever they were
+    done.
+    """
+    lines = [tidy(summary) for summary in summaries]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    results = [name for name in names if name in RESULTS or name.startswith("learned.")]
+    columns = [name for name in names if name not in results] + results
+    return csv_text([columns, *([line.get(name) for name in columns] for line in lines)])
+
+
+def read_summaries(store: Path) -> list[dict[str, Any]]:
+    """Those of all finished runs of a store, by their stack, seed and hash."""
+    paths = store.glob("*/summary.json")
+    found = [RunStore(store).summary(path.parent.name) for path in paths]
+    return sorted(
+        (summary for summary in found if summary is not None),
+        key=lambda summary: (summary["stack"], summary["seed"], summary["hash"]),
+    )
+
+
+def select(table: pd.DataFrame, wanted: dict[str, list[str]]) -> pd.DataFrame:
+    """The lines that have, in each of the columns, one of the values; 1e-2 is 0.01."""
+    for column, values in wanted.items():
+        table = table[table[column].map(_canonical).isin([_canonical(value) for value in values])]
+    return table
+
+
+def _canonical(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value).lower()
+
+
+def settings_that_differ(table: pd.DataFrame) -> list[str]:
+    """The settings that tell the runs apart: the stack itself rather than what is read from it."""
+    own = [c for c in table if c not in RESULTS and not c.startswith(("learned.", "stack."))]
+    read_from_stack = [c for c in own if c.partition(".")[0].isdigit()]
+    candidates = [c for c in own if c not in ("hash", "seed", *read_from_stack)]
+    return [c for c in candidates if table[c].nunique(dropna=False) > 1]
+
+
+def means(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> pd.DataFrame:
+    """One line for each combination of `by`: how many runs, how many diverged, mean ± sd of `show`.
+
+    The standard deviation is that of a sample; a value that a diverged run lacks is left out.
+    """
+    lines = []
+    groups = table.groupby(list(by), dropna=False, sort=True) if by else [((), table)]
+    for key, runs in groups:
+        line: dict[str, Any] = dict(zip(by, key, strict=True))
+        line |= {"n": len(runs), "diverged": int(runs.diverged.sum())}
+        for name in show:
+            values = pd.to_numeric(runs[name], errors="coerce").astype(float)
+            line[name] = _with_sd(values.mean(), values.std(ddof=1))
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _with_sd(mean: float, sd: float) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.4g}" if pd.isna(sd) else f"{mean:.4g} ± {sd:.2g}"
+
+
+def _arguments(arguments: Sequence[str]) -> tuple[Options, dict[str, list[str]]]:
+    own: dict[str, str] = {}
+    wanted: dict[str, list[str]] = {}
+    known = [f.name for f in fields(Options)]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument!r} is not of the form column=value; see --help")
+        if key in known:
+            own[key] = value
+        elif key == "stack":  # which has commas of its own
+            wanted[key] = [str(parse(value))]
+        else:
+            wanted[key] = value.split(",")
+    return Options(**own), wanted
+
+
+def main() -> int:
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    options, wanted = _arguments(sys.argv[1:])
+    summaries = read_summaries(Path(options.store))
+    if not summaries:
+        raise ValueError(f"there is no finished run in store={options.store}")
+    text = tidy_csv(summaries)
+    table = pd.read_csv(io.StringIO(text))
+    by, show = ([name for name in s.split(",") if name] for s in (options.by, options.show))
+    for name in (*wanted, *by, *show):
+        if name not in table:
+            raise ValueError(f"the runs have no column {name!r}; {near(name, table.columns)}")
+    table = select(table, wanted)
+    if table.empty:
+        asked = " ".join(f"{key}={','.join(values)}" for key, values in wanted.items())
+        raise ValueError(f"of {len(summaries)} runs in {options.store} none has {asked}")
+    if options.csv:
+        kept = set(table.hash)
+        selected = [summary for summary in summaries if summary["hash"] in kept]
+        write_text(Path(options.csv), tidy_csv(selected))
+        print(f"{len(table)} runs are in {options.csv}")
+    found = means(table, by or settings_that_differ(table), show)
+    print(found.to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

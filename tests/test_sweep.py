@@ -1,0 +1,236 @@
+"""Sweeps from the command line: the pool and other launchers, what is told at the end, means."""
+
+import csv
+import io
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_readme import SUMMARISE
+
+from experiments import figure2, records, run, summarise, table1
+from experiments.config import compose, resolve, run_hash
+from experiments.pool import use_gpu
+from experiments.summarise import read_summaries, tidy_csv
+from experiments.train import train
+
+EAGER = ("trainer.compile=false", "trainer.compile_model=false", "trainer.epochs=1")
+FIXED = (*EAGER, "data=mnist-5k", "device=cpu", "progress=false", "workers=2")
+
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """A main function with its command line, in this process."""
+
+    def call(main: Callable[[], int], *arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which the command sets
+        return run.guarded(main)
+
+    return call
+
+
+def lines(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_a_run_that_fails_is_listed_and_the_same_command_does_it_later(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ("-m", "seed=0,1,2", "stack=SGD(0.1) / SGD(0.01)", *FIXED, f"store={tmp_path}")
+    config = compose([*FIXED, "seed=1", "stack=SGD(0.1) / SGD(0.01)"])
+    in_its_place = tmp_path / run_hash(resolve(config, "mnist-5k"))
+    in_its_place.write_text("no folder")
+
+    assert command(run.main, *sweep) == 1
+    said = capsys.readouterr()
+    assert f"seed 1: failed: [Errno 17] File exists: '{in_its_place}'" in said.err
+    assert said.err.endswith("1 of 3 runs failed.\n") and "Traceback" not in said.err
+    *_, last = said.out.splitlines()
+    some = Path(last.removeprefix("The tidy CSV of 2 runs is ")).read_text()
+
+    in_its_place.unlink()
+    assert command(run.main, *sweep) == 0
+    said = capsys.readouterr()
+    assert "Error" not in said.err and len(said.out.splitlines()) == 4
+    whole = Path(said.out.splitlines()[-1].removeprefix("The tidy CSV of 3 runs is ")).read_text()
+    assert [line["seed"] for line in lines(whole)] == ["0", "1", "2"]
+    assert set(some.splitlines()) < set(whole.splitlines())
+    assert not any((tmp_path / ".sweep").glob("*/job-*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_another_launcher_writes_the_same_csv_and_lists_what_fails(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    configs = [
+        resolve(compose([*FIXED, f"seed={seed}", f"store={tmp_path / 'here'}"]), "mnist-5k")
+        for seed in (0, 1)
+    ]
+    store = tmp_path / "store"
+    sweep = ("-m", "seed=0,1", *FIXED, f"hydra/launcher={launcher}", f"store={store}")
+    store.mkdir()
+    (store / run_hash(configs[1])).write_text("no folder")
+    assert command(run.main, *sweep) == 1
+    said = capsys.readouterr()
+    assert "seed 1: failed: [Errno 17] File exists" in said.err
+    path = Path(said.out.splitlines()[-1].removeprefix("The tidy CSV of 1 runs is "))
+    assert path.read_text() == tidy_csv([train(configs[0])])
+
+
+def test_a_search_is_given_the_training_loss(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    search = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=3")
+    space = ("stack.rule=Adam", "stack.height=0", "stack.lr=tag(log, interval(1e-4, 1e-1))")
+    assert command(run.main, "-m", *search, *space, *FIXED, f"store={tmp_path}") == 0
+    found = read_summaries(tmp_path)
+    best = min(found, key=lambda summary: summary["train_loss"])
+    said = capsys.readouterr().out
+    assert f"The smallest training loss, {best['train_loss']:.4f}, is that of" in said
+    assert best["hash"] in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stack.rule=SGD,SDG", "error: there is no rule 'SDG'; did you mean 'SGD'?"),
+        ("model=mlp,mpl", "error: there is no model 'mpl'; did you mean mlp?"),
+        ("trainer.epoch=1,2", "error: there is no config key 'trainer.epoch'; did you mean tra"),
+        ("stack.lr=interval(0.1,1)", "INTERVAL_SWEEP; give hydra/sweeper=optuna"),
+        ("stack.height=0,one", "height=one: Value 'one' of type 'str' could not"),
+    ],
+)
+def test_a_sweep_that_is_mistyped_does_nothing_but_say_so(
+    tmp_path: Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    override: str,
+    message: str,
+) -> None:
+    assert command(run.main, "-m", override, *FIXED, f"store={tmp_path}") == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.out == ""
+    assert not list(tmp_path.glob("*/config.json"))
+
+
+def test_each_of_several_gpus_has_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    for gpus in (0, 1, 3):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        for number in range(5):
+            use_gpu(number)
+    assert used == [0, 1, 2, 0, 1]
+
+
+# What is told of finished runs.
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    stacks = ("SGD(0.1)", "SGD(0.1) / SGD(0.01)", "Adam(1e42)")
+    configs = [
+        resolve(compose([*FIXED, f"stack={stack}", f"seed={seed}", f"store={folder}"]), "mnist-5k")
+        for stack in stacks
+        for seed in (0, 1)
+    ]
+    for config in configs:
+        train(config)
+    return folder
+
+
+def test_the_tidy_csv_has_a_line_for_each_run(store: Path) -> None:
+    summaries = read_summaries(store)
+    found = {line["hash"]: line for line in lines(tidy_csv(summaries))}
+    assert len(found) == 6
+    for summary in summaries:
+        line = found[summary["hash"]]
+        assert line["stack"] == summary["stack"] and line["seed"] == str(summary["seed"])
+        assert float(line["test_error"]) == summary["test_error"]
+        assert line["trainer.batch_size"] == "256" and line["device"] == "cpu"
+    (tower,) = [line for line in found.values() if "/" in line["stack"] and line["seed"] == "1"]
+    assert (tower["stack.rule"], tower["stack.height"]) == ("SGD", "1")
+    assert (tower["0.lr"], tower["1.lr"]) == ("0.1", "0.01")
+    learned = {name for name, value in tower.items() if name.startswith("learned.") and value}
+    assert learned == {"learned.0.lr"} and float(tower["learned.0.lr"]) != 0.1
+    (wild, _) = [line for line in found.values() if line["stack.rule"] == "Adam"]
+    assert wild["diverged"] == "True" and wild["train_loss"] == wild["1.lr"] == ""
+
+
+def test_means_are_over_what_is_not_named(
+    store: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(summarise.main, f"store={store}") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["stack", "n", "diverged", "test_error", "train_loss"]
+    assert len(rows) == 3
+    for row, stack in zip(rows, ("Adam(1e+42)", "SGD(0.1)", "SGD(0.1) / SGD(0.01)"), strict=True):
+        errors = [s["test_error"] for s in read_summaries(store) if s["stack"] == stack]
+        mean, sd = statistics.mean(errors), statistics.stdev(errors)
+        assert row.strip().startswith(stack + " ") and f"{mean:.4g} ± {sd:.2g}" in row
+        assert row.removeprefix(stack).split()[:2] != ["2", "2"] or "Adam" in stack
+
+
+def test_runs_are_chosen_by_the_values_of_columns(
+    store: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = tmp_path / "chosen.csv"
+    options = (f"store={store}", f"csv={chosen}", "by=seed", "show=test_error")
+    assert command(summarise.main, "stack.rule=sgd", "0.lr=1e-1,7", "stack.height=0", *options) == 0
+    assert [line["stack"] for line in lines(chosen.read_text())] == ["SGD(0.1)"] * 2
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert command(summarise.main, "stack=SGD(1e-1)/SGD(.01)", *options) == 0
+    assert [line["stack.height"] for line in lines(chosen.read_text())] == ["1", "1"]
+
+
+@pytest.mark.parametrize("line", SUMMARISE)
+def test_the_readmes_means(
+    store: Path, command: Command, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    assert command(summarise.main, *shlex.split(line)[3:], f"store={store}") == 0
+    assert len(capsys.readouterr().out.splitlines()) in (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stack.hight=1"], "no column 'stack.hight'; did you mean 'stack.height'?"),
+        (["by=0.l"], "no column '0.l'; did you mean '0.lr'?"),
+        (["seed=7"], "of 6 runs in {store} none has seed=7"),
+        (["seed"], "'seed' is not of the form column=value"),
+        (["store=nowhere"], "there is no finished run in store=nowhere"),
+    ],
+)
+def test_a_bad_question_gets_one_clear_line(
+    store: Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert command(summarise.main, f"store={store}", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message.format(store=store) in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [run, table1, figure2, records, summarise])
+def test_help_shows_commands_and_does_nothing(
+    command: Command, capsys: pytest.CaptureFixture[str], module: object
+) -> None:
+    try:
+        assert command(module.main, "--help") == 0  # type: ignore[attr-defined]
+    except SystemExit as ended:  # Hydra's way
+        assert ended.code == 0
+    said = capsys.readouterr()
+    assert said.out.count("python -m experiments.") >= 2 and said.err == ""
