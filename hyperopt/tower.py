@@ -18,8 +18,10 @@ and, for rules whose update depends on the weights themselves, one of the weight
 rule nobody tunes need none of this: their level keeps the state alone.
 
 What is not finite stops where it arises: a level whose gradient holds an infinity or NaN, or whose
-move would lead to one, stays as it is for this step, state included, and counts that. (A plain
-stack, of height 0, does what `torch.optim` does, and passes it on.)
+move would lead to one, stays as it is for this step, state included, and counts that. On level 0 it
+is the gradient alone that is looked at, and its square, which most rules keep and which overflows
+in float32 from 1.8e19 on; where the weights stay, all else does. (A plain stack, of height 0, does
+what `torch.optim` does, and passes it on.)
 """
 
 from __future__ import annotations
@@ -316,7 +318,7 @@ def replay(block: Block, raw: Tensor, fixed: Tensor, last: Move, g: Tensor) -> t
 
     Returns:
         the state after the move, or the one before where none was made; and the gradient with
-        respect to ``raw``, 0 where no move was made, followed by the largest magnitude in ``g``.
+        respect to ``raw``, 0 where no move was made, followed by the largest square in ``g``.
     """
     before, gradient, start, moved = last
     if gradient is None:
@@ -332,7 +334,7 @@ def replay(block: Block, raw: Tensor, fixed: Tensor, last: Move, g: Tensor) -> t
     part = torch.where(there, pullback(g)[0], 0.0)
     state = {name: torch.where(there, after[name], old) for name, old in start.items()}
     largest = g.abs().amax(0, keepdim=True) if len(g) else g.new_zeros(1)
-    return state, torch.cat([part, largest.to(part.dtype)])
+    return state, torch.cat([part, (largest * largest).to(part.dtype)])
 
 
 def climb(
@@ -342,7 +344,7 @@ def climb(
 
     Args:
         hypergradient: that of level 0, summed over the shards, [tuned slots].
-        largest: not finite where a gradient of the weights is not, 0-dim.
+        largest: not finite where a gradient of the weights, or its square, is not, 0-dim.
 
     Returns:
         the tower with its new raw values and the upper levels' moves, level 0's being left alone;
@@ -354,7 +356,9 @@ def climb(
     going = largest.isfinite().to(tower.steps.dtype)
 
     # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
-    hypergradients, states, skipped = [hypergradient], [], [1 - going.view(1)]
+    # A gradient that is to leave the weights where they are moves nothing else.
+    hypergradients = [torch.where(going > 0, hypergradient, math.nan)]
+    states, skipped = [], [1 - going.view(1)]
     for b, block in upper:
         last = tower.upper[b - 1]
         after, jacobians, missed = differentiate(block, tower.raw[b], tower.fixed[b], last)
@@ -405,9 +409,9 @@ def climb(
 
 def clipped(rule: Rule, g: Tensor) -> Tensor:
     """The gradient that a level's rule is given: each element within clip_value, its norm within
-    clip_norm."""
+    clip_norm. One that is not finite stays so."""
     if rule.clip_value < math.inf:
-        g = g.clamp(-rule.clip_value, rule.clip_value)
+        g = torch.where(g.isfinite(), g.clamp(-rule.clip_value, rule.clip_value), g)
     if rule.clip_norm < math.inf:
         norm = torch.linalg.vector_norm(g)
         g = torch.where(norm > rule.clip_norm, g * (rule.clip_norm / norm), g)

@@ -1,6 +1,7 @@
 """What holds for every rule, asked of each in `RULES`: a new rule is tested by being there."""
 
 import itertools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,29 @@ def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(name):
             assert not (w[3:] == start[3:]).any(), optimizer.stack
             lr = optimizer.hyperparameters()[0]["lr"]
             assert lr != pytest.approx(0.01, rel=1e-6), "the level above must have moved lr"
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1e20])
+def test_a_gradient_that_would_poison_the_state_leaves_no_trace(name, bad):
+    """One that is not finite, or whose square overflows in float32."""
+    for rule, size in itertools.product(variants(name), (0, 1e-3)):
+        runs = []
+        for gap in (False, True):
+            w = [torch.ones(n, requires_grad=True) for n in (3, 2)]
+            optimizer = HyperOptimizer(w, Stack(rule["lr"], SGD(size)), compile=False)
+            for t in range(9):
+                if gap and t == 5:
+                    w[0].grad, w[1].grad = torch.tensor([1.0, bad, 1.0]), torch.ones(2)
+                    before = optimizer.snapshot()
+                    optimizer.step()
+                    assert torch.equal(optimizer.snapshot(), before)
+                give_gradients(w, t)
+                optimizer.step()
+            assert optimizer.skipped == [gap, gap]
+            runs.append(w)
+        for p, q in zip(*runs, strict=True):
+            assert p.isfinite().all() and (size or torch.equal(p, q)), rule
 
 
 # Hyperparameters.

@@ -59,13 +59,28 @@ def test_the_state_after_a_skipped_step_is_the_one_before_it():
     assert torch.equal(run(stack, good)[0][-1], run(stack, with_gap)[0][-1])
 
 
-def test_a_hypergradient_that_overflows_leaves_the_weights_moving():
-    huge = [torch.full((5,), 1e160, dtype=torch.float64) for _ in range(4)]
-    weights, numbers, optimizer = run("SGD(1e-170) / SGD(1e-5)", huge)
+@pytest.mark.parametrize("how", ["", ", clip_value=1", ", clip_norm=1"])
+def test_a_hypergradient_that_overflows_leaves_the_weights_moving(how):
+    huge = [torch.full((5,), 1e154, dtype=torch.float64) for _ in range(4)]
+    weights, numbers, optimizer = run(f"SGD(1e-160) / SGD(1e-5{how})", huge)
     assert optimizer.skipped[0] == 0
     assert optimizer.skipped[1] > 0
     assert numbers[0] == numbers[-1]
     assert not torch.equal(weights[-1], weights[-2])
+
+
+def test_the_first_gradient_of_a_tensor_may_be_what_is_not_finite():
+    """Its own last move has no part in the hypergradient, which is finite."""
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    optimizer = HyperOptimizer(params, STACK.format(""), compile=False)
+    for t in range(4):
+        params[0].grad = torch.ones(3)
+        params[1].grad = torch.full((3,), math.nan) if t == 3 else None
+        before = optimizer.snapshot()
+        optimizer.step()
+    assert optimizer.skipped == [1, 1, 1]
+    assert torch.equal(optimizer.snapshot(), before)
+    assert torch.equal(params[1], torch.ones(3))
 
 
 def test_a_move_that_overflows_is_left_out():
@@ -79,7 +94,9 @@ def test_a_state_that_overflows_is_not_kept():
     # The hypergradient is finite, and its square, which Adam keeps, is not.
     some = [torch.full((5,), 1e90, dtype=torch.float64) for _ in range(4)]
     _, _, optimizer = run("SGD(1e-100) / Adam(1e-105)", some)
-    state = optimizer.state_dict()["levels"][1]["last"]["exp_avg_sq"]["lr"]
+    state = optimizer.state_dict()["param_groups"][0]["tower"]["levels"][1]["last"]["exp_avg_sq"][
+        "lr"
+    ]
     assert math.isfinite(float(state))
     assert optimizer.skipped[1] > 0
 
