@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,7 +88,8 @@ def restore(
     moves: list[list[Move]] = [[] for _ in layout.blocks]
     for k, (b, _) in enumerate(layout.levels):
         block = layout.blocks[b]
-        old = saved[k] if saved else {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}}
+        # Dicts without entries get lost in a torch.distributed.checkpoint.
+        old = {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}} | (saved[k] if saved else {})
         hows = [block.rule.tuned[slot.name] for slot in block.tuned]
         slots = zip(hows, block.tuned, strict=True)
         start = [how.domain.raw(float(initial(k, slot))) for how, slot in slots]
@@ -152,20 +153,20 @@ def save_shards(
     for i, shard in enumerate([*active, *parked]):
         w, g, state, moved = shard.last
         kept = dict(state)
-        if moved and g is not None:
-            kept["last_grad"] = g
+        if g is not None:
+            kept |= {"moved": moved, "last_grad": g}
             if w is not None:
                 kept["last_weight"] = w
-        views = {name: shard.shaped(value) for name, value in kept.items() if value.ndim}
-        for j, p in enumerate(shard.params):
+        for p, own in shard.by_parameter(kept).items():
             if p in number:  # and not taken out of its param group since
-                saved[number[p]] = {
-                    "shape": list(local(p).shape),
-                    "shard": i,
-                    "active": i < len(active),
-                    **{name: views[name][j] if v.ndim else v for name, v in kept.items()},
-                }
+                place = {"shape": list(p.shape), "shard": i, "active": i < len(active)}
+                saved[number[p]] = place | {name: _own(value) for name, value in own.items()}
     return dict(sorted(saved.items()))
+
+
+def _own(value: Tensor) -> Tensor:
+    """A DTensor that is a view cannot be deep-copied or saved by itself: torch loses its place."""
+    return value if local(value) is value else value.clone()
 
 
 def load_shards(
@@ -174,6 +175,7 @@ def load_shards(
     """The inverse of `save_shards`: the active shards and the parked ones.
 
     Args:
+        saved: as from `by_number`.
         params: the parameters of each group.
         lowest: the lowest level.
     """
@@ -187,31 +189,32 @@ def load_shards(
     for _, numbers in sorted(members.items()):
         entries = [saved[i] for i in numbers]
         chosen = [everyone[i][0] for i in numbers]
-        kept = {
-            name: _joined([entry[name] for entry in entries], chosen[0])
-            for name, value in entries[0].items()
-            if isinstance(value, Tensor)
-        }
         owner = Owner(everyone[numbers[0]][1], numbers[0] if lowest.by_tensor else None)
         shard = Shard.new(chosen, owner, lowest)
+
+        def recall(name: str, new: Tensor, entries: Sequence[dict[str, Any]] = entries) -> Tensor:
+            """What was saved of one kind, for something like it."""
+            if not new.ndim:
+                return entries[0][name].to(new.device, copy=True)
+            pieces = [local(entry[name]).reshape(-1) for entry in entries]
+            return torch.cat([piece.to(new.device, new.dtype) for piece in pieces])
+
         w, g, fresh, moved = shard.last
         shard.last = Move(
-            kept.get("last_weight", w),
-            kept.get("last_grad", g),
-            {
-                name: (kept[name] if value.ndim else entries[0][name]).to(value.device, copy=True)
-                for name, value in fresh.items()
-            },
-            moved + ("last_grad" in kept),
+            None if w is None else recall("last_weight", w),
+            None if g is None else recall("last_grad", g),
+            {name: recall(name, value) for name, value in fresh.items()},
+            moved if g is None else recall("moved", moved),
         )
         (active if entries[0]["active"] else parked).append(shard)
     return active, parked
 
 
-def _joined(pieces: Iterable[Tensor], like: Tensor) -> Tensor:
-    """One flat vector of a shard from what was saved of each of its parameters."""
-    dtype = precision(like)
-    return torch.cat([piece.reshape(-1).to(like.device, dtype) for piece in pieces])
+def by_number(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """What was saved of each parameter by its place among them, whatever it is called there."""
+    called = [key for group in state_dict["param_groups"] for key in group["params"]]
+    state = state_dict["state"]
+    return {i: state[key] for i, key in enumerate(called) if key in state}
 
 
 # Whether the two fit.
@@ -229,29 +232,43 @@ def check(
     Raises:
         ValueError: the stack, the number of parameters or a shape is another one.
     """
-    theirs = state_dict.get("stack")
-    if theirs is None:
+    groups = state_dict.get("param_groups") or [{}]
+    tower = groups[0].get("tower")
+    if tower is None:
         raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
+    theirs = tower["stack"]
     if _kind(parse(theirs)) != _kind(stack):
         raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
-    if state_dict["on"] != on:
+    if tower["on"] != on:
         raise ValueError(
-            f"this is the state of the stack {theirs} with {', '.join(state_dict['on'])} in "
+            f"this is the state of the stack {theirs} with {', '.join(tower['on'])} in "
             f"its param groups, not of {stack} with {', '.join(on)}"
         )
-    counts = [len(group["params"]) for group in state_dict["param_groups"]]
+    counts = [len(group["params"]) for group in groups]
     ours = [len(group) for group in params]
     if counts != ours:
         raise ValueError(
             f"this is the state of param groups with {counts} parameters, not with {ours}"
         )
-    shapes = [local(p).shape for group in params for p in group]
-    for i, entry in state_dict["state"].items():
-        if entry["shape"] != list(shapes[i]):
+    everyone = [p for group in params for p in group]
+    for i, entry in by_number(state_dict).items():
+        p = everyone[i]
+        if (there := list(entry.get("shape", ()))) != list(p.shape):
             raise ValueError(
                 f"this is the state of parameters of other shapes: number {i} has "
-                f"{tuple(shapes[i])} here and {tuple(entry['shape'])} there"
+                f"{tuple(p.shape)} here and {tuple(there)} there"
             )
+        kept = [value for value in entry.values() if isinstance(value, Tensor) and value.ndim]
+        if any(_division(value) != _division(p) for value in kept):
+            raise ValueError(
+                f"this is the state of parameters that are divided over processes in another way: "
+                f"number {i}; load it by torch.distributed.checkpoint.state_dict."
+                "set_optimizer_state_dict"
+            )
+
+
+def _division(tensor: Any) -> tuple | None:
+    return None if local(tensor) is tensor else (tensor.placements, tensor.device_mesh)
 
 
 def _kind(stack: Stack) -> list[tuple]:

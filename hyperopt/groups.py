@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .rule import Rule
+from .rule import betas, split
 from .stack import Stack
 from .tower import Slot
 
@@ -42,11 +41,15 @@ class Shown:
             own: list[list[Any]] = []
             start, end = end, end + len(group["params"])
             for name in lowest.rule.hypers:
-                slots = [Slot(name, f"p{start}"), Slot(name, number), Slot(name)]
-                slot = next(s for s in slots if s in (*lowest.tuned, *lowest.fixed))
-                place = layout.names.index(f"0.{slot}")
-                shown = packed[place : place + end - start] if slot is slots[0] else packed[place]
-                group[name] = shown if slot in lowest.tuned else float(shown)
+                first = Slot(name, f"p{start}")
+                slots = [first, Slot(name, number), Slot(name)]
+                slot = next((s for s in slots if s in (*lowest.tuned, *lowest.fixed)), None)
+                place = layout.names.index(f"0.{slot}") if slot else 0
+                if slot in (first, None):  # per tensor, of which a group may have none
+                    shown = packed[place : place + end - start]
+                else:
+                    shown = packed[place]
+                group[name] = float(shown) if slot in lowest.fixed else shown
                 own.append([group, name, group[name], place])
             if self._betas:
                 group["betas"] = tuple(group[beta] for beta in self._betas)
@@ -108,19 +111,3 @@ class Shown:
             f"{name} was set from outside, but {above} moves it; to set it yourself or by a "
             f"scheduler, leave it out of what is tuned, as in {instead}"
         )
-
-
-def betas(rule: Rule) -> list[str]:
-    """The hyperparameters that ``betas`` stands for."""
-    return [name for name in rule.hypers if re.fullmatch(r"beta\d", name)]
-
-
-def split(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The hyperparameters that a value of ``betas`` gives.
-
-    Raises:
-        ValueError: it is not one number for each.
-    """
-    if len(values) != len(names):
-        raise ValueError(f"betas stands for {', '.join(names)}, and cannot be {values}")
-    return dict(zip(names, values, strict=True))

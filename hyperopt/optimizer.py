@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .checkpoint import check, export, load_shards, restore, save_shards
+from .checkpoint import by_number, check, export, load_shards, restore, save_shards
 from .compile import Step, compiled
-from .groups import OTHERS, Shown, betas, split
+from .groups import OTHERS, Shown
 from .layout import Layout, Parts, pick
-from .rule import Rule, near
+from .rule import Rule, State, betas, near, split
 from .shard import Shard, divide, precision, processes
 from .stack import Stack, parse
 from .tower import Owner, TowerState, build, replay
@@ -87,6 +87,8 @@ class HyperOptimizer(torch.optim.Optimizer):
             TypeError: complex or sparse parameters.
         """
         rule = self.stack.levels[0]
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group is a dict with params, not {param_group!r}")
         if self._betas and "betas" in param_group:
             param_group.update(split(self._betas, param_group.pop("betas")))
         own = {name: value for name, value in param_group.items() if name in rule.hypers}
@@ -124,7 +126,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         params = list(params)
         if len(set(params)) < len(params):
             raise ValueError("a parameter was given twice; give each one once, tied ones too")
-        device = self.param_groups[0]["params"][0].device
+        device = self._device
         for p in params:
             if p.is_complex():
                 raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
@@ -183,6 +185,24 @@ class HyperOptimizer(torch.optim.Optimizer):
             shard.write()
         self._shown.settle()
         return loss
+
+    @property
+    def state(self) -> defaultdict[Tensor, State]:
+        """What the rule keeps of each parameter; before the first step, what it will start from.
+
+        A state that is loaded in place, as `torch.distributed.checkpoint` does, needs a place then
+        already.
+        """
+        if self._laid_groups and not self._state:
+            for number, group in enumerate(self.param_groups):
+                params = [p for p in group["params"] if p.requires_grad]
+                self._parked += self._new_shards(params, number)
+            self._lay_out(self._export())
+        return self._state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, State]) -> None:
+        self._state = state
 
     # Reading the hyperparameters.
 
@@ -263,13 +283,21 @@ class HyperOptimizer(torch.optim.Optimizer):
                         f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
                         "make the layer with sparse=False"
                     )
-            lowest = self._layout.blocks[0]
-            parts = [[p] for p in new] if lowest.by_tensor else divide(new)
-            shards += [Shard.new(each, self._owner(each[0], number), lowest) for each in parts]
+            shards += self._new_shards(new, number)
         place = {p: i for i, p in enumerate(numbers)}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
         self._lay_out(exported)
+
+    def _new_shards(self, params: Sequence[Tensor], group: int) -> list[Shard]:
+        lowest = self._layout.blocks[0]
+        parts = [[p] for p in params] if lowest.by_tensor else divide(params)
+        return [Shard.new(each, self._owner(each[0], group), lowest) for each in parts]
+
+    @property
+    def _device(self) -> torch.device:
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        return torch.device("cpu") if first is None else first.device
 
     def _owner(self, p: Tensor, group: int) -> Owner:
         """Whose hyperparameters a shard that begins with a parameter is moved by."""
@@ -313,7 +341,7 @@ class HyperOptimizer(torch.optim.Optimizer):
             processes([p for group in self.param_groups for p in group["params"]]),
         )
         self._run = None
-        device = self.param_groups[0]["params"][0].device
+        device = self._device
         dtype = torch.float32 if device.type == "mps" else torch.float64
 
         blank = torch.empty(0, dtype=dtype, device=device)
@@ -334,9 +362,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._shown = Shown(self.param_groups, stack, self._layout, self._packed)
         active = {p for shard in self._shards for p in shard.params}
         self._active = [id(p) for g in self.param_groups for p in g["params"] if p in active]
-        self.state = defaultdict(dict)
+        self._state = defaultdict(dict)
         for shard in self._shards + self._parked:
-            self.state.update(shard.by_parameter())
+            self._state.update(shard.by_parameter())
 
     # Saving and loading.
 
@@ -355,7 +383,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Everything that a run needs to go on bit for bit, as tensors, numbers and strings.
 
         ``state`` is, as in ``torch.optim``, by the number of the parameter: what the rule keeps of
-        it, in its shape, and the last gradient that it was moved by.
+        it, in its shape, and the last gradient that it was moved by. What is kept of a parameter
+        that is divided over processes is divided in the same way.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -373,10 +402,11 @@ class HyperOptimizer(torch.optim.Optimizer):
                 }
                 for group, own in zip(self.param_groups, self._overrides, strict=True)
             ],
-            "stack": str(self.stack),
-            "on": self._on(),
-            "levels": self._export(),
         }
+        # All else that a stack knows is in a group, since torch.distributed.checkpoint takes no
+        # more than groups and state.
+        tower = {"stack": str(self.stack), "on": self._on(), "levels": self._export()}
+        state_dict["param_groups"][0]["tower"] = tower
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
@@ -386,20 +416,20 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: it is not the state of such a stack, or its parameters are not of the number
-                and shapes of these.
+                and shapes of these, or not divided over processes as these are.
         """
         state_dict = state_dict.copy()  # as a hook of torch may expect
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         params = [group["params"] for group in self.param_groups]
         check(state_dict, self.stack, self._on(), params)
-        self._overrides = [frozenset(group["own"]) for group in state_dict["param_groups"]]
+        self._overrides = [frozenset(group.get("own", ())) for group in state_dict["param_groups"]]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({name: saved[name] for name in saved.keys() - {"own", "params"}})
+            group.update({name: saved[name] for name in saved.keys() - {"own", "params", "tower"}})
         self._shards, self._parked = load_shards(
-            state_dict["state"], params, self._layout.blocks[0]
+            by_number(state_dict), params, self._layout.blocks[0]
         )
-        self._lay_out(state_dict["levels"])
+        self._lay_out(state_dict["param_groups"][0]["tower"]["levels"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
@@ -143,12 +144,13 @@ class Option:
 
 def near(word: str, known: Iterable[str]) -> str:
     """The rest of an error message: what there is, and what was probably meant."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known)
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), folded)
     if not close:
-        return f"known are {', '.join(known)}"
+        return f"known are {', '.join(folded.values())}"
     # The letters of Adma are those of Adam and of Adamax, but letters are swapped more than lost.
-    return f"did you mean {min(close, key=lambda name: abs(len(name) - len(word)))!r}?"
+    best = min(close, key=lambda name: abs(len(name) - len(word)))
+    return f"did you mean {folded[best]!r}?"
 
 
 class Rule:
@@ -156,7 +158,7 @@ class Rule:
 
     Positional arguments are the hyperparameters in the order of their declaration. A value is a
     number or, above another level, a dict with a number for each hyperparameter that is moved:
-    ``SGD({"lr": 1e-5, "momentum": 1e-6})``.
+    ``SGD({"lr": 1e-5, "momentum": 1e-6})``. As in torch, ``betas`` may give beta1 and beta2.
 
     ``rule["lr", "beta1: log"]`` is the rule whose ``lr`` and ``beta1`` alone are moved by the level
     above, ``beta1`` in the log domain; `Tuning` says what else may stand there. ``rule / other``
@@ -190,7 +192,8 @@ class Rule:
                 f"({', '.join(self.hypers)}), not {len(args)}"
             )
         given = dict(zip(self.hypers, args, strict=False))
-        for name, value in kwargs.items():
+        joint = split(betas(self), kwargs.pop("betas")) if betas(self) and "betas" in kwargs else {}
+        for name, value in [*kwargs.items(), *joint.items()]:
             if name in given:
                 raise TypeError(f"{self.name} got {name} twice")
             if name not in self.hypers and name not in self.options:
@@ -333,3 +336,19 @@ def write(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {write(one)}" for name, one in value.items()) + "}"
     return repr(value).replace("e-0", "e-")
+
+
+def betas(rule: Rule | type[Rule]) -> list[str]:
+    """The hyperparameters that ``betas`` stands for."""
+    return [name for name in rule.hypers if re.fullmatch(r"beta\d", name)]
+
+
+def split(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The hyperparameters that a value of ``betas`` gives.
+
+    Raises:
+        ValueError: it is not one number for each.
+    """
+    if not isinstance(values, Sequence) or len(values) != len(names):
+        raise ValueError(f"betas stands for {', '.join(names)}, and cannot be {values}")
+    return dict(zip(names, values, strict=True))

@@ -103,12 +103,19 @@ class Shard:
         pieces = flat.split([local(p).numel() for p in self.params])
         return [piece.view(local(p).shape) for piece, p in zip(pieces, self.params, strict=True)]
 
-    def by_parameter(self) -> dict[Tensor, State]:
-        """What the rule keeps of each parameter, in its shape: views of ``last.state``."""
-        state = self.last.state
-        views = {name: self.shaped(value) for name, value in state.items() if value.ndim}
+    def by_parameter(self, kept: State | None = None) -> dict[Tensor, State]:
+        """What the rule keeps of each parameter, in its shape and divided as it is.
+
+        Args:
+            kept: something else of the shard than the rule's state; 0-dim tensors are everyone's.
+
+        Returns:
+            views, that may be written to.
+        """
+        kept = self.last.state if kept is None else kept
+        views = {name: self.shaped(value) for name, value in kept.items() if value.ndim}
         return {
-            p: {name: views[name][i] if v.ndim else v for name, v in state.items()}
+            p: {name: whole(views[name][i], p) if v.ndim else v for name, v in kept.items()}
             for i, p in enumerate(self.params)
         }
 
@@ -156,6 +163,14 @@ def local(tensor: Any) -> Tensor:
     return getattr(tensor, "_local_tensor", tensor)
 
 
+def whole(tensor: Tensor, p: Any) -> Tensor:
+    """The inverse of `local`: a tensor of this process's part of ``p``, divided as that is."""
+    if local(p) is p:
+        return tensor
+    own = {"run_check": False, "shape": p.shape, "stride": p.stride()}
+    return type(p).from_local(tensor, p.device_mesh, p.placements, **own)
+
+
 def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
     """The names of the process groups over whose members parameters are divided.
 
@@ -173,14 +188,18 @@ def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
             "some parameters are divided over processes in another way than others; "
             "make one optimizer for each kind"
         )
-    return found.pop()
+    return found.pop() if found else ()
 
 
 def divide(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters of one group, divided into those of new shards."""
-    large = [[p] for p in params if local(p).numel() >= LARGE]
+    """Parameters of one group, divided into those of new shards; in all processes alike."""
+
+    def size(p: Any) -> int:
+        return p.numel() if local(p) is p else p.numel() // p.device_mesh.size()
+
+    large = [[p] for p in params if size(p) >= LARGE]
     small: dict[torch.dtype, list[Tensor]] = {}
     for p in params:
-        if local(p).numel() < LARGE:
+        if size(p) < LARGE:
             small.setdefault(precision(p), []).append(p)
     return large + list(small.values())

@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_loops import TALL, Net, batch, loss_of
+from test_loops import TALL, Net, batch, loss_of, same_weights
 from torch import Tensor, multiprocessing, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from hyperopt import HyperOptimizer
 from hyperopt.shard import local
@@ -37,15 +46,26 @@ def train(
     return seen
 
 
-def data_parallel(rank: int, whole: Net) -> tuple[list[Tensor], list[Tensor]]:
+def data_parallel(rank: int, whole: Net, folder: Path) -> tuple[list[Tensor], list[Tensor]]:
     model = nn.parallel.DistributedDataParallel(whole, gradient_as_bucket_view=True)
     optimizer = HyperOptimizer(model.parameters(), TALL, compile=False)
     seen = train(model, optimizer, range(STEPS), slice(rank, None, 2))
     return seen, [p.detach() for p in model.parameters()]
 
 
-def fully_sharded(rank: int, whole: Net) -> tuple[list[Tensor], list[Tensor]]:
-    """With a checkpoint on the way. One of two processes has nothing of the last bias's layer."""
+def save(model: nn.Module, optimizer: HyperOptimizer, path: Path) -> None:
+    model_state, state = get_state_dict(model, optimizer)
+    checkpoint.save({"model": model_state, "optimizer": state}, checkpoint_id=path)
+
+
+def load(model: nn.Module, optimizer: HyperOptimizer, path: Path) -> None:
+    model_state, state = get_state_dict(model, optimizer)
+    checkpoint.load({"model": model_state, "optimizer": state}, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state)
+
+
+def fully_sharded(rank: int, whole: Net, folder: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """With checkpoints on the way. One of two processes has nothing of the last bias's layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -58,11 +78,27 @@ def fully_sharded(rank: int, whole: Net) -> tuple[list[Tensor], list[Tensor]]:
         return model, HyperOptimizer(model.parameters(), TALL, compile=False)
 
     model, optimizer = make()
-    seen = train(model, optimizer, range(4), share, fails=rank == 0)
+    seen = train(model, optimizer, range(2), share)
     fresh, other = make()
     fresh.load_state_dict(model.state_dict())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    seen += train(fresh, other, range(4, STEPS), share, fails=rank == 0)
+    seen += train(fresh, other, range(2, 4), share)
+    model, optimizer = fresh, other
+    of_each: Any = optimizer.state
+    for p, own in of_each.items():
+        assert own["exp_avg"].shape == p.shape and own["exp_avg"].placements == p.placements
+    save(model, optimizer, folder / "checkpoint")
+    options = StateDictOptions(full_state_dict=True)
+    joined = get_optimizer_state_dict(model, optimizer, options=options)
+    torch.save((get_model_state_dict(model, options=options), joined), folder / f"joined{rank}.pt")
+    fresh, other = make()
+    with pytest.raises(ValueError, match=r"divided .* in another way: number 0; load it by torch"):
+        other.load_state_dict(joined)
+    fresh.load_state_dict(model.state_dict())
+    set_optimizer_state_dict(fresh, other, joined, options=options)
+    seen += train(fresh, other, range(4, 6), share)
+    load(fresh, other, folder / "checkpoint")
+    seen[4:] = train(fresh, other, range(4, STEPS), share, fails=rank == 0)
 
     with pytest.raises(ValueError, match="divided over processes in another way than others"):
         HyperOptimizer([*fresh.parameters(), nn.Parameter(torch.zeros(3))], TALL)
@@ -77,12 +113,13 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder / 'meeting'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    done = {way.__name__: way(rank, Net()) for way in (data_parallel, fully_sharded)}
+    done = {way.__name__: way(rank, Net(), folder) for way in (data_parallel, fully_sharded)}
     torch.save(done, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_processes_are_as_one(tmp_path):
     multiprocessing.spawn(work, (tmp_path,), 2)
     model = Net()
@@ -95,3 +132,20 @@ def test_two_processes_are_as_one(tmp_path):
         torch.testing.assert_close(seen, expected, rtol=1e-10, atol=0)
         assert all(map(torch.equal, weights, theirs[way][1]))
         torch.testing.assert_close(weights, [p.detach() for p in model.parameters()])
+
+    # What they have saved goes on in one process too.
+    def from_parts(fresh: Net, other: HyperOptimizer) -> None:
+        load(fresh, other, tmp_path / "checkpoint")
+
+    def from_one_file(fresh: Net, other: HyperOptimizer) -> None:
+        weights, state = torch.load(tmp_path / "joined1.pt")
+        fresh.load_state_dict(weights)
+        other.load_state_dict(state)
+
+    for take in (from_parts, from_one_file):
+        fresh = Net()
+        other = HyperOptimizer(fresh.parameters(), TALL, compile=False)
+        take(fresh, other)
+        seen = train(fresh, other, range(4, STEPS), slice(None))
+        torch.testing.assert_close(seen, expected[4:], rtol=1e-10, atol=0)
+        same_weights(fresh, model, rtol=1e-10)

@@ -50,7 +50,10 @@ def loss(w, sin):
 
 def hypergradients(optimizer: HyperOptimizer) -> list[dict[str, Any]]:
     """Of each level below the topmost, as the level above has read them at the last step."""
-    return [level["last"]["g"] for level in optimizer.state_dict()["levels"][1:]]
+    return [
+        level["last"]["g"]
+        for level in optimizer.state_dict()["param_groups"][0]["tower"]["levels"][1:]
+    ]
 
 
 def close(ours, theirs, where: str) -> None:

@@ -132,6 +132,8 @@ def test_what_the_level_above_moves():
     ("text", "message"),
     [
         ("Adma(0.001)", "there is no rule 'Adma'; did you mean 'Adam'? (column 1"),
+        ("Adamw(0.001)", "there is no rule 'Adamw'; did you mean 'AdamW'? (column 1"),
+        ("sgd(0.1)", "there is no rule 'sgd'; did you mean 'SGD'? (column 1"),
         ("SGD(0.1) / Adm(0.001)", "there is no rule 'Adm'; did you mean 'Adam'? (column 12"),
         (
             "Foo(1)",
@@ -202,3 +204,14 @@ def test_python_errors_say_the_same_without_a_column():
         SGD(0.1)[()] / SGD(0.1)
     with pytest.raises(TypeError, match=r"^a stack is a notation, a Rule or a Stack, not <class "):
         parse(SGD)  # type: ignore[arg-type]
+
+
+def test_betas_as_torch_writes_them():
+    assert AdamW(1e-3, betas=(0.8, 0.95)) == AdamW(1e-3, 0.8, 0.95)
+    with pytest.raises(TypeError, match=r"^Adam got beta1 twice$"):
+        Adam(beta1=0.8, betas=(0.8, 0.95))
+    for wrong in (0.9, (0.9, 0.99, 0.999)):
+        with pytest.raises(ValueError, match=r"^betas stands for beta1, beta2, and cannot be "):
+            Adam(betas=wrong)
+    with pytest.raises(TypeError, match=r"^SGD has no argument 'betas'"):
+        SGD(betas=(0.8, 0.95))

@@ -126,7 +126,7 @@ def test_all_ways_to_read_the_hyperparameters_agree():
         assert dict(zip(optimizer.names, snapshot.tolist(), strict=True)) == {
             f"{k}.{name}": value for k, level in enumerate(values) for name, value in level.items()
         }
-        raw = optimizer.state_dict()["levels"][0]["tuned"]
+        raw = optimizer.state_dict()["param_groups"][0]["tower"]["levels"][0]["tuned"]
         assert values[0]["lr"] == raw["lr"].exp().item()
         assert values[0]["lr[1]"] == raw["lr[1]"].exp().item()
         assert values[0]["beta1"] == ((raw["beta1"].tanh() + 1) / 2).item()
@@ -232,8 +232,36 @@ def test_stacks_that_are_none():
         HyperOptimizer(w, "Adam(0.1)[] / SGD(0.1)")
 
 
+def test_groups_without_parameters():
+    """A split of the parameters by kind may leave one of the kinds empty."""
+    stack = "SGD(0.1, momentum=0.5)[lr: {}, momentum] / SGD(0.01)"
+    for how in ("per run", "per group", "per tensor"):
+        empty = {"params": list[Tensor](), "momentum": 0.6}
+        w, x, late = (weights((4,), (3,)) for _ in range(3))
+        with_empty = [{"params": w[:1]}, {**empty}, {"params": w[1:], "lr": 0.2}, {**empty}]
+        optimizer = HyperOptimizer(with_empty, stack.format(how), compile=False)
+        groups = [{"params": x[:1]}, {"params": x[1:], "lr": 0.2}]
+        peer = HyperOptimizer(groups, stack.format(how), compile=False)
+        filled = HyperOptimizer([{**empty}], stack.format(how), compile=False)
+        filled.add_param_group({"params": late[:1], "momentum": 0.5})
+        filled.add_param_group({"params": late[1:], "momentum": 0.5, "lr": 0.2})
+        for t in range(5):
+            for o, params in ((optimizer, w), (peer, x), (filled, late)):
+                give_gradients(params, t)
+                o.load_state_dict(o.state_dict())
+                o.step()
+        assert all(map(torch.equal, w, x)), how
+        if how == "per tensor":
+            assert optimizer.param_groups[1]["lr"].shape == (0,)
+    filled = HyperOptimizer([{"params": []}], "SGD(0.1)[lr: per tensor] / SGD(0.01)")
+    filled.add_param_group({"params": weights((4,))})
+    assert filled.names[0] == "0.lr[p0]"
+
+
 def test_groups_that_are_wrong():
     w = weights((3,))
+    with refused(TypeError, "a param group is a dict with params, not 3"):
+        HyperOptimizer([{"params": w}, 3], "SGD(0.1)")
     for own, words in {
         "lrr": ("takes no 'lrr'", "did you mean 'lr'?"),
         "alpha": ("takes no 'alpha'", "known are params, lr"),

@@ -4,10 +4,13 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import hyperopt.shard
 from hyperopt import HyperOptimizer
@@ -195,3 +198,46 @@ def test_a_copy_goes_on_as_the_original_does(copied, stack):
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert other.hyperparameters() == optimizer.hyperparameters()
     assert float(other.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("stack", STACKS, ids=[f"height {s.count('/')}" for s in STACKS])
+def test_a_resumed_run_is_the_same_through_a_distributed_checkpoint(stack, tmp_path):
+    """It knows parameters by name, and is loaded into the tensors of what goes on."""
+
+    def make() -> tuple[nn.Sequential, HyperOptimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 2))
+        net.scale = nn.Parameter(torch.tensor(0.5))
+        net.register_forward_hook(lambda *call: net.scale * call[-1])
+        groups = [{"params": net[0].parameters(), "lr": 0.02}, {"params": [net.scale]}]
+        return net, HyperOptimizer(groups, stack, compile=False)
+
+    def states(net: nn.Module, optimizer: HyperOptimizer) -> dict[str, Any]:
+        return dict(zip(("net", "optimizer"), get_state_dict(net, optimizer), strict=True))
+
+    net, optimizer = make()
+    train(net, optimizer, range(4), False)
+    checkpoint.save(states(net, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    fresh, other = make()
+    saved = states(fresh, other)
+    checkpoint.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(fresh, other, model_state_dict=saved["net"], optim_state_dict=saved["optimizer"])
+    assert torch.equal(other.snapshot(), optimizer.snapshot())
+    rest = train(fresh, other, range(4, STEPS), False)
+    for ours, expected in zip(rest, train(net, optimizer, range(4, STEPS), False), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_to_ask_for_the_state_before_the_first_step_changes_nothing():
+    net, optimizer = make(STACKS[2], "groups", False)
+    net[2].bias.requires_grad_(False)
+    kept = optimizer.state
+    assert kept.keys() == {p for p in net.parameters() if p.requires_grad}
+    assert not any(value.any() for own in kept.values() for value in own.values())
+    net[2].bias.requires_grad_(True)
+    seen = train(net, optimizer, range(STEPS), True)
+    for ours, expected in zip(
+        seen, train(*make(STACKS[2], "groups", False), range(STEPS), True), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)

@@ -252,7 +252,7 @@ def test_the_betas_of_lion_have_no_hypergradient_and_stay(top):
     for _ in range(10):
         w.grad = torch.randn(5)
         optimizer.step()
-        last = optimizer.state_dict()["levels"][1]["last"]["g"]
+        last = optimizer.state_dict()["param_groups"][0]["tower"]["levels"][1]["last"]["g"]
         assert last["beta1"] == last["beta2"] == 0
     after = optimizer.hyperparameters()[0]
     assert {name for name in start if after[name] != start[name]} == {"lr", "weight_decay"}
@@ -277,6 +277,6 @@ def test_radam_is_finite_on_both_sides_of_its_branch(beta2, first):
     for t in range(14):
         w.grad = torch.randn(5, dtype=torch.float64)
         optimizer.step()
-        last = optimizer.state_dict()["levels"][1]["last"]["g"]
+        last = optimizer.state_dict()["param_groups"][0]["tower"]["levels"][1]["last"]["g"]
         assert all(x.isfinite() for x in last.values())
         assert bool(last["beta2"]) is (t >= first)
