@@ -97,6 +97,14 @@ class HyperOptimizer(torch.optim.Optimizer):
                 f"a param group of {rule.name} takes no {name!r}; "
                 f"{near(name, ['params', *rule.hypers])}"
             )
+        moved = rule.tuned if self.stack.height else {}
+        for name in own.keys() & moved.keys():
+            if own[name] == 0 and 0 not in moved[name].domain:
+                raise ValueError(
+                    f"{name} is 0 in a param group, but {self.stack.levels[1]} moves it in the "
+                    f"{moved[name].domain.name} domain, where it cannot stay 0; give the "
+                    f"parameters that are to have no {name} an optimizer of their own"
+                )
         Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
         if self._laid_groups:
             self._shown.follow()

@@ -270,8 +270,17 @@ def test_groups_that_are_wrong():
             HyperOptimizer([{"params": w, own: 0.1}], "Adam(0.1) / SGD(0.1)")
     with refused(ValueError, "Adam: beta1 must lie in [0, 1), but is 1.5"):
         HyperOptimizer([{"params": w, "beta1": 1.5}], "Adam(0.1) / SGD(0.1)")
-    with refused(ValueError, "beta1 = 0", "unit domain"):
-        HyperOptimizer([{"params": w, "beta1": 0}], "Adam(0.1) / SGD(0.1)")
+    for name in ("beta1", "weight_decay"):
+        with refused(
+            ValueError,
+            f"{name} is 0 in a",
+            "SGD(0.2) moves it",
+            "domain",
+            f"no {name} an optimizer",
+        ):
+            HyperOptimizer([{"params": w, name: 0}], f"AdamW(0.1)[{name}] / SGD(0.2)")
+    HyperOptimizer([{"params": w, "weight_decay": 0}], "AdamW(0.1)[weight_decay]")
+    HyperOptimizer([{"params": w, "weight_decay": 0}], "AdamW[weight_decay: real] / SGD(0.2)")
     with refused(ValueError, "lr must be a number, not 'fast'"):
         HyperOptimizer([{"params": w, "lr": "fast"}], "SGD(0.1)")
 

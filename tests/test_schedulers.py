@@ -148,12 +148,14 @@ def test_a_scheduler_of_what_is_tuned_is_refused(stack, name, words):
 
 
 def test_a_scheduler_that_has_not_yet_changed_what_is_tuned():
-    """To make one writes the step size as it is, which harms nobody."""
+    """To make one writes the step size as it is, which harms nobody, nor does a factor of 1."""
     model, optimizer = made()
     s.ReduceLROnPlateau(optimizer)
     s.LambdaLR(optimizer, lambda t: 1.0)
-    train(model, optimizer, range(9))
+    factor = s.MultiplicativeLR(optimizer, lambda t: 1.0)
+    train_by([factor], model, optimizer, range(9))
     same((model, optimizer), trained())
+    assert factor.get_last_lr() == [optimizer.param_groups[0]["lr"]] != [0.05]
 
 
 @pytest.mark.slow
