@@ -149,6 +149,11 @@ class HyperOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"parameters on {device} and on {p.device}; make one optimizer for each device"
                 )
+        if device.type == "meta":
+            raise ValueError(
+                "the parameters have no values yet (they are on the meta device); make the "
+                "optimizer after model.to_empty and the initialization"
+            )
 
     # The step.
 
@@ -262,6 +267,12 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._check_params([p for group in self.param_groups for p in group["params"]])
         exported = self._export()
         numbers = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        for p in numbers:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise TypeError(
+                    f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
+                    "make the layer with sparse=False"
+                )
         shards: list[Shard] = []
         parked: list[Shard] = []
         for shard in self._shards + self._parked:
@@ -285,12 +296,6 @@ class HyperOptimizer(torch.optim.Optimizer):
         known = {p for shard in shards + parked for p in shard.params}
         for number, group in enumerate(self.param_groups):
             new = [p for p in group["params"] if p not in known and p.grad is not None]
-            for p in new:
-                if p.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
-                        "make the layer with sparse=False"
-                    )
             shards += self._new_shards(new, number)
         place = {p: i for i, p in enumerate(numbers)}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])

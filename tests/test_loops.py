@@ -375,16 +375,17 @@ def test_several_optimizers_on_one_model():
         assert lr == pytest.approx(learned[f"lr[{i}]"], rel=1e-12)
 
 
-def test_an_average_of_the_weights_beside_it():
+@pytest.mark.parametrize("decay", [0.9, None], ids=["exponential", "Polyak"])
+def test_an_average_of_the_weights_beside_it(decay):
     model, optimizer = made()
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay) if decay else None)
     expected: list[Tensor] = []
     for t in range(9):
         train(model, optimizer, range(t, t + 1))
         averaged.update_parameters(model)
         now = [p.detach().clone() for p in model.parameters()]
-        old = expected or now
-        expected = [0.9 * e + 0.1 * p for e, p in zip(old, now, strict=True)]
+        old, kept = expected or now, t / (t + 1) if decay is None else decay
+        expected = [kept * e + (1 - kept) * p for e, p in zip(old, now, strict=True)]
     same((model, optimizer), trained())
     for p, q in zip(averaged.module.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-14)
