@@ -51,6 +51,14 @@ def decay(w: Tensor, g: Tensor, h: Values, decoupled: bool) -> tuple[Tensor, Ten
     return w, g + h.weight_decay * w
 
 
+def average(mean: Tensor, new: Tensor, beta: Tensor) -> Tensor:
+    """The exponential moving average that forgets by a factor of beta.
+
+    In this form beta occurs once, so that its derivative is one sum over the weights, and not two.
+    """
+    return mean + (1 - beta) * (new - mean)
+
+
 def counter() -> Tensor:
     return torch.zeros((), dtype=torch.float64)
 
@@ -134,10 +142,10 @@ class RMSProp(Rule):
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):
             g = g + h.weight_decay * w
-        square_avg = h.gamma * s["square_avg"] + (1 - h.gamma) * (g * g)
+        square_avg = average(s["square_avg"], g * g, h.gamma)
         state, moment = {"square_avg": square_avg}, square_avg
         if self.centered:
-            grad_avg = h.gamma * s["grad_avg"] + (1 - h.gamma) * g
+            grad_avg = average(s["grad_avg"], g, h.gamma)
             state["grad_avg"], moment = grad_avg, square_avg - grad_avg * grad_avg
         scale = root(moment + h.eps) if self.eps_inside else root(moment) + h.eps
         if not self.on("momentum"):
@@ -160,9 +168,9 @@ class Adadelta(Rule):
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):
             g = g + h.weight_decay * w
-        square_avg = h.rho * s["square_avg"] + (1 - h.rho) * (g * g)
+        square_avg = average(s["square_avg"], g * g, h.rho)
         delta = root((s["acc_delta"] + h.eps) / (square_avg + h.eps)) * g
-        acc_delta = h.rho * s["acc_delta"] + (1 - h.rho) * (delta * delta)
+        acc_delta = average(s["acc_delta"], delta * delta, h.rho)
         return w - h.lr * delta, {"square_avg": square_avg, "acc_delta": acc_delta}
 
 
@@ -197,8 +205,8 @@ class Adam(Rule):
     def adapt(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         """The update proper, once the weight decay is dealt with."""
         step = s["step"] + 1
-        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
-        exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        exp_avg = average(s["exp_avg"], g, h.beta1)
+        exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
         state, moment = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}, exp_avg_sq
         if self.amsgrad:
             moment = state["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], exp_avg_sq)
@@ -225,7 +233,7 @@ class Adamax(Rule):
         if self.on("weight_decay"):
             g = g + h.weight_decay * w
         step = s["step"] + 1
-        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
+        exp_avg = average(s["exp_avg"], g, h.beta1)
         exp_inf = torch.maximum(h.beta2 * s["exp_inf"], g.abs() + h.eps)
         lr = h.lr / (1 - h.beta1**step)
         w = w - lr * exp_avg * torch.reciprocal(exp_inf)
@@ -260,8 +268,8 @@ class NAdam(Rule):
         mu = h.beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay))
         mu_next = h.beta1 * (1 - 0.5 * 0.96 ** ((step + 1) * h.momentum_decay))
         mu_product = s["mu_product"] * mu
-        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
-        exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        exp_avg = average(s["exp_avg"], g, h.beta1)
+        exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
         of_g = h.lr * (1 - mu) / (1 - mu_product)
         of_avg = h.lr * mu_next / (1 - mu_product * mu_next)
         correction = torch.rsqrt(1 - h.beta2**step)
@@ -306,8 +314,8 @@ class RAdam(Rule):
         if self.on("weight_decay"):
             w, g = decay(w, g, h, self.decoupled_weight_decay)
         step = s["step"] + 1
-        exp_avg = h.beta1 * s["exp_avg"] + (1 - h.beta1) * g
-        exp_avg_sq = h.beta2 * s["exp_avg_sq"] + (1 - h.beta2) * (g * g)
+        exp_avg = average(s["exp_avg"], g, h.beta1)
+        exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
         power = h.beta2**step
         limit = 2 / (1 - h.beta2) - 1
         length = limit - 2 * step * power / (1 - power)
@@ -338,8 +346,8 @@ class Lion(Rule):
         return {"exp_avg": torch.zeros_like(w)}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        direction = torch.sign(h.beta1 * s["exp_avg"] + (1 - h.beta1) * g)
+        direction = torch.sign(average(s["exp_avg"], g, h.beta1))
         if self.on("weight_decay"):
             direction = direction + h.weight_decay * w
-        exp_avg = h.beta2 * s["exp_avg"] + (1 - h.beta2) * g
+        exp_avg = average(s["exp_avg"], g, h.beta2)
         return w - h.lr * direction, {"exp_avg": exp_avg}
