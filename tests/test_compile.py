@@ -1,5 +1,6 @@
 """The compiled step computes what the eager one does, is compiled once, and waits for nothing."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -270,6 +271,24 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(compilations, mo
         step(theirs, slow, t)
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled):
+    seen = []
+
+    def failing(x: Tensor) -> Tensor:
+        seen.append(gc.isenabled())
+        raise ArithmeticError
+
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ArithmeticError):
+            hyperopt.compile.trace(failing, [torch.ones(3)])
+        assert gc.isenabled() is enabled
+        assert seen == [False]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow
