@@ -62,6 +62,7 @@ class TrainerConfig:
     epochs: int = MISSING
     batch_size: int = MISSING
     record_every: int = MISSING  # steps between two records of the hyperparameters
+    record_loss: bool = False  # beside them, that of the batch of the step
     compile: bool = MISSING  # the optimizer's step; compiled and eager differ in rounding
     compile_model: bool = MISSING  # the gradient; see experiments/gradient.py
     threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
@@ -204,7 +205,7 @@ def identity(config: Config) -> dict[str, Any]:
     hashes of earlier runs alone.
     """
     trainer = asdict(config.trainer)
-    for name in ("steps", "autocast"):
+    for name in ("steps", "autocast", "record_loss"):
         if not trainer[name]:
             del trainer[name]
     found = {

@@ -112,7 +112,7 @@ class _Run:
         self.resumed = 0
         self.diverged = False
         self.curves: list[list[float]] = []  # epoch, step, train loss, test error
-        self.trajectory: list[list[float]] = []  # step, values in the order of optimizer.names
+        self.trajectory: list[list[float]] = []  # step, values in the order of _recorded
 
     def finish(self, report: Report) -> dict[str, Any]:
         """Train to the end and record everything."""
@@ -152,11 +152,11 @@ class _Run:
             optimizer.step()
             self.step += 1
             if self.step % trainer.record_every == 0:
-                snapshots.append(optimizer.snapshot())
+                snapshots.append(self._snapshot(losses[-1]))
                 steps.append(self.step)
                 report(self._progress())
         if not steps or steps[-1] != self.step:
-            snapshots.append(optimizer.snapshot())
+            snapshots.append(self._snapshot(losses[-1]))
             steps.append(self.step)
         weights = torch.tensor(sizes, dtype=torch.float64)
         train_loss = float(torch.stack(losses).double().cpu() @ weights / weights.sum())
@@ -169,6 +169,16 @@ class _Run:
         self.diverged = not (math.isfinite(train_loss) and bool(finite))
         self.epoch += 1
         self.curves.append([self.epoch, self.step, train_loss, self.task.test_error(model)])
+
+    def _snapshot(self, loss: Tensor) -> Tensor:
+        """What is recorded every few steps, in the order of `_recorded`."""
+        values = self.optimizer.snapshot()
+        if self.config.trainer.record_loss:
+            return torch.cat([values, loss.to(values).view(1)])
+        return values
+
+    def _recorded(self) -> list[str]:
+        return [*self.optimizer.names, *["loss"] * self.config.trainer.record_loss]
 
     def _follow_schedule(self) -> None:
         """Set what the schedule says of the next step."""
@@ -226,7 +236,7 @@ class _Run:
         return dict(zip(self._curve_names(), values, strict=True))
 
     def _curve_names(self) -> list[str]:
-        return ["epoch", "step", "train_loss", "test_error", *self.optimizer.names]
+        return ["epoch", "step", "train_loss", "test_error", *self._recorded()]
 
     def _curve_rows(self) -> list[list[float]]:
         """One row for each epoch, with the hyperparameters' values at its end."""
@@ -235,9 +245,7 @@ class _Run:
 
     def _write_curves(self) -> None:
         self.directory.save_curves("curves", self._curve_names(), self._curve_rows())
-        self.directory.save_curves(
-            "hyperparameters", ["step", *self.optimizer.names], self.trajectory
-        )
+        self.directory.save_curves("hyperparameters", ["step", *self._recorded()], self.trajectory)
 
     def _summary(self) -> dict[str, Any]:
         _, _, train_loss, test_error = self.curves[-1]

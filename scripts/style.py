@@ -21,6 +21,7 @@ WIDTH = 6.75  # inches: two columns of a NeurIPS page
 # Of the Okabe-Ito palette, which colour-blind readers can tell apart; their greys differ too, and
 # each goes with a marker of its own, for print in black and white.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#000000"
+VERMILION = "#D55E00"
 
 MARKERS = "os^Dv*"
 

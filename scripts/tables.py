@@ -24,6 +24,7 @@ from experiments.table1 import LEARNED, REFERENCE
 from scripts import style
 from scripts.figure2 import draw_figure2
 from scripts.figure3 import draw_figure3
+from scripts.surface import draw_surface
 from scripts.tables_v1 import draw_tables_v1
 
 BLOCKS = {"a": "SGD", "b": "Adam", "c": "AdaGrad", "d": "RMSProp"}
@@ -268,6 +269,7 @@ def main(arguments: Sequence[str]) -> int:
     drawings = {
         "figure2_*.jsonl.gz": draw_figure2,
         "figure3_*_runs.csv": draw_figure3,
+        "surface_runs.csv": draw_surface,
         "tables_v1_runs.csv": draw_tables_v1,
     }
     try:

@@ -1,0 +1,109 @@
+"""The hyperoptimization surface: the losses on record, its whole command, its drawings."""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from experiments import command, surface
+from experiments.config import Config, compose, identity, resolve, run_hash
+from experiments.data import load
+from experiments.pool import Outcome
+from experiments.store import RunStore
+from experiments.train import train
+from models.mlp import MLP
+from scripts.surface import draw_surface
+from scripts.tables import main as draw_all
+
+
+def test_the_loss_of_a_step_is_that_of_its_batch_before_it(tmp_path: Path) -> None:
+    """Plain SGD in a loop of torch's own, with the same initial weights and batches."""
+    options = [f"store={tmp_path}", "device=cpu", "trainer.compile=false"]
+    (config,) = [
+        resolve(c, "mnist-5k")
+        for c in surface.surface_runs([*options, "trainer.compile_model=false"])
+        if c.stack.notation == "SGD(0.1)"
+    ]
+    summary = train(config)
+    folder = RunStore(tmp_path).run(summary["hash"]).path
+    recorded = pd.read_csv(folder / "hyperparameters.csv")
+    init_seed = np.random.SeedSequence(0).generate_state(2)[0]
+    torch.manual_seed(int(init_seed))
+    model, data, losses = MLP(), load("mnist-5k", ""), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for x, y in zip(data.x_train.split(300), data.y_train.split(300), strict=True):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.nll_loss(model(x / 255), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert list(recorded.step) == [*range(1, 15)]
+    np.testing.assert_allclose(recorded.loss, losses, rtol=1e-5)
+    assert pd.read_csv(folder / "curves.csv").loss.iloc[-1] == recorded.loss.iloc[-1]
+
+
+def test_the_record_is_part_of_a_run_and_leaves_earlier_hashes_alone() -> None:
+    plain, recording = (
+        resolve(compose([f"trainer.record_loss={value}", "device=cpu"]), "mnist")
+        for value in ("false", "true")
+    )
+    assert "record_loss" not in identity(plain)["trainer"]
+    assert run_hash(plain) != run_hash(recording)
+
+
+def test_the_whole_command_trains_once_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = 0
+
+    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
+        nonlocal made
+        store = RunStore(configs[0].store)
+        made += sum(store.summary(run_hash(config)) is None for config in configs)
+        return [Outcome(config, train(config)) for config in configs]
+
+    plain = [f"SGD({lr})" for lr in (0.001, 0.01, 0.1, 1.0)]
+    stacks = (*plain, "SGD(1e38)", *surface.TOWERS)
+    monkeypatch.setattr(surface, "STACKS", stacks)
+    monkeypatch.setattr(command, "run_all", run_all)
+    monkeypatch.setattr(surface, "draw", lambda results: draw_all([str(results)]))
+    # No data but the 5,000 digits.
+    places = [f"data.root={tmp_path}", f"store={tmp_path}/runs", f"results={tmp_path}/results"]
+    more = ["data.download=false", "trainer.compile=false", "trainer.compile_model=false"]
+    monkeypatch.setattr(sys, "argv", ["surface", *places, *more, "device=cpu"])
+    assert surface.main() == 0 and made == 8
+    results = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
+    with open(results / "surface_curves.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 14 and len(rows[0]) == 1 + 8 + 3
+    for line in pd.read_csv(results / "surface_runs.csv").itertuples():
+        folder = tmp_path / "runs" / str(line.hash)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert line.test_error == summary["test_error"]
+        kept = pd.read_csv(folder / "hyperparameters.csv")
+        shown = [float(row[f"loss of {line.stack}"]) for row in rows]
+        np.testing.assert_allclose(shown, kept.loss, rtol=1e-4)
+        if "/" in str(line.stack):
+            shown = [float(row[f"lr of {line.stack}"]) for row in rows]
+            np.testing.assert_allclose(shown, kept["0.lr"], rtol=1e-4)
+    assert "MNIST-5k, one epoch in the order" in (results / "surface.md").read_text()
+    before = {path.name: path.read_bytes() for path in results.iterdir()}
+    assert {name for name in before if name.endswith(".png")} == {"surface.png", "surface_flat.png"}
+    assert surface.main() == 0 and made == 8
+    assert {path.name: path.read_bytes() for path in results.iterdir()} == before
+
+
+def test_what_is_committed_is_redrawn_from_its_csv(tmp_path: Path) -> None:
+    committed = command.ROOT / "results"
+    if not (committed / "surface_runs.csv").exists():
+        pytest.skip("no results are committed yet")
+    for name in ("surface_runs.csv", "surface_curves.csv"):
+        (tmp_path / name).write_bytes((committed / name).read_bytes())
+    draw_surface(tmp_path / "surface_runs.csv")
+    assert (tmp_path / "surface.md").read_bytes() == (committed / "surface.md").read_bytes()
