@@ -13,8 +13,8 @@ from experiments.tables_v1 import REFERENCE
 TOO_MUCH = (
     "Where the paper has SGD(0.001) / SGD(0.0001) above Adam, the step size of the second level "
     "falls below 0 within three steps, and Adam's then grows for the rest of the epoch. The "
-    "published package (1.0) does the same on this stack, to rounding (tests/test_published.py), so "
-    "that the first version must have had other constants than its table gives."
+    "published package (1.0) does the same on this stack, to rounding (tests/test_published.py), "
+    "so that the first version must have had other constants than its table gives."
 )
 
 
