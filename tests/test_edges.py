@@ -331,9 +331,10 @@ def test_groups_that_are_added_in_mid_run(memory):
     assert all(after[n] != lowest[n] for n in ("lr", "lr[2]", "beta1", "beta1[0]", "beta2"))
 
 
-def test_a_group_that_is_added_goes_on_as_one_that_waited(memory):
-    stack = "SGD(0.1, momentum=0.6) / SGD(1e-3)"
-    own = [{}, {"lr": 0.05}]
+@pytest.mark.parametrize("own", [[{}, {"lr": 0.05}], [{"lr": 0.05}, {}]])
+def test_a_group_that_is_added_goes_on_as_one_that_waited(memory, own):
+    """What a level above knows of the first group's own values is not of those shared since."""
+    stack = "SGD(0.1, momentum=0.6) / SGD(1e-3, momentum=0.5) / SGD(1e-5)"
 
     def train(late: bool) -> tuple[list[Tensor], dict[str, float]]:
         w = parameters((3,), (4,))

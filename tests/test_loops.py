@@ -415,6 +415,7 @@ def beside_torch(
 def test_layers_that_are_thawed_frozen_and_given_another_step_size(memory, stack):
     def change(t: int, model: Net, optimizer: torch.optim.Optimizer) -> None:
         if t == 4:
+            optimizer.param_groups[0]["lr"] = 0.06
             optimizer.add_param_group({"params": model.last.parameters(), "lr": 0.02})
         if t == 8:
             optimizer.param_groups[0]["lr"] = 0.03
