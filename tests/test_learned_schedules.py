@@ -74,6 +74,30 @@ def test_groups_and_where_a_replay_goes_on():
     assert lrs() == pytest.approx([0.2, 1.5])
 
 
+def test_a_schedule_that_is_continued(tmp_path):
+    """As in a run that is resumed, or that looks at it in between."""
+    p = torch.ones(2, requires_grad=True)
+    optimizer, schedule = HyperOptimizer([p], "SGD(0.1) / SGD(0.01)", compile=False), Schedule()
+    lrs = []
+    for t in range(6):
+        p.grad = torch.ones(2)
+        optimizer.step()
+        schedule.append(optimizer)
+        lrs.append(float(optimizer.param_groups[0]["lr"]))
+        if t == 1:
+            assert schedule.steps == [1, 2]
+        if t == 3:
+            schedule.save(tmp_path / "learned.csv")
+            schedule = Schedule.load(tmp_path / "learned.csv")
+    assert schedule.steps == [1, 2, 3, 4, 5, 6] and schedule.values["lr"] == lrs
+
+
+def test_what_was_0_throughout_need_not_be_there():
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 1.0)
+    Replay(optimizer, Schedule([1], {"lr": [0.1], "gamma": [0.0]}))
+    assert optimizer.param_groups[0]["lr"] == 0.1 and "gamma" not in optimizer.param_groups[0]
+
+
 def test_what_cannot_be_replayed(tmp_path):
     p = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="SGD has no hyperparameter 'gamma'"):

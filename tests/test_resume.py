@@ -161,8 +161,11 @@ def test_a_group_added_in_mid_run_is_in_the_state():
     fresh, _ = make(STACKS[2], "one group", False)
     other = HyperOptimizer(
         [
-            {"params": fresh[0].parameters()},
-            {"params": fresh[2].parameters(), "lr": 0.05},
+            {
+                "params": fresh[0].parameters(),
+                "beta1": 0.5,
+            },  # what is whose own is in the state too
+            {"params": fresh[2].parameters()},
             {"params": fresh[4].parameters()},
         ],
         STACKS[2],
