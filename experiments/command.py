@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from .config import Config
-from .data import LABELS
+from .data import label
 from .pool import run_all
 from .run import report_failures
 from .store import csv_text, write_json, write_text
@@ -22,6 +22,21 @@ from .store import csv_text, write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 
 Options = TypeVar("Options")
+
+# What the commands of long experiments let one set for all runs; it leaves the setting alone.
+LONG_RUNS = (
+    "data.root",
+    "data.download",
+    "device",
+    "logger",
+    "progress",
+    "store",
+    "trainer.autocast",
+    "trainer.compile",
+    "trainer.compile_model",
+    "trainer.threads",
+    "workers",
+)
 
 
 def split(
@@ -114,7 +129,7 @@ def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for summary in summaries:
         steps.setdefault(summary["stack"], []).append(summary["provenance"]["seconds_per_step"])
     return {
-        "data": LABELS[summaries[0]["data"]],
+        "data": label(summaries[0]["data"]),
         "data_sha256": summaries[0]["data_sha256"],
         "runs": len(summaries),
         "steps": sum(summary["steps"] for summary in summaries),

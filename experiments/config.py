@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hyperopt import parse
 from models import MODELS
 
+from .book import is_book
 from .schedule import ScheduleConfig, check_schedule, schedule_identity
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -36,6 +37,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 @dataclass
 class ModelConfig:
     name: str = MISSING
+    hidden: int | None = None  # units of each layer of char_rnn
+    layers: int | None = None  # of char_rnn
 
 
 @dataclass
@@ -43,8 +46,9 @@ class DataConfig:
     name: str = MISSING
     root: str = MISSING  # not part of the identity
     download: bool = MISSING  # not part of the identity
-    shuffle: bool = True  # a new order in every epoch; else that of the file
+    shuffle: bool = True  # images in a new order in every epoch; else in that of the file
     augment: bool = False  # random crops and flips; see experiments/images.py
+    validation: bool = False  # judge on a part of the training text, not on the test part
 
 
 @dataclass
@@ -68,6 +72,9 @@ class TrainerConfig:
     threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
     steps: int | None = None  # where the last epoch ends early; null is at the end of the data
     autocast: bool = False  # the model in bfloat16, as torch.autocast has it
+    sequence_length: int | None = None  # characters of a text that a step reads of each stream
+    clip_value: float | None = None  # what no element of the gradient exceeds
+    checkpoint_every: int | None = None  # steps; null is at the end of an epoch alone. Not identity
 
 
 @dataclass
@@ -182,20 +189,56 @@ def resolve(config: Config, data: str) -> Config:
     for name in ("epochs", "batch_size", "record_every", "threads"):
         if getattr(config.trainer, name) < 1:
             raise ValueError(f"trainer.{name}={getattr(config.trainer, name)} must be 1 or more")
-    if config.trainer.steps is not None and config.trainer.steps < 1:
-        raise ValueError(f"trainer.steps={config.trainer.steps} must be 1 or more")
+    for name in ("steps", "checkpoint_every"):
+        if (value := getattr(config.trainer, name)) is not None and value < 1:
+            raise ValueError(f"trainer.{name}={value} must be 1 or more, or null")
+    if (clip := config.trainer.clip_value) is not None and not clip > 0:
+        raise ValueError(f"trainer.clip_value={clip} must be above 0, or null")
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be 0 or more")
     stack = notation(config.stack)
     check_schedule(config.schedule, parse(stack))
     if config.data.augment and data != "cifar10":
         raise ValueError(f"data.augment=true is for images in colour, not for {data}")
+    _check_text(config, data)
     return replace(
         config,
         stack=StackConfig(notation=stack),
         data=replace(config.data, name=data),
         device=device_kind(config.device),
     )
+
+
+def _check_text(config: Config, data: str) -> None:
+    """Raise a ValueError for what only a text has, or what one lacks or cannot have."""
+    model, trainer, text = config.model.name, config.trainer, is_book(data)
+    if (model == "char_rnn") != text:
+        raise ValueError(
+            f"model.name={model!r} does not read {data}; give model=char_rnn for a text, and only "
+            "for a text"
+        )
+    of_texts = {
+        "model.hidden": config.model.hidden,
+        "model.layers": config.model.layers,
+        "trainer.sequence_length": trainer.sequence_length,
+    }
+    for name, value in of_texts.items():
+        if text and (value is None or value < 1):
+            raise ValueError(
+                f"{name}={value} must be 1 or more for a text; as experiment=char_rnn has it"
+            )
+        if not text and value is not None:
+            raise ValueError(f"{name}={value} is for a text, not for {data}; leave it out")
+    if config.data.validation and not text:
+        raise ValueError(f"data.validation=true is for a text, not for {data}")
+    if text and not config.data.shuffle:
+        raise ValueError(
+            "data.shuffle=false is for images, a text is read in its order; leave it out"
+        )
+    if text and trainer.compile_model:
+        raise ValueError(
+            "trainer.compile_model=true leaves an LSTM as it is; give trainer.compile_model=false"
+        )
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -205,19 +248,21 @@ def identity(config: Config) -> dict[str, Any]:
     hashes of earlier runs alone.
     """
     trainer = asdict(config.trainer)
-    for name in ("steps", "autocast", "record_loss"):
+    del trainer["checkpoint_every"]  # a run that is resumed ends as if it had not been
+    for name in ("steps", "autocast", "record_loss", "sequence_length", "clip_value"):
         if not trainer[name]:
             del trainer[name]
     found = {
-        "model": asdict(config.model),
+        "model": {name: value for name, value in asdict(config.model).items() if value is not None},
         "data": config.data.name,
         "stack": config.stack.notation,
         "trainer": trainer,
         "seed": config.seed,
         "device": config.device,
     }
-    if config.data.augment:
-        found["augment"] = True
+    for name in ("augment", "validation"):
+        if getattr(config.data, name):
+            found[name] = True
     if not config.data.shuffle:
         found["shuffle"] = False
     if config.schedule.name != "constant":

@@ -1,4 +1,4 @@
-"""Data sets, whole and in memory, as uint8 tensors.
+"""Data sets of images, whole and in memory, as uint8 tensors; for the book, see book.py.
 
 MNIST and CIFAR-10 are looked for in this order: `mnist.npz` or `cifar10.npz` under the data root
 (Keras's convention: arrays x_train, y_train, x_test, y_test), torchvision's own folder there, a
@@ -22,13 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import book
+
 # Of the bytes of x_train, y_train, x_test and y_test in that order: the same in any container.
 MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
 CIFAR10_SHA256 = "6b6ac4d8a09a92b9e4e30f762578380a8b9cf8b4031fdb52c9bb92e7ef8805ee"
 SHA256 = {"mnist": MNIST_SHA256, "cifar10": CIFAR10_SHA256}
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer before the next source is tried
 
-LABELS = {"mnist": "MNIST", "mnist-5k": "MNIST-5k", "cifar10": "CIFAR-10"}
+LABELS = {
+    "mnist": "MNIST",
+    "mnist-5k": "MNIST-5k",
+    "cifar10": "CIFAR-10",
+    book.NAME: book.LABEL,
+}
 
 # Of the pixels of CIFAR-10's training set, each colour for itself.
 CIFAR10_MEAN = (0.4913997, 0.4821584, 0.4465309)
@@ -79,8 +86,15 @@ def normalised(images: Tensor) -> Tensor:
 INPUTS = {"mnist": pixels, "mnist-5k": pixels, "cifar10": normalised}  # what a model is given
 
 
+def label(name: str) -> str:
+    """What a data set is called in tables."""
+    return book.label(name) if book.is_book(name) else LABELS[name]
+
+
 def resolve(name: str, root: str | Path, download: bool = True) -> str:
     """The name of the data that a run asking for `name` gets: "mnist-5k" where MNIST cannot be had.
+
+    The book's says which edition it is.
 
     Downloads it if it is nowhere on the disk and `download` is set.
 
@@ -88,6 +102,8 @@ def resolve(name: str, root: str | Path, download: bool = True) -> str:
         ValueError: an unknown name, a file that does not hold what its name says, or data that
             cannot be had and for which nothing stands in.
     """
+    if book.is_book(name):
+        return book.resolve(name, root, download, DOWNLOAD_TIMEOUT)
     try:
         return load(name, root).name
     except FileNotFoundError:

@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import choose, do_all, draw, split
+from .command import LONG_RUNS, choose, do_all, draw, seed_list, split
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -41,21 +41,6 @@ KINDS = {
     "he": "He et al.'s schedule",
     "replay": "replay of the tower",
 }
-
-# What may be set for all runs at once; it leaves the setting alone.
-SETTABLE = (
-    "data.root",
-    "data.download",
-    "device",
-    "logger",
-    "progress",
-    "store",
-    "trainer.autocast",
-    "trainer.compile",
-    "trainer.compile_model",
-    "trainer.threads",
-    "workers",
-)
 
 # The runs' overrides. The schedules stretch to whatever length there is.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -154,14 +139,10 @@ def learned(run: RunDirectory) -> list[list[Any]]:
 
 def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]:
     """The command's options, the seeds among them, and the overrides of its runs."""
-    options, overrides = split(arguments, Options, SETTABLE)
+    options, overrides = split(arguments, Options, LONG_RUNS)
     choose("preset", options.preset, list(PRESETS))
     choose("start", options.start, ("scratch", "records"))
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"seeds={options.seeds!r} is no list of numbers as in 0,1,2") from None
-    return options, seeds, [*PRESETS[options.preset], *overrides]
+    return options, seed_list(options.seeds), [*PRESETS[options.preset], *overrides]
 
 
 def main() -> int:

@@ -1,12 +1,9 @@
-"""Classification of images: what a run is fed, and how its model is judged.
-
-What another task would have to offer the training run is what this class does: the batches of an
-epoch, the gradient of the loss on one of them, and an error on the test set.
-"""
+"""Classification of images: what a run is fed, and how its model is judged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +25,8 @@ class Images:
         shuffle: whether each epoch has an order of its own, or that of the file.
     """
 
+    metrics: tuple[str, ...] = ("test_error",)  # percent
+
     def __init__(
         self,
         data: Dataset,
@@ -42,6 +41,7 @@ class Images:
         self.x_train, self.y_train = x.to(device), data.y_train.to(device)
         self.x_test, self.y_test = data.x_test.to(device), data.y_test.to(device)
         self.size = data.x_train.shape[1]
+        self.model_arguments: dict[str, Any] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,7 +86,7 @@ class Images:
         return make_gradient(model, self.inputs, self.batch_size, compile, autocast)
 
     @torch.inference_mode()
-    def test_error(self, model: nn.Module) -> float:
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Percent of the test set that `model`, in evaluation mode, classifies wrongly."""
         wrong = torch.zeros((), dtype=torch.int64, device=self.x_test.device)
         size = max(1, EVALUATION_VALUES // self.x_test[0].numel())
@@ -94,4 +94,11 @@ class Images:
         for x, y in zip(self.x_test.split(size), self.y_test.split(size), strict=True):
             wrong += (model(self.inputs(x)).argmax(1) != y).sum()
         model.train()
-        return 100.0 * wrong.item() / len(self.x_test)
+        return {"test_error": 100.0 * wrong.item() / len(self.x_test)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}  # no batch depends on another
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+    def kept(self, model: nn.Module) -> None: ...

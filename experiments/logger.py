@@ -49,7 +49,7 @@ class WandbLogger(Logger):
 
     def finish(self, summary: dict[str, Any]) -> None:
         def close() -> None:
-            self.run.summary.update({"test_error": summary["test_error"]})
+            self.run.summary.update({k: v for k, v in summary.items() if k.startswith("test_")})
             self.run.finish()
 
         self._try(close)

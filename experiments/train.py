@@ -10,25 +10,28 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyperopt import HyperOptimizer
 from models import MODELS
 
+from . import book
 from .config import Config, identity, run_hash
-from .data import load
+from .data import Dataset, load
 from .images import Images
 from .logger import make_logger
 from .schedule import make_schedule
 from .store import RunDirectory, RunStore
+from .task import Task
+from .text import Text
 
 # Compiling makes it say, once for each process, that there is no GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -43,7 +46,7 @@ class Progress:
     step: int
     steps: int
     train_loss: float | None = None  # nats, mean over the epoch
-    test_error: float | None = None  # percent
+    test: dict[str, float] | None = None  # what the task measures on what is held out
     lr: float | None = None
 
 
@@ -54,7 +57,8 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
     """Do the run of a resolved config, or what is left of it, and return its summary.
 
     A finished run is only read. One that another process works on is waited for. A run that was cut
-    short goes on from the end of its last whole epoch and ends bit for bit as if it had not been.
+    short goes on from its last checkpoint, at the end of an epoch or as `trainer.checkpoint_every`
+    has it, and ends bit for bit as if it had not been.
     A loss or a weight that is not finite ends the run, which is then recorded as diverged.
 
     Raises:
@@ -71,6 +75,26 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
         return _Run(config, directory).finish(report)
 
 
+@dataclass
+class _Epoch:
+    """What an epoch under way has gathered; its numbers are read from the device at its end."""
+
+    shuffle: Tensor  # the generator's state at its beginning
+    losses: list[Tensor] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    snapshots: list[Tensor] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # those of the snapshots
+
+    def state_dict(self) -> dict[str, Any]:
+        lists = {name: getattr(self, name) for name in ("losses", "snapshots")}
+        return {**vars(self), **{name: torch.stack(list) for name, list in lists.items() if list}}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> _Epoch:
+        lists = {name: [row.to(device) for row in state[name]] for name in ("losses", "snapshots")}
+        return cls(**{**state, **lists})
+
+
 class _Run:
     """The moving parts of a run: model, optimizer, generator, curves."""
 
@@ -80,10 +104,19 @@ class _Run:
         torch.set_num_threads(config.trainer.threads)
         self.device = torch.device(config.device)
         trainer = config.trainer
-        self.data = load(config.data.name, config.data.root)
-        self.task = Images(
-            self.data, trainer.batch_size, config.data.augment, self.device, config.data.shuffle
-        )
+        self.data: Dataset | book.Book
+        self.task: Task
+        where = config.data.name, config.data.root
+        if book.is_book(config.data.name):
+            assert trainer.sequence_length is not None
+            sizes = trainer.batch_size, trainer.sequence_length
+            self.data = book.load(*where)
+            self.task = Text(self.data, *sizes, config.data.validation, self.device)
+        else:
+            self.data = load(*where)
+            self.task = Images(
+                self.data, trainer.batch_size, config.data.augment, self.device, config.data.shuffle
+            )
         whole = trainer.epochs * self.task.steps_per_epoch
         self.steps = min(whole, trainer.steps or whole)
         self._start()
@@ -93,7 +126,9 @@ class _Run:
         init_seed, shuffle_seed = np.random.SeedSequence(self.config.seed).generate_state(2)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(init_seed))
-            self.model = MODELS[self.config.model.name]()
+            sizes = {k: v for k, v in asdict(self.config.model).items() if v is not None}
+            make = MODELS[sizes.pop("name")]
+            self.model = make(**self.task.model_arguments, **sizes)
         # Convolutions are faster with the channels of a pixel beside each other.
         self.model.to(self.device).to(memory_format=torch.channels_last)
         self.optimizer = HyperOptimizer(
@@ -108,10 +143,11 @@ class _Run:
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
         self.epoch = 0
         self.step = 0
+        self.under_way: _Epoch | None = None
         self.seconds = 0.0  # spent training, evaluation not counted
         self.resumed = 0
         self.diverged = False
-        self.curves: list[list[float]] = []  # epoch, step, train loss, test error
+        self.curves: list[list[float]] = []  # epoch, step, train loss, the task's metrics
         self.trajectory: list[list[float]] = []  # step, values in the order of _recorded
 
     def finish(self, report: Report) -> dict[str, Any]:
@@ -132,43 +168,64 @@ class _Run:
             report(self._progress())
         self._write_curves()
         summary = self._summary()
+        if (kept := self.task.kept(self.model)) is not None:
+            directory.save_model(kept)
         directory.finish(summary)
         logger.finish(summary)
         return {"hash": directory.hash, **summary}
 
     def _train_epoch(self, report: Report) -> None:
-        """One pass over the data, whose numbers are read from the device once, at its end."""
+        """One pass over the data, or what is left of it."""
         trainer = self.config.trainer
         model, optimizer = self.model, self.optimizer
         began = time.perf_counter()
-        losses: list[Tensor] = []
-        sizes: list[int] = []
-        snapshots: list[Tensor] = []
-        steps: list[int] = []
-        for batch in itertools.islice(self.task.epoch(self.shuffle), self.steps - self.step):
+        epoch, batches = self._batches()
+        for batch in batches:
             self._follow_schedule()
-            losses.append(self.gradient(*batch))
-            sizes.append(len(batch[0]))
+            epoch.losses.append(self.gradient(*batch))
+            epoch.sizes.append(len(batch[0]))
+            if trainer.clip_value is not None:
+                nn.utils.clip_grad_value_(model.parameters(), trainer.clip_value)
             optimizer.step()
             self.step += 1
             if self.step % trainer.record_every == 0:
-                snapshots.append(self._snapshot(losses[-1]))
-                steps.append(self.step)
+                epoch.snapshots.append(self._snapshot(epoch.losses[-1]))
+                epoch.steps.append(self.step)
                 report(self._progress())
-        if not steps or steps[-1] != self.step:
-            snapshots.append(self._snapshot(losses[-1]))
-            steps.append(self.step)
-        weights = torch.tensor(sizes, dtype=torch.float64)
-        train_loss = float(torch.stack(losses).double().cpu() @ weights / weights.sum())
+            every = trainer.checkpoint_every
+            if every and self.step % every == 0 and self.step < self.steps:
+                now = time.perf_counter()
+                self.seconds += now - began
+                self.directory.save_checkpoint(self._state())
+                began = time.perf_counter()
+        if not epoch.steps or epoch.steps[-1] != self.step:
+            epoch.snapshots.append(self._snapshot(epoch.losses[-1]))
+            epoch.steps.append(self.step)
+        weights = torch.tensor(epoch.sizes, dtype=torch.float64)
+        train_loss = float(torch.stack(epoch.losses).double().cpu() @ weights / weights.sum())
         self.trajectory += [
             [step, *values]
-            for step, values in zip(steps, torch.stack(snapshots).tolist(), strict=True)
+            for step, values in zip(epoch.steps, torch.stack(epoch.snapshots).tolist(), strict=True)
         ]
+        self.under_way = None
         self.seconds += time.perf_counter() - began
         finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
         self.diverged = not (math.isfinite(train_loss) and bool(finite))
         self.epoch += 1
-        self.curves.append([self.epoch, self.step, train_loss, self.task.test_error(model)])
+        self.curves.append([self.epoch, self.step, train_loss, *self.task.evaluate(model).values()])
+
+    def _batches(self) -> tuple[_Epoch, Iterator[tuple[Tensor, Tensor]]]:
+        """The epoch under way, or a new one, and the batches that are left of it."""
+        carried = self.task.state_dict()
+        if self.under_way is None:
+            self.under_way = _Epoch(self.shuffle.get_state())
+        self.shuffle.set_state(self.under_way.shuffle)
+        batches = self.task.epoch(self.shuffle)
+        if done := len(self.under_way.losses):
+            for _ in itertools.islice(batches, done):
+                pass
+            self.task.load_state_dict(carried)
+        return self.under_way, itertools.islice(batches, self.steps - self.step)
 
     def _snapshot(self, loss: Tensor) -> Tensor:
         """What is recorded every few steps, in the order of `_recorded`."""
@@ -199,6 +256,8 @@ class _Run:
             "shuffle": self.shuffle.get_state(),
             "curves": self.curves,
             "trajectory": self.trajectory,
+            "under_way": self.under_way and self.under_way.state_dict(),
+            "task": self.task.state_dict(),
         }
 
     def _resume(self) -> None:
@@ -212,6 +271,9 @@ class _Run:
             self.shuffle.set_state(state["shuffle"])
             for name in ("epoch", "step", "seconds", "diverged", "curves", "trajectory"):
                 setattr(self, name, state[name])
+            if state["under_way"] is not None:
+                self.under_way = _Epoch.from_state_dict(state["under_way"], self.device)
+                self.task.load_state_dict(state["task"])
             self.resumed = state["resumed"] + 1
         except (ValueError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
@@ -226,7 +288,7 @@ class _Run:
         if self.curves:
             row = self._last_row()
             progress.train_loss = row["train_loss"]
-            progress.test_error = row["test_error"]
+            progress.test = {name: row[name] for name in self.task.metrics}
             progress.lr = row.get("0.lr")  # None where groups or tensors have their own
         return progress
 
@@ -236,7 +298,7 @@ class _Run:
         return dict(zip(self._curve_names(), values, strict=True))
 
     def _curve_names(self) -> list[str]:
-        return ["epoch", "step", "train_loss", "test_error", *self._recorded()]
+        return ["epoch", "step", "train_loss", *self.task.metrics, *self._recorded()]
 
     def _curve_rows(self) -> list[list[float]]:
         """One row for each epoch, with the hyperparameters' values at its end."""
@@ -248,17 +310,18 @@ class _Run:
         self.directory.save_curves("hyperparameters", ["step", *self._recorded()], self.trajectory)
 
     def _summary(self) -> dict[str, Any]:
-        _, _, train_loss, test_error = self.curves[-1]
+        _, _, train_loss, *tested = self.curves[-1]
+        metrics = dict(zip(self.task.metrics, tested, strict=True))  # of the last epoch
         stack = self.optimizer.stack
         return {
             **identity(self.config),
-            "test_error": test_error,  # of the last epoch, percent
-            "train_loss": train_loss if math.isfinite(train_loss) else None,
+            **{name: finite_or_none(value) for name, value in metrics.items()},
+            "train_loss": finite_or_none(train_loss),
             "diverged": self.diverged,
             "epochs": self.epoch,
             "steps": self.step,
             "hyperparameters": [
-                {name: value if math.isfinite(value) else None for name, value in level.items()}
+                {name: finite_or_none(value) for name, value in level.items()}
                 for level in self.optimizer.hyperparameters()
             ],
             "tuned": list(stack.levels[0].tuned) if stack.height else [],
@@ -274,6 +337,11 @@ class _Run:
                 "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             },
         }
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
 
 
 @functools.lru_cache(maxsize=1)

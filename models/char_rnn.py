@@ -25,7 +25,7 @@ class CharRNN(nn.Module):
     def __init__(self, vocabulary: int, hidden: int = 128, layers: int = 2) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        self.lstm = nn.LSTM(vocabulary, hidden, layers, batch_first=True)
+        self.lstm = nn.LSTM(vocabulary, hidden, layers)
         self.linear = nn.Linear(hidden, vocabulary)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -42,6 +42,27 @@ class CharRNN(nn.Module):
             state: what an earlier call returned for the text before, a pair of tensors (layers,
                 batch, hidden); zeros if None.
         """
-        one_hot = F.one_hot(characters, self.vocabulary).to(self.linear.weight.dtype)
+        # Time first, as the LSTM has it inside, which spares it the copies.
+        one_hot = F.one_hot(characters.T, self.vocabulary).to(self.linear.weight.dtype)
         output, state = self.lstm(one_hot, state)
-        return F.log_softmax(self.linear(output), dim=-1), state
+        return F.log_softmax(self.linear(output), dim=-1).transpose(0, 1), state
+
+    @torch.inference_mode()
+    def sample(
+        self, start: Tensor, length: int, temperature: float, generator: torch.Generator
+    ) -> Tensor:
+        """`length` characters that go on from `start`, drawn one by one, as int64 (length,).
+
+        Args:
+            start: characters (time,), int64, at least one.
+            temperature: what the log-probabilities are divided by: below 1 the likely becomes more
+                likely.
+        """
+        drawn = []
+        characters, state = start[None], None
+        for _ in range(length):
+            output, state = self(characters, state)
+            chances = torch.softmax(output[0, -1] / temperature, dim=0)
+            characters = torch.multinomial(chances, 1, generator=generator)[None]
+            drawn.append(characters[0])
+        return torch.cat(drawn) if drawn else start[:0]

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from experiments.command import provenance
-from experiments.data import LABELS
+from experiments.data import label as data_label
 from experiments.figure2 import HE, KINDS, LRS, MOMENTA, REPLAY, REPLAYED, Cell, cell_of
 from experiments.records import read_records
 from experiments.store import write_json, write_text
@@ -83,7 +83,7 @@ def setting(runs: list[Run]) -> str:
     summary = runs[0].summary
     steps = summary["trainer"].get("steps")
     length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
-    text = f"ResNet-20 on {LABELS[summary['data']]}, {length}"
+    text = f"ResNet-20 on {data_label(summary['data'])}, {length}"
     return text if steps == 64_000 else f"{text}; a reduced setting, the paper's is 64,000 steps"
 
 

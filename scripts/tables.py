@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from experiments.command import ROOT
-from experiments.data import LABELS
+from experiments.data import label as data_label
 from experiments.store import write_text
 from experiments.table1 import LEARNED, REFERENCE
 from scripts import style
@@ -78,7 +78,7 @@ def is_published_setting(runs: pd.DataFrame, reference: pd.DataFrame) -> bool:
 def setting(runs: pd.DataFrame, reference: pd.DataFrame) -> str:
     """The runs' setting in words, for a caption; a reduced one is named as such."""
     seeds = runs.seed.nunique()
-    text = f"{LABELS[runs.data.iloc[0]]}, {seeds} seed{'s' * (seeds > 1)}"
+    text = f"{data_label(runs.data.iloc[0])}, {seeds} seed{'s' * (seeds > 1)}"
     if is_published_setting(runs, reference):
         return text
     epochs = sorted(runs.epochs.unique())

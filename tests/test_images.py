@@ -88,7 +88,9 @@ def test_the_test_error_is_of_evaluation_mode_and_leaves_the_model_training() ->
             return torch.nn.functional.one_hot(labels + (labels % 3 > 0), 1200)
 
     model = Third()
-    assert Images(dataset(1100), 8, True, "cpu").test_error(model) == pytest.approx(66.6364)
+    assert Images(dataset(1100), 8, True, "cpu").evaluate(model) == {
+        "test_error": pytest.approx(66.6364)
+    }
     assert model.training and model.seen == 1100
 
 

@@ -1,0 +1,96 @@
+"""Text written by a finished run of the character RNN.
+
+    python -m experiments.sample run=0123456789abcdef
+    python -m experiments.sample run=0123456789abcdef temperature=0.7 length=2000 'start=Prince '
+
+The run is named by its hash. It needs the run's own directory in the store: records of runs, as in
+results/, hold no weights.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from models.char_rnn import CharRNN
+
+from .command import split
+from .run import guarded
+from .store import RunStore
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    run: str = ""
+    temperature: str = "0.8"
+    length: str = "1000"  # characters
+    seed: str = "0"
+    start: str = "\n"  # what the text goes on from
+    store: str = "runs"
+
+
+def sample(options: Options) -> str:
+    """The start and the text that goes on from it.
+
+    Raises:
+        ValueError: an option that cannot be used, or a run that has no weights, in one line.
+    """
+    temperature = _number(options, "temperature", float)
+    length, seed = int(_number(options, "length", int)), int(_number(options, "seed", int))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={options.temperature} must be above 0")
+    if min(length, seed) < 0:
+        raise ValueError(f"length={length} and seed={seed} must be 0 or more")
+    if not options.run:
+        raise ValueError("run= is not set; give the hash of a finished run of experiment=char_rnn")
+    store = RunStore(options.store)
+    path = store.run(options.run).path / "model.pt"
+    summary = store.summary(options.run)
+    if summary is None or not path.is_file():
+        what = "is not finished" if summary is None else "has kept no weights"
+        raise ValueError(
+            f"run {options.run} {what} in {options.store!r}; give the hash of a run of "
+            "experiment=char_rnn that was trained there, or store= its store"
+        )
+    kept = torch.load(path, map_location="cpu", weights_only=True)
+    numbers = {character: number for number, character in enumerate(kept["vocabulary"])}
+    unknown = sorted(set(options.start) - numbers.keys())
+    if unknown or not options.start:
+        problem = f"has {', '.join(map(repr, unknown))}" if unknown else "is empty"
+        raise ValueError(
+            f"start={options.start!r} {problem}; give one or more of the characters "
+            f"{kept['vocabulary']!r}"
+        )
+    model = CharRNN(len(numbers), summary["model"]["hidden"], summary["model"]["layers"])
+    model.load_state_dict(kept["model"])
+    start = torch.tensor([numbers[character] for character in options.start])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = model.eval().sample(start, length, temperature, generator)
+    return options.start + "".join(kept["vocabulary"][number] for number in drawn.tolist())
+
+
+def _number(options: Options, name: str, kind: type) -> float:
+    text = getattr(options, name)
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={text!r} is not {what}") from None
+
+
+def main() -> int:
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    options, _ = split(sys.argv[1:], Options, ())
+    print(sample(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
