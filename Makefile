@@ -27,7 +27,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-v1 tables benchmark clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-v1 tables benchmark clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw
 
 reproduce-figure3: setup ## train towers from 21 initial step sizes and draw Figure 3 (PRESET=cpu, paper or quick)
 	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
+
+reproduce-char-rnn: setup ## train the character RNN from all starts and draw it (PRESET=cpu or paper)
+	@$(PY) -m experiments.char_rnn $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
 	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)

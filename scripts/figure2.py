@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +14,9 @@ import pandas as pd
 from experiments.command import provenance
 from experiments.data import label as data_label
 from experiments.figure2 import HE, KINDS, LRS, MOMENTA, REPLAY, REPLAYED, Cell, cell_of
-from experiments.records import read_records
 from experiments.store import write_json, write_text
 from scripts import cost, style
+from scripts.runs import Run, count, mean_of, mean_text, of, read_runs
 
 LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": style.ORANGE, "linestyle": "--"},
@@ -30,23 +27,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 GRID = [(lr, momentum) for lr in sorted(LRS) for momentum in sorted(MOMENTA)]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One finished run: its cell, seed, summary, a line for each epoch, and one every few steps."""
-
-    cell: Cell
-    seed: int
-    summary: dict[str, Any]
-    curves: pd.DataFrame
-    values: pd.DataFrame
-
-    @property
-    def loss(self) -> float:
-        """The training loss of the last epoch; infinite where the run diverged."""
-        return math.inf if self.summary["diverged"] else self.summary["train_loss"]
-
-
-def read_runs(source: Path) -> list[Run]:
+def read_figure2(source: Path) -> list[Run]:
     """The runs in a file of records, by cell and seed; replays of other schedules are left out.
 
     Raises:
@@ -54,28 +35,12 @@ def read_runs(source: Path) -> list[Run]:
     """
     replayed = source.with_name(source.name.removesuffix(".jsonl.gz") + "_replay.csv")
     checksum = hashlib.sha256(replayed.read_bytes()).hexdigest() if replayed.exists() else None
-    runs, settings = [], set()
-    for files in read_records(source).values():
-        summary = json.loads(files["summary.json"])
-        cell = cell_of(summary)
-        if cell.kind == "replay" and summary["schedule"]["file"] != checksum:
-            continue
-        keys = ("model", "data", "trainer", "device")
-        settings.add(json.dumps({key: summary[key] for key in keys}, sort_keys=True))
-        curves, values = (
-            pd.read_csv(io.StringIO(files[name])) for name in ("curves.csv", "hyperparameters.csv")
-        )
-        runs.append(Run(cell, summary["seed"], summary, curves, values))
-    if len(settings) > 1:
-        raise ValueError(
-            f"{source} holds runs of several settings, {' and '.join(sorted(settings))}; give "
-            "results= another folder for one of them"
-        )
+    runs = [
+        run
+        for run in read_runs(source, cell_of)
+        if run.cell.kind != "replay" or run.summary["schedule"]["file"] == checksum
+    ]
     return sorted(runs, key=lambda run: (run.cell.lr, run.cell.momentum, run.cell.kind, run.seed))
-
-
-def of(runs: Iterable[Run], cell: Cell) -> list[Run]:
-    return [run for run in runs if run.cell == cell]
 
 
 def setting(runs: list[Run]) -> str:
@@ -85,13 +50,6 @@ def setting(runs: list[Run]) -> str:
     length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
     text = f"ResNet-20 on {data_label(summary['data'])}, {length}"
     return text if steps == 64_000 else f"{text}; a reduced setting, the paper's is 64,000 steps"
-
-
-def count(runs: Iterable[Run]) -> str:
-    """As in "n = 3", or "n = 1 to 3" where cells have been run with different numbers of seeds."""
-    numbers = pd.Series([run.cell.label for run in runs]).value_counts()
-    least, most = numbers.min(), numbers.max()
-    return f"n = {most}" if least == most else f"n = {least} to {most}"
 
 
 # Tables.
@@ -131,17 +89,12 @@ def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def mean_text(cells: pd.DataFrame, cell: Cell, what: str, digits: int) -> str:
-    """As in "17.20 ± 0.31"; what diverged is counted."""
+def cell_text(cells: pd.DataFrame, cell: Cell, what: str, digits: int) -> str:
+    """`mean_text` of a cell; nothing where it has not been run."""
     line = cells[
         (cells.kind == cell.kind) & (cells.lr == cell.lr) & (cells.momentum == cell.momentum)
     ].squeeze()
-    if line.empty:
-        return ""
-    text = "" if math.isnan(line[what]) else f"{line[what]:.{digits}f}"
-    if not math.isnan(line[f"{what}_sd"]):
-        text += f" ± {line[f'{what}_sd']:.{digits}f}"
-    return text + (f" ({line.diverged} of {line.n} diverged)" if line.diverged else "")
+    return "" if line.empty else mean_text(line, what, digits)
 
 
 def compare(runs: list[Run]) -> dict[tuple[float, float], tuple[float, float]]:
@@ -186,8 +139,8 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, about: str) -> str
             verdict = "yes" if after <= before else "no"
         towers = [run.summary["hyperparameters"][0] for run in of(runs, tower)]
         texts = [
-            *(mean_text(cells, cell, "test_error", 2) for cell in (plain, tower)),
-            *(mean_text(cells, cell, "train_loss", 3) for cell in (plain, tower)),
+            *(cell_text(cells, cell, "test_error", 2) for cell in (plain, tower)),
+            *(cell_text(cells, cell, "train_loss", 3) for cell in (plain, tower)),
             *(str(len(of(runs, cell))) for cell in (plain, tower)),
             *(mean_of([values[key] for values in towers]) for key in ("lr", "momentum")),
             verdict,
@@ -204,8 +157,8 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, about: str) -> str
     ]
     for cell in (Cell("plain", 0.1, 0.9), REPLAYED, REPLAY, HE):
         if found := of(runs, cell):
-            error = mean_text(cells, cell, "test_error", 2)
-            loss = mean_text(cells, cell, "train_loss", 3)
+            error = cell_text(cells, cell, "test_error", 2)
+            loss = cell_text(cells, cell, "train_loss", 3)
             lines.append(f"| {KINDS[cell.kind]} | {error} | {loss} | {len(found)} |")
     if of(runs, REPLAY):
         lines += [
@@ -216,12 +169,6 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, about: str) -> str
     for figure, caption in captions(runs).items():
         lines += ["", f"![{caption}]({name}_{figure}.png)", "", caption]
     return "\n".join([*lines, *(["", about] if about else [])]) + "\n"
-
-
-def mean_of(values: list[float | None]) -> str:
-    """The mean; nothing where a run ended in something that is not a number."""
-    numbers = [value for value in values if value is not None]
-    return f"{sum(numbers) / len(numbers):.4g}" if numbers and len(numbers) == len(values) else ""
 
 
 def captions(runs: list[Run]) -> dict[str, str]:
@@ -250,11 +197,11 @@ def latex(runs: list[Run], cells: pd.DataFrame) -> str:
     ]
     for lr, momentum in GRID:
         texts = [
-            mean_text(cells, Cell(kind, lr, momentum), "test_error", 2)
+            cell_text(cells, Cell(kind, lr, momentum), "test_error", 2)
             for kind in ("plain", "tower")
         ]
         lines.append(f"    {lr} & {momentum} & {' & '.join(texts)} \\\\".replace("±", "$\\pm$"))
-    he = mean_text(cells, HE, "test_error", 2).replace("±", "$\\pm$")
+    he = cell_text(cells, HE, "test_error", 2).replace("±", "$\\pm$")
     lines += ["    \\midrule", f"    \\multicolumn{{3}}{{l}}{{{KINDS['he']}}} & {he} \\\\"]
     return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
 
@@ -291,9 +238,7 @@ def labelled(axis: plt.Axes) -> tuple[list[Any], list[str]]:
 def plot(axis: plt.Axes, runs: list[Run], column: str) -> None:
     """One line for each run, by the epoch."""
     for run in runs:
-        per_epoch = run.curves.step.iloc[-1] / run.curves.epoch.iloc[-1]
-        table = run.values if column in run.values else run.curves
-        axis.plot(table.step / per_epoch, table[column], linewidth=1, **LOOKS[run.cell.kind])
+        axis.plot(*run.columns(column), linewidth=1, **LOOKS[run.cell.kind])
     if runs:
         axis.plot([], [], label=KINDS[runs[0].cell.kind], **LOOKS[runs[0].cell.kind])
 
@@ -347,7 +292,7 @@ def draw_figure2(source: Path) -> list[Path]:
     Raises:
         ValueError: the records are damaged, or of several settings.
     """
-    runs, name = read_runs(source), source.name.removesuffix(".jsonl.gz")
+    runs, name = read_figure2(source), source.name.removesuffix(".jsonl.gz")
     table = run_table(runs)
     cells = cell_table(table)
     costs = source.with_name("figure2_cost.json")

@@ -22,6 +22,7 @@ from experiments.data import label as data_label
 from experiments.store import write_text
 from experiments.table1 import LEARNED, REFERENCE
 from scripts import style
+from scripts.char_rnn import draw_char_rnn
 from scripts.figure2 import draw_figure2
 from scripts.figure3 import draw_figure3
 from scripts.surface import draw_surface
@@ -270,6 +271,7 @@ def main(arguments: Sequence[str]) -> int:
         "figure2_*.jsonl.gz": draw_figure2,
         "figure3_*_runs.csv": draw_figure3,
         "surface_runs.csv": draw_surface,
+        "char_rnn_*.jsonl.gz": draw_char_rnn,
         "tables_v1_runs.csv": draw_tables_v1,
     }
     try:

@@ -23,7 +23,7 @@ from experiments.store import RunStore
 from experiments.train import Progress, train
 from hyperopt import parse
 from scripts import style
-from scripts.figure2 import draw_figure2, read_runs
+from scripts.figure2 import draw_figure2, read_figure2
 from scripts.tables import main as draw_all
 
 CIFAR10 = Path(os.environ.get("HYPEROPT_DATA", "data"), "cifar10.npz")
@@ -300,9 +300,9 @@ def test_damaged_records_are_refused(done: Path, tmp_path: Path, harm: str) -> N
 def test_replays_of_another_schedule_are_left_out(done: Path, tmp_path: Path) -> None:
     for name in ("figure2_cpu.jsonl.gz", "figure2_cpu_replay.csv"):
         (tmp_path / name).write_bytes((done / "results" / name).read_bytes())
-    assert len(read_runs(tmp_path / "figure2_cpu.jsonl.gz")) == 20
+    assert len(read_figure2(tmp_path / "figure2_cpu.jsonl.gz")) == 20
     (tmp_path / "figure2_cpu_replay.csv").write_text("step,lr,momentum\n1,0.1,0.9\n")
-    kinds = [run.cell.kind for run in read_runs(tmp_path / "figure2_cpu.jsonl.gz")]
+    kinds = [run.cell.kind for run in read_figure2(tmp_path / "figure2_cpu.jsonl.gz")]
     assert len(kinds) == 19 and "replay" not in kinds
 
 

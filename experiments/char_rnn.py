@@ -1,0 +1,143 @@
+"""The paper's character RNN on War and Peace: Adam, and towers that tune it, from three lrs.
+
+    python -m experiments.char_rnn preset=cpu
+    python -m experiments.char_rnn preset=paper seeds=0 workers=1 data.root=data store=runs
+    python -m experiments.char_rnn preset=cpu start=records
+
+From each lr of 1e-4, 2e-3, 1e-2 there is a plain run and the tower that tunes lr; besides them
+char-rnn's own decay of the lr, and a tower that tunes lr, beta1 and beta2.
+
+What comes out is `char_rnn_PRESET.jsonl.gz`, the records of all finished runs, from which
+`scripts.tables` draws. Runs that are finished in the store are not done again; with `start=records`
+nor are those whose records are in the results already.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hyperopt import Stack, parse
+
+from .command import LONG_RUNS, choose, do_all, draw, seed_list, split
+from .config import Config, StackConfig, compose, run_hash
+from .records import export_runs, import_runs
+from .run import guarded, resolve_all
+from .store import RunStore
+
+LRS = (1e-4, 2e-3, 1e-2)
+KARPATHYS = 2e-3
+
+KINDS = {
+    "decay": "Adam, char-rnn's decay",
+    "plain": "plain Adam",
+    "tower": "tower, tunes lr",
+    "betas": "tower, tunes lr and betas",
+}
+OVERRIDES = {
+    "decay": ("experiment=char_rnn", "schedule=exponential"),
+    "plain": ("experiment=char_rnn",),
+    "tower": ("experiment=char_rnn_tower",),
+    "betas": ("experiment=char_rnn_betas",),
+}
+
+# The runs' overrides. The decay stretches to whatever length there is.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "paper": (),
+    "cpu": ("trainer.epochs=10", "device=cpu"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets beside the keys of the runs' config."""
+
+    preset: str = "cpu"
+    seeds: str = "0,1,2"
+    start: str = "scratch"  # or records: where finished runs are taken from beside the store
+    results: str = "results"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One curve.
+
+    Attributes:
+        kind: one of `KINDS`.
+        lr: the start.
+    """
+
+    kind: str
+    lr: float
+
+    @property
+    def label(self) -> str:
+        return f"{KINDS[self.kind]}, from lr {self.lr}"
+
+
+DECAY, BETAS = Cell("decay", KARPATHYS), Cell("betas", KARPATHYS)
+PLAIN, TOWERS = (tuple(Cell(kind, lr) for lr in LRS) for kind in ("plain", "tower"))
+
+# Should one not wait for the last: of each seed the first are done before the second.
+WAVES = ((DECAY, *TOWERS), (*PLAIN, BETAS))
+CELLS = tuple(cell for wave in WAVES for cell in wave)
+
+
+def cell_config(cell: Cell, seed: int, overrides: Sequence[str]) -> Config:
+    """The config of one run: that of its experiment, but for the lr that it starts from."""
+    base = _compose(*OVERRIDES[cell.kind], *overrides)
+    lowest, *above = parse(base.stack.notation or "").levels
+    stack = Stack(lowest.with_values({"lr": cell.lr}), *above)
+    return replace(base, stack=StackConfig(str(stack)), seed=seed, row=cell.label)
+
+
+@functools.lru_cache
+def _compose(*overrides: str) -> Config:
+    return compose(overrides)
+
+
+def cell_of(summary: dict[str, Any]) -> Cell:
+    """The cell that a run belongs to."""
+    lowest: Any = parse(summary["stack"]).levels[0]
+    kinds = {(): "decay" if "schedule" in summary else "plain", ("lr",): "tower"}
+    return Cell(kinds.get(tuple(summary["tuned"]), "betas"), lowest.values["lr"])
+
+
+def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]:
+    """The command's options, the seeds among them, and the overrides of its runs."""
+    options, overrides = split(arguments, Options, LONG_RUNS)
+    choose("preset", options.preset, list(PRESETS))
+    choose("start", options.start, ("scratch", "records"))
+    return options, seed_list(options.seeds), [*PRESETS[options.preset], *overrides]
+
+
+def main() -> int:
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    options, seeds, overrides = _arguments(sys.argv[1:])
+    waves = [
+        resolve_all([cell_config(cell, seed, overrides) for cell in wave])
+        for seed in seeds
+        for wave in WAVES
+    ]
+    results, store = Path(options.results), RunStore(waves[0][0].store)
+    records = results / f"char_rnn_{options.preset}.jsonl.gz"
+    if options.start == "records":
+        import_runs(records, store)
+    done = True
+    for configs in waves:
+        try:
+            done &= do_all(configs) is not None
+        finally:
+            export_runs(store, map(run_hash, configs), records)
+    draw(results)
+    return 0 if done else 1
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

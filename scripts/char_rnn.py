@@ -1,0 +1,261 @@
+"""The character RNN's table and curves, drawn from the records of its runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from experiments.char_rnn import BETAS, DECAY, KINDS, LRS, Cell, cell_of
+from experiments.command import provenance
+from experiments.data import label as data_label
+from experiments.store import write_json, write_text
+from scripts import style
+from scripts.runs import Run, count, mean_of, mean_text, of, read_runs
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "plain": {"color": style.ORANGE, "linestyle": "--"},
+    "tower": {"color": style.BLUE, "linestyle": "-"},
+    "betas": {"color": style.GREEN, "linestyle": "-."},
+    "decay": {"color": style.BLACK, "linestyle": ":"},
+}
+ORDER = [DECAY, *(Cell(kind, lr) for lr in LRS for kind in ("plain", "tower")), BETAS]
+PAPERS_EPOCHS = 50
+
+METRICS = ("test_perplexity", "test_bits_per_character", "test_loss", "train_loss")
+LEARNED = ("lr", "beta1", "beta2")
+
+
+def preset_of(source: Path) -> str:
+    return source.name.removesuffix(".jsonl.gz").removeprefix("char_rnn_")
+
+
+def setting(runs: list[Run], preset: str) -> str:
+    """The runs' setting in words, for captions; a shorter one than the paper's is named as such."""
+    summary = runs[0].summary
+    epochs = summary["trainer"]["epochs"]
+    text = f"Character RNN on {data_label(summary['data'])}, preset {preset}, {epochs} epochs"
+    whole = epochs == PAPERS_EPOCHS
+    return text if whole else f"{text}; a reduced setting, the paper's is {PAPERS_EPOCHS} epochs"
+
+
+def run_table(runs: list[Run]) -> pd.DataFrame:
+    """A line for each run."""
+    return pd.DataFrame(
+        {
+            "kind": run.cell.kind,
+            "lr": run.cell.lr,
+            "seed": run.seed,
+            "hash": run.summary["hash"],
+            "test_perplexity": run.summary["test_perplexity"],
+            "test_bits_per_character": run.summary["test_bits_per_character"],
+            "test_loss": run.summary["test_loss"],
+            "train_loss": run.summary["train_loss"],
+            "diverged": run.summary["diverged"],
+            **{f"learned_{name}": run.summary["hyperparameters"][0][name] for name in LEARNED},
+            "lowest_lr": run.values["0.lr"].min(),
+        }
+        for run in runs
+    )
+
+
+def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each cell: means and sample standard deviations over its seeds."""
+    columns: dict[str, Any] = {"n": ("seed", "size")}
+    for name in METRICS:
+        columns |= {name: (name, "mean"), f"{name}_sd": (name, "std")}
+    columns |= {"diverged": ("diverged", "sum"), "lowest_lr": ("lowest_lr", "min")}
+    columns |= {f"learned_{name}": (f"learned_{name}", "mean") for name in LEARNED}
+    return runs.groupby(["kind", "lr"]).agg(**columns).reset_index()
+
+
+def perplexities(runs: list[Run], cell: Cell) -> dict[int, float]:
+    """By seed; infinite where a run diverged."""
+    return {
+        run.seed: math.inf if run.summary["diverged"] else run.summary["test_perplexity"]
+        for run in of(runs, cell)
+    }
+
+
+def compare(runs: list[Run]) -> dict[float, tuple[float, float]]:
+    """For each start, the mean test perplexity of the plain runs and of the towers.
+
+    Only of seeds that all of them have from that start.
+    """
+    found = {}
+    for lr in LRS:
+        plain, tower = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
+        if both := sorted(plain.keys() & tower.keys()):
+            means = [sum(part[seed] for seed in both) / len(both) for part in (plain, tower)]
+            found[lr] = (means[0], means[1])
+    return found
+
+
+def verdicts(runs: list[Run]) -> list[str]:
+    """What is to be said of the towers, in sentences."""
+    found = compare(runs)
+    better = [lr for lr, (plain, tower) in found.items() if tower <= plain]
+    lines = [
+        f"The tower's final test perplexity is no worse than the plain run's from {len(better)} of "
+        f"{len(found)} starts."
+    ]
+    if len(found) == len(LRS):
+        worst = max(found, key=lambda lr: found[lr][0])
+        best = min(plain for plain, _ in found.values())
+        plain, tower = found[worst]
+        if math.isfinite(plain) and plain > best:
+            lines.append(
+                f"From the worst start, lr {worst:g}, it closes "
+                f"{100 * (plain - tower) / (plain - best):.0f} % of the distance between the plain "
+                "run from there and the best plain run."
+            )
+    below = [run for run in runs if run.cell.kind in ("tower", "betas") and lowest(run) <= 0]
+    if below:
+        lines.append(f"In {len(below)} towers lr was 0 or below at some time.")
+    return lines
+
+
+def lowest(run: Run) -> float:
+    return float(run.values["0.lr"].min())
+
+
+def rows(runs: list[Run], cells: pd.DataFrame) -> list[list[str]]:
+    """The cells of the table, in words."""
+    found = []
+    for cell in ORDER:
+        line = cells[(cells.kind == cell.kind) & (cells.lr == cell.lr)].squeeze()
+        if line.empty:
+            continue
+        learned = [run.summary["hyperparameters"][0] for run in of(runs, cell)]
+        tuned = of(runs, cell)[0].summary["tuned"]
+        found.append(
+            [
+                KINDS[cell.kind],
+                f"{cell.lr:g}",
+                mean_text(line, "test_perplexity", 3),
+                mean_text(line, "test_bits_per_character", 3),
+                mean_text(line, "test_loss", 3),
+                mean_text(line, "train_loss", 3),
+                ", ".join(f"{name} {mean_of([h[name] for h in learned])}" for name in tuned),
+                str(line.n),
+            ]
+        )
+    return found
+
+
+HEAD = ("", "From lr", "Test perplexity", "Bits per character", "Test loss", "Training loss")
+
+
+def markdown(runs: list[Run], cells: pd.DataFrame, name: str, preset: str) -> str:
+    """The table with the figure and what is to be said of them, as Markdown."""
+    head = [*HEAD, "Learned", "n"]
+    lines = [
+        f"# {setting(runs, preset)}",
+        "",
+        "After the last epoch, losses in nats per character: mean ± standard deviation over n "
+        "seeds. The test part is the last twentieth of each of 50 streams; the training loss is "
+        "the mean over the last epoch. *Learned* are the final values, mean over seeds.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| --- |{' ---: |' * 5} --- | ---: |",
+        *(f"| {' | '.join(row)} |" for row in rows(runs, cells)),
+        "",
+        *verdicts(runs),
+        "",
+        "The stacks: "
+        + "; ".join(
+            f"{KINDS[cell.kind]}, `{found[0].summary['stack']}`"
+            for cell in (DECAY, Cell("tower", LRS[1]), BETAS)
+            if (found := of(runs, cell))
+        )
+        + ". How their hyper-step size was chosen is in the files of `configs/experiment`.",
+        "",
+        f"![{caption(runs)}]({name}.png)",
+        "",
+        caption(runs),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def caption(runs: list[Run]) -> str:
+    return (
+        "Training loss, test perplexity and lr by the epoch, from three starts "
+        f"({count(runs)}, a line for each seed)."
+    )
+
+
+def latex(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
+    """The table for a paper; needs the booktabs package."""
+    lines = [
+        "\\begin{table}",
+        f"  \\caption{{{setting(runs, preset)}; {count(runs)}.}}",
+        "  \\centering\\small",
+        "  \\begin{tabular}{lrrr}",
+        "    \\toprule",
+        "    & from lr & test perplexity & bits per character \\\\",
+        "    \\midrule",
+        *(f"    {' & '.join(row[:4])} \\\\".replace("±", "$\\pm$") for row in rows(runs, cells)),
+    ]
+    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+
+
+def figure(runs: list[Run], preset: str) -> plt.Figure:
+    """Loss, perplexity and lr below each other, a column for each start."""
+    panels = (
+        ("train_loss", "training loss (nats)"),
+        ("test_perplexity", "test perplexity"),
+        ("0.lr", "lr"),
+    )
+    fig, axes = plt.subplots(
+        len(panels), len(LRS), figsize=(style.WIDTH, 5.2), sharex=True, sharey="row", squeeze=False
+    )
+    labels: dict[str, Any] = {}
+    for column, lr in zip(axes.T, LRS, strict=True):
+        shown = [DECAY, Cell("plain", lr), Cell("tower", lr), *([BETAS] if lr == BETAS.lr else [])]
+        for axis, (name, _) in zip(column, panels, strict=True):
+            for cell in shown:
+                for run in of(runs, cell):
+                    (line,) = axis.plot(*run.columns(name), linewidth=1, **LOOKS[cell.kind])
+                    labels[KINDS[cell.kind]] = line
+        column[0].set_title(f"from lr {lr:g}")
+        column[-1].set_xlabel("epoch")
+    for row, (name, text) in zip(axes, panels, strict=True):
+        row[0].set_ylabel(text)
+        towers = [run for run in runs if lowest(run) <= 0]
+        if name != "train_loss" and not (name == "0.lr" and towers):
+            row[0].set_yscale("log")
+    fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
+    fig.suptitle(f"{setting(runs, preset)}; {count(runs)}", fontsize=8)
+    return fig
+
+
+def draw_char_rnn(source: Path) -> list[Path]:
+    """Draw the table and the curves from a file of records; returns what was written beside it.
+
+    Raises:
+        ValueError: the records are damaged, or of several settings.
+    """
+    order = list(KINDS)
+    runs = sorted(
+        read_runs(source, cell_of),
+        key=lambda run: (order.index(run.cell.kind), run.cell.lr, run.seed),
+    )
+    preset, name = preset_of(source), source.name.removesuffix(".jsonl.gz")
+    table = run_table(runs)
+    cells = cell_table(table)
+    options: dict[str, Any] = {"index": False, "lineterminator": "\n"}
+    written = {
+        f"{name}_runs.csv": table.to_csv(**options),
+        f"{name}.csv": cells.to_csv(float_format="%.6g", **options),
+        f"{name}.md": markdown(runs, cells, name, preset),
+        f"{name}.tex": latex(runs, cells, preset),
+    }
+    for file, text in written.items():
+        write_text(source.with_name(file), text)
+    paths = [source.with_name(file) for file in written]
+    paths.append(source.with_name(f"{name}_runs.json"))
+    write_json(paths[-1], provenance([run.summary for run in runs]))
+    return paths + style.save(figure(runs, preset), source.with_name(name))
