@@ -48,7 +48,7 @@ OVERRIDES = {
 # The runs' overrides. The decay stretches to whatever length there is.
 PRESETS: dict[str, tuple[str, ...]] = {
     "paper": (),
-    "cpu": ("trainer.epochs=10", "device=cpu"),
+    "cpu": ("trainer.epochs=5", "device=cpu"),
 }
 
 

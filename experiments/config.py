@@ -225,7 +225,7 @@ def _check_text(config: Config, data: str) -> None:
     for name, value in of_texts.items():
         if text and (value is None or value < 1):
             raise ValueError(
-                f"{name}={value} must be 1 or more for a text; as experiment=char_rnn has it"
+                f"{name}={value} must be 1 or more for a text, as experiment=char_rnn has it"
             )
         if not text and value is not None:
             raise ValueError(f"{name}={value} is for a text, not for {data}; leave it out")

@@ -92,7 +92,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def execute(
     folder: Path, lines: Path, *more: str, stop_after: int | None = None, draw: bool = False
 ) -> list[Cell]:
-    """The command in this process, on a preset of 74 steps; returns the cells it has made."""
+    """The command in this process, on a preset of 40 steps; returns the cells it has made."""
     made: list[Cell] = []
 
     def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:

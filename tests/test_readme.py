@@ -17,7 +17,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT, make, make_targets
 from test_rules import NOT_IN_TORCH, PLAIN
 
-from experiments.config import compose, protect_notation
+from experiments import char_rnn
+from experiments.char_rnn import cell_config
+from experiments.command import split
+from experiments.config import compose, protect_notation, resolve, run_hash
+from experiments.sample import Options
 from hyperopt import RULES, Rule, parse
 from hyperopt.rule import write
 from scripts.benchmark import bars
@@ -34,11 +38,12 @@ COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
 MAKE = [command for command in COMMANDS if "make" in command.split()]
 RUNS = [command for command in COMMANDS if command.startswith("python -m experiments.run ")]
 SUMMARISE = [line for line in COMMANDS if line.startswith("python -m experiments.summarise")]
+SAMPLES = [command for command in COMMANDS if command.startswith("python -m experiments.sample ")]
 STACKS = re.findall(r"^\| `(.+?)` \|", README, re.MULTILINE)
 
 
 def test_every_command_is_one_that_is_tested() -> None:
-    assert set(COMMANDS) - set(MAKE) - set(RUNS) - set(SUMMARISE) == {"source .venv/bin/activate"}
+    assert set(COMMANDS) - {*MAKE, *RUNS, *SUMMARISE, *SAMPLES} == {"source .venv/bin/activate"}
 
 
 @pytest.mark.parametrize("command", MAKE)
@@ -62,6 +67,14 @@ def test_run_commands_compose(command: str) -> None:
     assert not sweep or (told and int(told[1]) == len(jobs))
     for job in jobs[0], jobs[-1]:
         compose(job)
+
+
+@pytest.mark.parametrize("command", SAMPLES)
+def test_sample_commands_name_a_run_that_the_readme_makes(command: str) -> None:
+    options, overrides = split(shlex.split(command)[3:], Options, ())
+    assert not overrides
+    first = cell_config(char_rnn.CELLS[0], 0, char_rnn.PRESETS["cpu"])
+    assert options.run == run_hash(resolve(first, first.data.name))
 
 
 @pytest.mark.parametrize("notation", STACKS)
