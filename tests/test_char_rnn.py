@@ -64,6 +64,14 @@ def test_the_setting_is_char_rnns() -> None:
     assert (schedule.factor, schedule.after, schedule.epochs) == (0.97, 10, 50)
 
 
+def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
+    """Else the committed records are those of other runs."""
+    configs = [resolve(cell_config(c, 0, PRESETS["cpu"]), "war_and_peace") for c in CELLS]
+    assert run_hash(configs[0]) == "07f0c1c134852d1a"
+    assert run_hash(configs[CELLS.index(Cell("plain", 1e-4))]) == "cd7f96c13469b221"
+    assert len({run_hash(config) for config in configs}) == len(CELLS)
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="preset='quick' is not one of paper, cpu"):
         char_rnn._arguments(["preset=quick"])
