@@ -5,14 +5,15 @@
     python -m experiments.summarise data=mnist show=test_error,learned.0.lr csv=tidy.csv store=runs
 
 prints, of the runs in the store that have one of the given values in each of the given columns, the
-mean ± standard deviation of what `show` names (test_error,train_loss by default; percent and nats)
-over all that `by` does not name (by default it names every setting in which the runs differ, but
-the seed). `csv` names a file for the selected runs themselves, a line each.
+mean ± standard deviation of what `show` names (by default the test error in percent or the test
+perplexity, and train_loss in nats) over all that `by` does not name (by default it names every
+setting in which the runs differ, but the seed). `csv` names a file for the selected runs
+themselves, a line each.
 
 The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
 trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
-the results: test_error, train_loss, diverged, epochs, steps, and learned.0.lr and the like, the
-values at the end.
+the results: test_error (of a text test_loss, test_bits_per_character, test_perplexity), train_loss,
+diverged, epochs, steps, and learned.0.lr and the like, the values at the end.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ import pandas as pd
 from hyperopt import parse
 from hyperopt.rule import near
 
+from .images import Images
 from .run import guarded
 from .store import RunStore, csv_text, write_text
+from .text import Text
 
-RESULTS = ("test_error", "train_loss", "diverged", "epochs", "steps")
+JUDGED_BY = (Images.metrics[-1], Text.metrics[-1])
+RESULTS = (*Images.metrics, *Text.metrics, "train_loss", "diverged", "epochs", "steps")
 # Of a summary, what is neither a setting nor a result.
 LEFT_OUT = ("hash", "hyperparameters", "tuned", "data_source", "data_sha256", "provenance")
 
@@ -43,7 +47,7 @@ class Options:
 
     store: str = "runs"
     by: str = ""
-    show: str = "test_error,train_loss"
+    show: str = ""
     csv: str = ""
 
 
@@ -54,7 +58,7 @@ def tidy(summary: dict[str, Any]) -> dict[str, Any]:
     line = {"hash": summary["hash"], **dict(_flat(settings))}
     line |= {"stack.rule": levels[0].name, "stack.height": len(levels) - 1}
     line |= dict(_flat({str(k): level.values for k, level in enumerate(levels)}))
-    line |= {name: summary[name] for name in RESULTS}
+    line |= {name: summary[name] for name in RESULTS if name in summary}
     for k, (level, values) in enumerate(zip(levels, summary["hyperparameters"], strict=True)):
         constant = level.hypers.keys() - level.tuned.keys() if k < len(levels) - 1 else values
         line |= {f"learned.{k}.{n}": v for n, v in values.items() if n not in constant}
@@ -165,6 +169,7 @@ def main() -> int:
     text = tidy_csv(summaries)
     table = pd.read_csv(io.StringIO(text))
     by, show = ([name for name in s.split(",") if name] for s in (options.by, options.show))
+    show = show or [*(name for name in JUDGED_BY if name in table), "train_loss"]
     for name in (*wanted, *by, *show):
         if name not in table:
             raise ValueError(f"the runs have no column {name!r}; {near(name, table.columns)}")

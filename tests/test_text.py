@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import os
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import book
+from experiments import book, summarise
 from experiments.book import CHARACTERS, LENGTH, SHA256, Book
 from experiments.config import Config, compose, resolve, run_hash
 from experiments.run import resolve_all
@@ -248,6 +249,21 @@ def test_a_run_records_losses_perplexity_and_bits_of_every_epoch(
     assert last["test_bits_per_character"] == pytest.approx(last["test_loss"] / math.log(2))
     assert last["test_loss"] < math.log(len(set(TINY)))
     assert summary["model"] == {"name": "char_rnn", "hidden": 5, "layers": 2}
+
+
+def test_runs_on_texts_and_on_images_are_summarised_together(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_text = train(config(tiny, tmp_path, "trainer.steps=2"))
+    images = ["data=mnist-5k", "trainer.epochs=1", "device=cpu", "trainer.compile=false"]
+    eager = [*images, "trainer.compile_model=false", f"store={tmp_path}"]
+    of_images = train(resolve(compose(eager), "mnist-5k"))
+    monkeypatch.setattr(sys, "argv", ["summarise", f"store={tmp_path}", "by=data"])
+    assert summarise.main() == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["data", "n", "diverged", "test_error", "test_perplexity", "train_loss"]
+    assert lines[0].split()[:4] == ["mnist-5k", "1", "0", f"{of_images['test_error']:.4g}"]
+    assert lines[1].split()[:4] == ["war_and_peace", "1", "0", f"{of_text['test_perplexity']:.4g}"]
 
 
 @pytest.mark.parametrize("every", ["null", "5"])
