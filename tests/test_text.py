@@ -306,6 +306,31 @@ def test_a_run_cut_in_mid_epoch_ends_as_if_it_had_not_been(
         assert tensor.equal(weights[1]["model"][name]), name
 
 
+def test_a_run_cut_between_its_last_step_and_its_end_has_its_last_epoch(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(config(tiny, tmp_path / "whole", TOWER, "trainer.checkpoint_every=1"))
+    broken = config(tiny, tmp_path / "broken", TOWER, "trainer.checkpoint_every=1")
+
+    def interrupt(task: Text, model: nn.Module) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    for _ in range(2):  # at the end of the first epoch, twice
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Text, "evaluate", interrupt)
+            train(broken)
+    evaluate, done = Text.evaluate, list[int]()
+
+    def second(task: Text, model: nn.Module) -> dict[str, float]:
+        done.append(1)
+        return interrupt(task, model) if len(done) == 2 else evaluate(task, model)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Text, "evaluate", second)
+        train(broken)
+    assert result(train(broken)) == result(whole)
+
+
 def test_how_often_a_run_is_saved_is_not_part_of_what_it_is(tiny: Path, tmp_path: Path) -> None:
     hashes = {
         run_hash(config(tiny, tmp_path, f"trainer.checkpoint_every={every}"))
