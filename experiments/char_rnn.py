@@ -23,7 +23,7 @@ from typing import Any
 
 from hyperopt import Stack, parse
 
-from .command import LONG_RUNS, choose, do_all, draw, seed_list, split
+from .command import do_all, draw, long_arguments
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -50,16 +50,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "paper": (),
     "cpu": ("trainer.epochs=5", "device=cpu"),
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets beside the keys of the runs' config."""
-
-    preset: str = "cpu"
-    seeds: str = "0,1,2"
-    start: str = "scratch"  # or records: where finished runs are taken from beside the store
-    results: str = "results"
 
 
 @dataclass(frozen=True)
@@ -107,19 +97,11 @@ def cell_of(summary: dict[str, Any]) -> Cell:
     return Cell(kinds.get(tuple(summary["tuned"]), "betas"), lowest.values["lr"])
 
 
-def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]:
-    """The command's options, the seeds among them, and the overrides of its runs."""
-    options, overrides = split(arguments, Options, LONG_RUNS)
-    choose("preset", options.preset, list(PRESETS))
-    choose("start", options.start, ("scratch", "records"))
-    return options, seed_list(options.seeds), [*PRESETS[options.preset], *overrides]
-
-
 def main() -> int:
     if set(sys.argv[1:]) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    options, seeds, overrides = _arguments(sys.argv[1:])
+    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
     waves = [
         resolve_all([cell_config(cell, seed, overrides) for cell in wave])
         for seed in seeds

@@ -7,8 +7,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -83,6 +83,33 @@ def seed_list(text: str) -> list[int]:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
         raise ValueError(f"seeds={text!r} is no list of numbers as in 0,1,2") from None
+
+
+@dataclass(frozen=True)
+class LongOptions:
+    """What the commands of long experiments read beside the keys of their runs' config."""
+
+    preset: str = "cpu"
+    seeds: str = "0,1,2"
+    start: str = "scratch"  # or records: where finished runs are taken from beside the store
+    results: str = "results"
+
+
+def long_arguments(
+    arguments: Sequence[str], presets: Mapping[str, Sequence[str]]
+) -> tuple[LongOptions, list[int], list[str]]:
+    """The options of a long experiment's command, its seeds, and the overrides of its runs.
+
+    Args:
+        presets: the overrides that each of them stands for.
+
+    Raises:
+        ValueError: an option or a value that is not known, in one line.
+    """
+    options, overrides = split(arguments, LongOptions, LONG_RUNS)
+    choose("preset", options.preset, list(presets))
+    choose("start", options.start, ("scratch", "records"))
+    return options, seed_list(options.seeds), [*presets[options.preset], *overrides]
 
 
 def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import LONG_RUNS, choose, do_all, draw, seed_list, split
+from .command import do_all, draw, long_arguments
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -47,16 +47,6 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "paper": (),
     "cpu": ("trainer.epochs=10", "trainer.steps=null", "trainer.record_every=50", "device=cpu"),
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line sets beside the keys of the runs' config."""
-
-    preset: str = "cpu"
-    seeds: str = "0,1,2"
-    start: str = "scratch"  # or records: where finished runs are taken from beside the store
-    results: str = "results"
 
 
 @dataclass(frozen=True)
@@ -137,19 +127,11 @@ def learned(run: RunDirectory) -> list[list[Any]]:
     return [["step", "lr", "momentum"], *first, *rows]
 
 
-def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]:
-    """The command's options, the seeds among them, and the overrides of its runs."""
-    options, overrides = split(arguments, Options, LONG_RUNS)
-    choose("preset", options.preset, list(PRESETS))
-    choose("start", options.start, ("scratch", "records"))
-    return options, seed_list(options.seeds), [*PRESETS[options.preset], *overrides]
-
-
 def main() -> int:
     if set(sys.argv[1:]) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    options, seeds, overrides = _arguments(sys.argv[1:])
+    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
     grid = [cell_config(cell, seed, overrides) for seed in seeds for cell in CELLS]
     configs = resolve_all(grid)
     results, name = Path(options.results), f"figure2_{options.preset}"

@@ -98,10 +98,12 @@ def verdicts(runs: list[Run]) -> list[str]:
     """What is to be said of the towers, in sentences."""
     found = compare(runs)
     better = [lr for lr, (plain, tower) in found.items() if tower <= plain]
-    lines = [
-        f"The tower's final test perplexity is no worse than the plain run's from {len(better)} of "
-        f"{len(found)} starts."
-    ]
+    lines = []
+    if found:
+        lines.append(
+            "The tower's final test perplexity is no worse than the plain run's from "
+            f"{len(better)} of {len(found)} starts."
+        )
     if len(found) == len(LRS):
         worst = max(found, key=lambda lr: found[lr][0])
         best = min(plain for plain, _ in found.values())

@@ -72,13 +72,6 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
     assert len({run_hash(config) for config in configs}) == len(CELLS)
 
 
-def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match="preset='quick' is not one of paper, cpu"):
-        char_rnn._arguments(["preset=quick"])
-    with pytest.raises(ValueError, match="seeds='all' is no list of numbers"):
-        char_rnn._arguments(["seeds=all"])
-
-
 # The whole command, on a tiny text.
 
 SHORT = (
