@@ -195,7 +195,7 @@ def test_tied_weights(memory):
 @pytest.mark.parametrize("stack", [*PLAIN, TALL])
 def test_odd_shapes_and_layouts(memory, stack):
     """Whatever way the parameters and gradients lie in memory, all is as in one flat vector."""
-    shapes = [(), (0,), (2, 3, 4, 5), (3, 0, 2), (6, 4), (1,)]
+    shapes = [(), (0,), (2, 3, 4, 5), (3, 0, 2), (6, 4), (1,), (3, 5)]
     odd = parameters(*shapes)
     odd[2] = odd[2].detach().to(memory_format=torch.channels_last).requires_grad_()
     odd[4] = odd[4].detach().T.contiguous().T.requires_grad_()
@@ -209,6 +209,7 @@ def test_odd_shapes_and_layouts(memory, stack):
         if t % 2:
             gradients[4] = gradients[4].T.contiguous().T
             gradients[2] = gradients[2].to(memory_format=torch.channels_last)
+            gradients[6] = gradients[6].T.contiguous().T  # though its parameter is contiguous
         give(odd, gradients)
         flat.grad = torch.cat([g.flatten() for g in gradients])
         optimizer.step()

@@ -554,6 +554,10 @@ def test_a_compiled_step_does_not_outlive_a_change_of_dtype(monkeypatch):
         nn.init.constant_(model.weight, 0.5)
         optimizer = HyperOptimizer(model.parameters(), "SGD(0.1) / SGD(0.01)", compile=compile)
         train(model, optimizer, range(4))
+        loss = model.weight.square().sum()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()  # also where a kernel has written to the weights, unseen by torch
         model.double()
         train(model, optimizer, range(4, 9))
         assert optimizer.compiled == compile

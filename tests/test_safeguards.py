@@ -166,6 +166,24 @@ def test_every_and_until_say_when_a_level_moves():
     assert moved == [3, 6]  # at step 0 there is no hypergradient yet
 
 
+def test_turns_and_counts_go_on_in_a_resumed_run():
+    stack = "SGD(0.01) / SGD(1e-3, every=3, until=8)"
+    steps = gradients(12)
+    steps[1][0] = math.nan
+    _, numbers, whole = run(stack, steps)
+    weights, _, first = run(stack, steps[:5])
+    w = weights[-1].clone().requires_grad_()
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    optimizer.load_state_dict(first.state_dict())
+    assert optimizer.skipped == [1, 0]
+    for t in range(5, 12):
+        w.grad = steps[t].clone()
+        optimizer.step()
+        assert optimizer.hyperparameters() == numbers[t]
+    assert numbers[5] != numbers[6] == numbers[11]
+    assert optimizer.skipped == whole.skipped
+
+
 def test_a_level_that_rests_is_not_blamed_for_the_step():
     """Where a level made no move, its own step size has no hypergradient."""
     numbers = run("SGD(0.01) / SGD(1e-3, every=2) / SGD(1.0)", gradients(6))[1]
