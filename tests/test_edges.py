@@ -286,6 +286,8 @@ def test_parameters_of_several_dtypes(memory):
         optimizer.step()
         other.step()
     assert [p.dtype for p in w] == dtypes
+    kept = [optimizer.state[p]["exp_avg"].dtype for p in w]
+    assert kept == [torch.float64, *[torch.float32] * 3]
     # All share the same hyperparameters.
     assert optimizer.hyperparameters()[0] == pytest.approx(other.hyperparameters()[0], rel=1e-3)
     for p, q, tolerance in zip(w, exact, (1e-4, 1e-4, 2e-2, 1e-4), strict=True):

@@ -96,6 +96,9 @@ def test_what_was_0_throughout_need_not_be_there():
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 1.0)
     Replay(optimizer, Schedule([1], {"lr": [0.1], "gamma": [0.0]}))
     assert optimizer.param_groups[0]["lr"] == 0.1 and "gamma" not in optimizer.param_groups[0]
+    adam = torch.optim.Adam([torch.ones(1, requires_grad=True)])
+    Replay(adam, Schedule([1], {"beta1": [0.5]}))
+    assert adam.param_groups[0]["betas"] == (0.5, 0.999)
 
 
 def test_what_cannot_be_replayed(tmp_path):
