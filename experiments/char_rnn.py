@@ -5,7 +5,8 @@
     python -m experiments.char_rnn preset=cpu start=records
 
 From each lr of 1e-4, 2e-3, 1e-2 there is a plain run and the tower that tunes lr; besides them
-char-rnn's own decay of the lr, and a tower that tunes lr, beta1 and beta2.
+char-rnn's own decay of the lr, a tower that tunes lr, beta1 and beta2, and one that never stops to
+tune: the others do after some hundred steps, for what configs/experiment/char_rnn_tower.yaml says.
 
 What comes out is `char_rnn_PRESET.jsonl.gz`, the records of all finished runs, from which
 `scripts.tables` draws. Runs that are finished in the store are not done again; with `start=records`
@@ -15,6 +16,7 @@ nor are those whose records are in the results already.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,12 +39,14 @@ KINDS = {
     "plain": "plain Adam",
     "tower": "tower, tunes lr",
     "betas": "tower, tunes lr and betas",
+    "free": "tower, never stops",
 }
 OVERRIDES = {
     "decay": ("experiment=char_rnn", "schedule=exponential"),
     "plain": ("experiment=char_rnn",),
     "tower": ("experiment=char_rnn_tower",),
     "betas": ("experiment=char_rnn_betas",),
+    "free": ("experiment=char_rnn_free",),
 }
 
 # The runs' overrides. The decay stretches to whatever length there is.
@@ -69,11 +73,11 @@ class Cell:
         return f"{KINDS[self.kind]}, from lr {self.lr}"
 
 
-DECAY, BETAS = Cell("decay", KARPATHYS), Cell("betas", KARPATHYS)
+DECAY, BETAS, FREE = Cell("decay", KARPATHYS), Cell("betas", KARPATHYS), Cell("free", LRS[0])
 PLAIN, TOWERS = (tuple(Cell(kind, lr) for lr in LRS) for kind in ("plain", "tower"))
 
 # Should one not wait for the last: of each seed the first are done before the second.
-WAVES = ((DECAY, *TOWERS), (*PLAIN, BETAS))
+WAVES = ((DECAY, *TOWERS), (*PLAIN, BETAS, FREE))
 CELLS = tuple(cell for wave in WAVES for cell in wave)
 
 
@@ -92,9 +96,12 @@ def _compose(*overrides: str) -> Config:
 
 def cell_of(summary: dict[str, Any]) -> Cell:
     """The cell that a run belongs to."""
-    lowest: Any = parse(summary["stack"]).levels[0]
-    kinds = {(): "decay" if "schedule" in summary else "plain", ("lr",): "tower"}
-    return Cell(kinds.get(tuple(summary["tuned"]), "betas"), lowest.values["lr"])
+    levels: Any = parse(summary["stack"]).levels
+    kinds = {
+        (): "decay" if "schedule" in summary else "plain",
+        ("lr",): "free" if levels[-1].settings["until"] == math.inf else "tower",
+    }
+    return Cell(kinds.get(tuple(summary["tuned"]), "betas"), levels[0].values["lr"])
 
 
 def main() -> int:

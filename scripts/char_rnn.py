@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments.char_rnn import BETAS, DECAY, KINDS, LRS, Cell, cell_of
+from experiments.char_rnn import BETAS, DECAY, FREE, KINDS, LRS, Cell, cell_of
 from experiments.command import provenance
 from experiments.data import label as data_label
 from experiments.store import write_json, write_text
@@ -20,9 +20,10 @@ LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": style.ORANGE, "linestyle": "--"},
     "tower": {"color": style.BLUE, "linestyle": "-"},
     "betas": {"color": style.GREEN, "linestyle": "-."},
+    "free": {"color": style.GREEN, "linestyle": "-", "alpha": 0.6},
     "decay": {"color": style.BLACK, "linestyle": ":"},
 }
-ORDER = [DECAY, *(Cell(kind, lr) for lr in LRS for kind in ("plain", "tower")), BETAS]
+ORDER = [DECAY, *(Cell(kind, lr) for lr in LRS for kind in ("plain", "tower")), FREE, BETAS]
 PAPERS_EPOCHS = 50
 
 METRICS = ("test_perplexity", "test_bits_per_character", "test_loss", "train_loss")
@@ -114,7 +115,7 @@ def verdicts(runs: list[Run]) -> list[str]:
                 f"{100 * (plain - tower) / (plain - best):.0f} % of the distance between the plain "
                 "run from there and the best plain run."
             )
-    below = [run for run in runs if run.cell.kind in ("tower", "betas") and lowest(run) <= 0]
+    below = [run for run in runs if run.summary["tuned"] and lowest(run) <= 0]
     if below:
         lines.append(f"In {len(below)} towers lr was 0 or below at some time.")
     return lines
@@ -170,10 +171,11 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, preset: str) -> st
         "The stacks: "
         + "; ".join(
             f"{KINDS[cell.kind]}, `{found[0].summary['stack']}`"
-            for cell in (DECAY, Cell("tower", LRS[1]), BETAS)
+            for cell in (DECAY, Cell("tower", LRS[1]), FREE, BETAS)
             if (found := of(runs, cell))
         )
-        + ". How their hyper-step size was chosen is in the files of `configs/experiment`.",
+        + ". Why most towers stop to tune, and how their hyper-step size was chosen, is in "
+        "`configs/experiment/char_rnn_tower.yaml`.",
         "",
         f"![{caption(runs)}]({name}.png)",
         "",
@@ -216,7 +218,8 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
     )
     labels: dict[str, Any] = {}
     for column, lr in zip(axes.T, LRS, strict=True):
-        shown = [DECAY, Cell("plain", lr), Cell("tower", lr), *([BETAS] if lr == BETAS.lr else [])]
+        shown = [DECAY, Cell("plain", lr), Cell("tower", lr)]
+        shown += [cell for cell in (FREE, BETAS) if cell.lr == lr]
         for axis, (name, _) in zip(column, panels, strict=True):
             for cell in shown:
                 for run in of(runs, cell):
