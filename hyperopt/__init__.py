@@ -7,6 +7,7 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 (NeurIPS 2022).
 """
 
+from .auto import Auto
 from .domains import DOMAINS, Domain
 from .optimizer import HyperOptimizer
 from .rule import RULES, Hyper, Option, Rule, Tuning
@@ -23,6 +24,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "Adamax",
+    "Auto",
     "Domain",
     "Hyper",
     "HyperOptimizer",

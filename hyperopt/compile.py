@@ -89,7 +89,7 @@ def _all_at_once(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Ste
 def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
     lowest, structure = layout.blocks[0], _structure(layout)
     raw, fixed, last_fixed = parts.raw[0][0], parts.fixed[0][0], parts.last_fixed
-    of_raw = _Gather(layout.tuned, raw)
+    of_raw = _Gather(layout.tuned, raw, lowest.sums)
     of_fixed = _Gather(layout.fixed, fixed)
     replays, advances = [], []
     everything = zip(of_raw(raw), of_fixed(fixed), parts.small, shards, strict=True)
@@ -107,7 +107,7 @@ def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
         ) -> None:
             layout.advance(a, b, c, d, *both(tensors))
 
-        kind = structure[0][:4], bool(lowest.tuned), len(shard.w)
+        kind = structure[0][:5], bool(lowest.tuned), len(shard.w)
         if lowest.tuned:
             numbers = [own, constant, small]
             replays.append(_kernel(("replay", *kind), replay, numbers, shard.flat()))
@@ -116,11 +116,12 @@ def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
 
     leaves, tree = tree_flatten(parts._replace(small=[]))
 
-    def climb(hypergradient: Tensor, largest: Tensor, *tensors: Tensor) -> None:
-        layout.climb(tree_unflatten(tensors, tree), hypergradient, largest)
+    def climb(sums: Tensor, largest: Tensor, *tensors: Tensor) -> None:
+        layout.climb(tree_unflatten(tensors, tree), sums, largest)
 
     if lowest.tuned:
-        run_climb = _kernel(("climb", structure), climb, [raw, parts.steps, *leaves])
+        sums = raw.repeat(lowest.sums)
+        run_climb = _kernel(("climb", structure), climb, [sums, parts.steps, *leaves])
 
     def step(shards: Sequence[Vectors]) -> None:
         vectors = [shard.flat() * 2 for shard in shards]
@@ -143,17 +144,21 @@ class _Gather:
     Args:
         places: for each shard those of its values.
         values: a vector like those that will be gathered from.
+        rows: how many numbers there are to add up for each value.
     """
 
-    def __init__(self, places: Sequence[Sequence[int]], values: Tensor) -> None:
+    def __init__(self, places: Sequence[Sequence[int]], values: Tensor, rows: int = 1) -> None:
         def index(rows: Iterable[Sequence[int]]) -> Tensor:
             return torch.tensor([i for row in rows for i in row], device=values.device).long()
 
         self.counts = [len(own) for own in places]
-        self.n = len(values)
+        self.n, self.sums = len(values), rows * len(values)
         self.shared = all(list(own) == [*range(self.n)] for own in places)
         self.index = index(places)
-        self.index_of_parts = index([*own, self.n] for own in places)
+        starts = range(0, self.sums, self.n or 1)
+        self.index_of_parts = index(
+            [*(start + i for start in starts for i in own), self.sums] for own in places
+        )
 
     def __call__(self, values: Tensor) -> Sequence[Tensor]:
         if self.shared:
@@ -165,7 +170,7 @@ class _Gather:
         if self.shared:
             whole = torch.stack([*parts]).sum(0)
         else:
-            whole = parts[0].new_zeros(self.n + 1)
+            whole = parts[0].new_zeros(self.sums + 1)
             whole.index_add_(0, self.index_of_parts, torch.cat([*parts]))
         return whole[:-1], whole[-1]
 

@@ -100,7 +100,7 @@ class Layout:
         """For each block, the names of its rule's state, and whether each is a vector."""
         empty = torch.empty(0)
         return tuple(
-            {name: value.ndim > 0 for name, value in block.rule.init(empty).items()}
+            {name: value.ndim > 0 for name, value in block.init(empty).items()}
             for block in self.blocks
         )
 
@@ -238,19 +238,20 @@ class Layout:
             small: what `Parts.small` has of it.
         """
         last = self.last(small, shard.last_w, shard.last_g, shard.state)
-        state, part = replay(self.blocks[0], raw, last_fixed, last, shard.g)
+        state, part = replay(self.blocks[0], raw, last_fixed, last, shard.w, shard.g)
         self.store(small, into, state)
         return part
 
     def total(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """What `climb` is given: the sums of what `replay` has returned for each shard."""
-        every = range(len(self.blocks[0].tuned))
+        lowest = self.blocks[0]
+        every = range(len(lowest.tuned))
         if all(tuned == [*every] for tuned in self.tuned):
             whole = torch.stack([*parts]).sum(0)
             return whole[:-1], whole[-1]
-        of_slot: list[list[Tensor]] = [[] for _ in every]
+        of_slot: list[list[Tensor]] = [[] for _ in range(lowest.sums * len(every))]
         for tuned, part in zip(self.tuned, parts, strict=True):
-            for place, number in zip(tuned, part, strict=False):
+            for place, number in zip(lowest.places(tuned), part, strict=False):
                 of_slot[place].append(number)
         sums = [sum(numbers, start=parts[0].new_zeros(())) for numbers in of_slot]
         return torch.stack(sums), sum((part[-1] for part in parts), start=parts[0].new_zeros(()))
@@ -262,18 +263,18 @@ class Layout:
             counters = [name for name, vector in self.states[0].items() if not vector]
             small[1:].copy_(torch.stack([state[name] for name in counters]))
 
-    def climb(self, parts: Parts, hypergradient: Tensor, largest: Tensor) -> None:
+    def climb(self, parts: Parts, sums: Tensor, largest: Tensor) -> None:
         """Move the hyperparameters of all levels, in place.
 
         Args:
-            hypergradient, largest: what `total` returns.
+            sums, largest: what `total` returns.
         """
         for group in self.processes:
-            part = torch.cat([hypergradient, largest.view(1)])
+            part = torch.cat([sums, largest.view(1)])
             part = torch.ops._c10d_functional.all_reduce(part, "sum", group)
             part = torch.ops._c10d_functional.wait_tensor(part)
-            hypergradient, largest = part[:-1], part[-1]
-        tower, going = climb(self.blocks, self.tower(parts), hypergradient, largest)
+            sums, largest = part[:-1], part[-1]
+        tower, going = climb(self.blocks, self.tower(parts), sums, largest)
         new = self.parts_of(tower, going)
         for old, value in zip(tree_leaves(parts._replace(small=[])), tree_leaves(new), strict=True):
             if value is not old:

@@ -325,7 +325,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         raw = pick(parts.raw[0][0], shard.owner.among(lowest.tuned))
         fixed = pick(parts.last_fixed, shard.owner.among(lowest.fixed))
         if shard.last.g is not None:
-            state, _ = replay(lowest, raw, fixed, shard.last, shard.last.g)
+            state, _ = replay(lowest, raw, fixed, shard.last, shard.last.g, shard.last.g)
             shard.last = shard.last._replace(state=state, moved=torch.zeros_like(shard.last.moved))
 
     def _tower(self) -> TowerState:

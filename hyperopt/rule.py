@@ -172,8 +172,12 @@ class Rule:
     hypers: ClassVar[dict[str, Hyper]] = {}
     options: ClassVar[dict[str, Option]] = {}
 
-    # How any rule moves hyperparameters: their gradient, clipped by value and by norm, in every
-    # so many steps, until so many steps were made.
+    # How any rule moves hyperparameters: their gradient, over so many steps, as a cosine, clipped
+    # by value and by norm, in every so many steps, until so many steps were made; and to what share
+    # of the weights, by norms, it lets the lowest rule's updates grow.
+    horizon = Option(1.0)
+    normalize = Option(False)
+    trust = Option(math.inf)
     clip_value = Option(math.inf)
     clip_norm = Option(math.inf)
     every = Option(1)
@@ -217,7 +221,8 @@ class Rule:
                 raise ValueError(
                     f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
                 )
-        for name, least in (("clip_value", 0), ("clip_norm", 0), ("every", 1), ("until", 0)):
+        leasts = {"horizon": 1, "trust": 0, "clip_value": 0, "clip_norm": 0, "every": 1, "until": 0}
+        for name, least in leasts.items():
             if not self.settings[name] >= least:
                 raise ValueError(
                     f"{self.name}: {name} must be {least} or more, but is {self.settings[name]!r}"

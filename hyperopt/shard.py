@@ -53,7 +53,7 @@ class Shard:
         w = blank.clone() if block.depends_on_weights else None
         g = blank.clone() if block.tuned else None
         with blank.device:
-            state = block.rule.init(blank)
+            state = block.init(blank)
         moved = torch.zeros((), dtype=torch.float64, device=blank.device)
         return cls(params, owner, Move(w, g, state, moved))
 

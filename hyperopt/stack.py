@@ -9,15 +9,24 @@ how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor)]
 
 A level above the lowest may also say how it moves the one below, as in SGD(1e-5, clip_norm=1):
 clip_value and clip_norm clip the gradient that it is given (as those above it see it too), every=10
-lets it move in one step of ten, and until=1000 in the first thousand alone.
+lets it move in one step of ten, and until=1000 in the first thousand alone. normalize=True makes
+that gradient a cosine: it is divided by the norms of both factors of the inner product that it is.
+
+Two more are for the level above the lowest. horizon=n judges a hyperparameter by its part in the
+last n steps, and not in the last one alone: the derivatives d of the weights are gathered, at the
+t-th step as D <- (1 - 1/min(t, n)) D + d. For an lr in the log domain and n = inf, D is the way
+from the mean of all earlier weights to the present ones. trust=0.1 lets no update be larger than a
+tenth of the weights, by their norms: lr, which must be in the log domain, is pulled down to that.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from typing import Any, NoReturn
 
+from .domains import LOG
 from .rule import RULES, Rule, near
 
 
@@ -64,6 +73,19 @@ class Stack:
                     f"{levels[0]}: {name} is for a level that moves hyperparameters; the weights' "
                     "gradients are clipped by torch.nn.utils.clip_grad_norm_ and the like"
                 )
+        for k, above in enumerate(levels[2:], 2):
+            for name in ("horizon", "trust"):
+                if above.settings[name] != above.options[name].default:
+                    raise ValueError(
+                        f"{above}: {name} is for the level that moves the hyperparameters of the "
+                        f"lowest one, and not for level {k}"
+                    )
+        logarithmic = [n for n, how in levels[0].tuned.items() if how.domain is LOG]
+        if len(levels) > 1 and levels[1].trust < math.inf and "lr" not in logarithmic:
+            raise ValueError(
+                f"{levels[1]}: trust bounds the lr of {levels[0]}, which must be moved in the "
+                "log domain, as in [lr: log]"
+            )
         for k, above in enumerate(levels):
             targets = list(levels[k - 1].tuned) if k else []
             for name, value in above.values.items():

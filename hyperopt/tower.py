@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,6 +38,10 @@ from torch import Tensor
 
 from .rule import Rule, State
 from .stack import Stack
+
+# Weights of a root mean square below this are taken to be of it where an update is bounded by their
+# norm, so that those that start at 0 can be moved (epsilon_2 of Shazeer and Stern 2018, Adafactor).
+SMALL = 1e-3
 
 
 class Move(NamedTuple):
@@ -128,6 +132,7 @@ class Block:
         below: the names of the hyperparameters that are moved, element by element; on level 0,
             which moves weights, nothing.
         depends_on_weights: whether `Move.w` is kept.
+        above: the rule that moves the raw values; None on top.
         count: the number of levels.
     """
 
@@ -136,7 +141,43 @@ class Block:
     fixed: tuple[Slot, ...]
     below: tuple[str, ...]
     depends_on_weights: bool
+    above: Rule | None = None
     count: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tuned hyperparameters: one owner has one of each."""
+        return _names(self.tuned)
+
+    def init(self, w: Tensor) -> State:
+        """The state before the first update of ``w``: the rule's, and the paths of `replay`."""
+        state = self.rule.init(w)
+        if self.horizon > 1:
+            state |= {f"path_{name}": torch.zeros_like(w) for name in self.names}
+            state["path_length"] = torch.zeros((), dtype=torch.float64)
+        return state
+
+    @property
+    def horizon(self) -> float:
+        """Over how many steps the level above takes the hypergradient, if it moves weights."""
+        return 1 if self.above is None or self.below else self.above.horizon
+
+    @property
+    def normalize(self) -> bool:
+        return self.above is not None and self.above.normalize
+
+    @property
+    def trust(self) -> float:
+        return math.inf if self.above is None else self.above.trust
+
+    @property
+    def sums(self) -> int:
+        """How many numbers `replay` returns for each hyperparameter."""
+        return 1 + 2 * self.normalize + 2 * (self.trust < math.inf)
+
+    def places(self, own: Sequence[int]) -> list[int]:
+        """Where what `replay` returns for the slots of one owner stands among that of all."""
+        return [row * len(self.tuned) + place for row in range(self.sums) for place in own]
 
     def values(self, raw: Tensor, fixed: Tensor) -> SimpleNamespace:
         """The namespace h that the rule reads.
@@ -186,6 +227,7 @@ class Block:
             tuple(rule.settings.items()),
             tuple((name, how.domain.name) for name, how in rule.tuned.items()),
             tuple(name for name in rule.hypers if rule.on(name)),
+            (self.horizon, self.normalize, self.trust < math.inf),
             self.tuned,
             self.fixed,
             self.below,
@@ -236,7 +278,8 @@ def build(
             slots += [Slot(name, owner) for owner in owners]
         below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
         keeps_weights = bool(tuned) and depends_on_weights(rule)
-        block = Block(rule, tuple(tuned), tuple(fixed), below, keeps_weights)
+        above = None if top else stack.levels[k + 1]
+        block = Block(rule, tuple(tuned), tuple(fixed), below, keeps_weights, above)
         if k > 1 and replace(blocks[-1], count=1).structure() == block.structure():
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
         else:
@@ -287,16 +330,16 @@ def step(
     lowest = blocks[0]
     tuned = [owner.among(lowest.tuned) for owner in owners]
     constant = [owner.among(lowest.fixed) for owner in owners]
-    states, hypergradient = [], torch.zeros_like(tower.raw[0][0])
+    states, sums = [], tower.raw[0].new_zeros(lowest.sums * len(lowest.tuned))
     largest = torch.zeros_like(tower.steps)
-    for own, fixed, last, g in zip(tuned, constant, tower.lowest, grads, strict=True):
+    for own, fixed, last, w, g in zip(tuned, constant, tower.lowest, weights, grads, strict=True):
         raw = tower.raw[0][0][own]
-        state, part = replay(lowest, raw, tower.last_fixed[fixed], last, g)
+        state, part = replay(lowest, raw, tower.last_fixed[fixed], last, w, g)
         states.append(state)
-        hypergradient = hypergradient.index_add(0, torch.tensor(own, dtype=torch.long), part[:-1])
+        sums = sums.index_add(0, torch.tensor(lowest.places(own), dtype=torch.long), part[:-1])
         largest = largest + part[-1]
 
-    tower, going = climb(blocks, tower, hypergradient, largest)
+    tower, going = climb(blocks, tower, sums, largest)
 
     moved, moves = [], []
     everything = zip(tuned, constant, states, weights, grads, strict=True)
@@ -309,41 +352,122 @@ def step(
     return moved, tower._replace(lowest=tuple(moves))
 
 
-def replay(block: Block, raw: Tensor, fixed: Tensor, last: Move, g: Tensor) -> tuple[State, Tensor]:
+def replay(
+    block: Block, raw: Tensor, fixed: Tensor, last: Move, w: Tensor, g: Tensor
+) -> tuple[State, Tensor]:
     """Run the last move of one shard again: the state that it led to, and the hypergradients.
 
     Args:
         raw, fixed: its owner's hyperparameters of level 0, as the move was made with.
-        g: the shard's new gradient.
+        w, g: the shard's weights, and its new gradient.
 
     Returns:
         the state after the move, or the one before where none was made; and the gradient with
-        respect to ``raw``, 0 where no move was made, followed by the largest square in ``g``.
+        respect to ``raw``, in which a move that was not made has no part, what else `judge` needs,
+        in rows like it, and the largest square in ``g``.
     """
     before, gradient, start, moved = last
     if gradient is None:
-        return start, raw.new_zeros(len(raw) + 1)
+        return start, raw.new_zeros(block.sums * len(raw) + 1)
     # Where w was not kept, no derivative and no state depends on it: any vector will do.
-    w = gradient if before is None else before
+    then = gradient if before is None else before
 
     def rerun(raw: Tensor) -> tuple[Tensor, State]:
-        return block.rule.update(w, gradient, start, block.values(raw, fixed))
+        return block.rule.update(then, gradient, start, block.values(raw, fixed))
 
-    _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
     there = moved > 0
-    part = torch.where(there, pullback(g)[0], 0.0)
+    paths: list[Tensor] = []
+    if block.horizon > 1 or block.normalize:
+        paths, after = tangents(rerun, raw, g)
+        named = [f"path_{name}" for name in block.names]
+        if block.horizon > 1:
+            length = start["path_length"] + 1
+            kept = 1 - 1 / length.clamp(max=block.horizon)
+            paths = [kept * start[n] + d for n, d in zip(named, paths, strict=True)]
+            after = {**after, **dict(zip(named, paths, strict=True)), "path_length": length}
+        before_it = [start.get(name, 0.0) for name in named]
+        paths = [torch.where(there, p, old) for p, old in zip(paths, before_it, strict=True)]
+        rows = [torch.stack([(g * path).sum() for path in paths])]
+    else:
+        _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
+        rows = [torch.where(there, pullback(g)[0], 0.0)]
     state = {name: torch.where(there, after[name], old) for name, old in start.items()}
+    if block.normalize:
+        rows += [(g * g).sum().expand(len(raw)), torch.stack([(p * p).sum() for p in paths])]
+    if block.trust < math.inf:
+
+        def ahead(raw: Tensor) -> tuple[Tensor, State]:
+            return block.rule.update(w, g, state, block.values(raw, fixed))
+
+        update = tangents(ahead, raw, g)[0][block.names.index("lr")]
+        least = SMALL**2 * len(w)
+        rows += [
+            (update * update).sum().expand(len(raw)),
+            ((w * w).sum() + least).expand(len(raw)),
+        ]
     largest = g.abs().amax(0, keepdim=True) if len(g) else g.new_zeros(1)
-    return state, torch.cat([part, (largest * largest).to(part.dtype)])
+    rows = [*rows, largest * largest]
+    return state, torch.cat([row.to(raw.dtype) for row in rows])
+
+
+def tangents(
+    move: Callable[[Tensor], tuple[Tensor, State]], raw: Tensor, like: Tensor
+) -> tuple[list[Tensor], State]:
+    """The derivatives of the weights that a move leads to, [n] for each raw value, and its state.
+
+    A row of the Jacobian's transpose is reverse mode's derivative of reverse mode, which is linear
+    in what it is given; forward mode itself cannot be traced without traces of its bookkeeping.
+
+    Args:
+        like: a vector of the weights' kind, [n].
+    """
+
+    def pullback(vector: Tensor) -> tuple[Tensor, State]:
+        _, back, state = torch.func.vjp(move, raw, has_aux=True)  # type: ignore[misc]
+        return back(vector)[0], state
+
+    _, forward, state = torch.func.vjp(pullback, like, has_aux=True)  # type: ignore[misc]
+    units = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
+    return [forward(unit)[0] for unit in units.unbind()], state
+
+
+def judge(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the level above the lowest makes of the sums of what `replay` has returned.
+
+    Args:
+        raw: the lowest level's, [tuned slots].
+        sums: [block.sums * tuned slots].
+
+    Returns:
+        the hypergradient; and the highest raw values, if the updates' size is bounded.
+    """
+    hypergradient, *rows = sums.view(block.sums, len(raw)).unbind()
+    if block.normalize:
+        hypergradient = cosine(hypergradient, *rows[:2])
+    if block.trust == math.inf:
+        return hypergradient, None
+    # An update is proportional to lr: its derivative by log lr is the update itself.
+    update, weights = rows[-2:]
+    most = raw + torch.log(block.trust * torch.sqrt(weights / update))
+    names = [slot.name for slot in block.tuned]
+    first, end = names.index("lr"), names.index("lr") + names.count("lr")
+    free = torch.full_like(raw, math.inf)
+    return hypergradient, torch.cat([free[:first], most[first:end], free[end:]])
+
+
+def cosine(product: Tensor, squares: Tensor, others: Tensor) -> Tensor:
+    """An inner product by the norms of both vectors, given as their squares; 0 if one is 0."""
+    norms = torch.sqrt(squares) * torch.sqrt(others)
+    return torch.where(norms > 0, product / norms, product)
 
 
 def climb(
-    blocks: Sequence[Block], tower: TowerState, hypergradient: Tensor, largest: Tensor
+    blocks: Sequence[Block], tower: TowerState, sums: Tensor, largest: Tensor
 ) -> tuple[TowerState, Tensor]:
     """Move the hyperparameters of all levels.
 
     Args:
-        hypergradient: that of level 0, summed over the shards, [tuned slots].
+        sums: what `replay` returns for level 0, summed over the shards, [block.sums * tuned slots].
         largest: not finite where a gradient of the weights, or its square, is not, 0-dim.
 
     Returns:
@@ -356,6 +480,7 @@ def climb(
     going = largest.isfinite().to(tower.steps.dtype)
 
     # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
+    hypergradient, most = judge(blocks[0], raws[0], sums)
     # A gradient that is to leave the weights where they are moves nothing else.
     hypergradients = [torch.where(going > 0, hypergradient, math.nan)]
     states, skipped = [], [1 - going.view(1)]
@@ -366,7 +491,11 @@ def climb(
         skipped.append(missed)
         for jacobian in jacobians:
             hypergradients[-1] = clipped(block.rule, hypergradients[-1])
-            hypergradients.append((hypergradients[-1][:, None] * jacobian).sum(0))
+            product = (hypergradients[-1][:, None] * jacobian).sum(0)
+            if block.normalize:
+                squares = (hypergradients[-1] * hypergradients[-1]).sum()
+                product = cosine(product, squares, (jacobian * jacobian).sum(0))
+            hypergradients.append(product)
 
     # Hyperparameters, top down.
     moves: list[Move] = []
@@ -392,6 +521,9 @@ def climb(
         if turn is not None:
             moved, missed = moved & turn, missed & turn
         skipped[b] = skipped[b] + missed
+        if most is not None and k == 0:
+            above = (most < raws[0]) & (going > 0)
+            raws[0] = torch.where(above, most.maximum(bounds[0][0]), raws[0])
         moves.insert(0, Move(w, gradients, state, moved.to(gradients.dtype)))
 
     ends = itertools.accumulate(block.count for block in blocks)

@@ -60,6 +60,11 @@ STACKS = [
         {"lr": 0.02, "weight_decay": 0.0},
     ),
     ("RMSProp(0.01, weight_decay=0.1)", torch.float64, {"lr": 0.02}),
+    (
+        "Adam(0.01, eps=0.1)[lr: log, eps] / SGD(0.05, horizon=inf, normalize=True, trust=0.1)",
+        torch.float64,
+        {"lr": 0.05},
+    ),
 ]
 
 
@@ -119,7 +124,11 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
 @pytest.mark.parametrize(
     # Two for each of the three sizes, and the one of the upper levels; or one for each.
     ("stack", "kernels"),
-    [("AdamW(0.01) / SGD(1e-3)", 7), ("AdamW(0.01)", 3)],
+    [
+        ("AdamW(0.01) / SGD(1e-3)", 7),
+        ("AdamW(0.01)", 3),
+        ("Adam(0.01)[lr: log] / SGD(0.1, horizon=inf, normalize=True, trust=0.1)", 7),
+    ],
 )
 def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
 
@@ -229,8 +238,9 @@ def test_the_watch_sees_what_it_should():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_a_step_waits_for_nothing(compile, compiler, compilations, monkeypatch):
-    stack, dtype, own = STACKS[2]
+@pytest.mark.parametrize("which", [2, 4], ids=["AdamW", "as Auto"])
+def test_a_step_waits_for_nothing(which, compile, compiler, compilations, monkeypatch):
+    stack, dtype, own = STACKS[which]
     w, groups = made(dtype, own)
     optimizer = HyperOptimizer(groups, stack, compile=compile)
     for t in range(3):

@@ -7,10 +7,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hyperopt import DOMAINS, RULES, SGD, AdaGrad, Adam, AdamW, RMSProp, Rule, Stack, parse
+from hyperopt.domains import LOG
 
 
 @st.composite
-def rules(draw, below: Rule | None) -> Rule:
+def rules(draw, below: Rule | None, second: bool = False) -> Rule:
     """Any rule; above another, perhaps with a value for each hyperparameter that it moves."""
     cls = RULES[draw(st.sampled_from(sorted(RULES)))]
     subset = None
@@ -38,9 +39,15 @@ def rules(draw, below: Rule | None) -> Rule:
         # What is tuned must lie in the domain; a default of 0 is in none but the real one.
         arguments |= {name: number(name) for name in subset if name not in arguments}
     kinds = {bool: st.booleans(), int: st.integers(1, 10**9), float: st.floats(0, 1e300)}
+    moved = {} if below is None else below.tuned
+    barred = set(vars(Rule)) if below is None else {"horizon", "trust"} if not second else set()
+    if "lr" not in moved or moved["lr"].domain is not LOG:
+        barred.add("trust")
     for name, option in cls.options.items():
-        if (below is not None or name not in vars(Rule)) and draw(st.booleans()):
+        if name not in barred and draw(st.booleans()):
             arguments[name] = draw(kinds[type(option.default)])
+    if "horizon" in arguments:
+        arguments["horizon"] += 1
     rule = cls(**arguments)
     if subset is None:
         return rule
@@ -53,7 +60,7 @@ def stacks(draw) -> Stack:
     for _ in range(draw(st.integers(0, 3))):
         if not levels[-1].tuned:
             break
-        levels.append(draw(rules(levels[-1])))
+        levels.append(draw(rules(levels[-1], len(levels) == 1)))
     return Stack(*levels)
 
 

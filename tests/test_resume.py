@@ -20,6 +20,7 @@ STACKS = [
     "SGD(0.05, momentum=0.9, weight_decay=0.01, nesterov=True) / SGD(1e-3)",
     "Adam(0.01) / SGD({lr: 1e-4, beta1: 1e-3, beta2: 1e-2}, momentum=0.5) / SGD(1e-6)",
     "AdamW(0.01)[lr: log, weight_decay] / RMSProp(1e-3) / AdaGrad(1e-3) / Adam(1e-3)",
+    "Adam(1.0)[lr: log, beta1] / AdaGrad(1.0, horizon=inf, normalize=True, trust=0.1)",
 ]
 STEPS = 9
 GROUPS: dict[str, Callable[[nn.Module], list]] = {
@@ -85,7 +86,7 @@ def resume(stack, groups, compile, parked, stops, path=None) -> None:
     [("one group", False, False), ("groups", True, False), ("groups", True, True)],
     ids=["one group", "groups, some without gradient", "the same, in place"],
 )
-@pytest.mark.parametrize("stack", STACKS, ids=[f"height {s.count('/')}" for s in STACKS])
+@pytest.mark.parametrize("stack", STACKS, ids=[*(f"height {i}" for i in range(4)), "as Auto"])
 def test_a_resumed_run_is_the_same_bit_for_bit(stack, groups, parked, in_place, monkeypatch):
     if in_place:
         monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
