@@ -19,6 +19,8 @@ VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
 TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(if $(WORKERS),workers=$(WORKERS)) \
 	$(if $(LOGGER),logger=$(LOGGER)) $(if $(START),start=$(START))
 
+PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.push_wandb,:)
+
 # Only a PYTHON= that was asked for can make an existing .venv the wrong one.
 ifneq ($(origin PYTHON),file)
 ifneq ($(call VERSION_OF,$(PYTHON)),$(call VERSION_OF,$(PY)))
@@ -71,10 +73,10 @@ reproduce-v1: setup ## train all runs of the tables of the paper's first version
 	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
-	@$(PY) -m scripts.benchmark
+	@$(PY) -m scripts.benchmark && $(PUSH)
 
 tables: setup ## redraw every table and figure from the results in the repository, without training
-	@$(PY) -m scripts.tables
+	@$(PY) -m scripts.tables && $(PUSH)
 
 clean: ## remove caches and builds; runs, data and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from .config import Config
 from .data import label
+from .logger import push_results, say_how_to_sync
 from .pool import run_all
 from .run import report_failures
 from .store import csv_text, write_json, write_text
@@ -109,7 +110,8 @@ def long_arguments(
     options, overrides = split(arguments, LongOptions, LONG_RUNS)
     choose("preset", options.preset, list(presets))
     choose("start", options.start, ("scratch", "records"))
-    return options, seed_list(options.seeds), [*presets[options.preset], *overrides]
+    named = f"preset={options.preset}"
+    return options, seed_list(options.seeds), [*presets[options.preset], named, *overrides]
 
 
 def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
@@ -173,3 +175,10 @@ def draw(results: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "scripts.tables", str(results.resolve())], check=True, cwd=ROOT
     )
+
+
+def publish(results: Path, config: Config) -> None:
+    """Bring what was drawn to where the runs are shown; `config` is that of any of them."""
+    if config.logger.name == "wandb":
+        push_results(results, Path(config.store), config.logger.project)
+        say_how_to_sync(config.store)

@@ -95,7 +95,9 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = MISSING
     device: str = MISSING  # auto, cpu or cuda
-    row: str | None = None  # the row of a table that this run belongs to
+    experiment: str | None = None  # the table or figure that this run belongs to
+    preset: str | None = None  # the one of its presets
+    row: str | None = None  # the row or curve in it
     store: str = MISSING  # folder of the runs
     workers: int | None = None  # runs side by side; null is one for each core
     progress: bool = True
@@ -316,7 +318,7 @@ def check_overrides(arguments: Sequence[str]) -> None:
     What Hydra knows of itself, and values in more than words and commas, are left for it to judge.
     """
     groups = {folder.name: folder for folder in CONFIGS.iterdir() if folder.is_dir()}
-    known = [*_keys(Config), "experiment"]
+    known = list(_keys(Config))
     for argument in arguments:
         key, equals, value = argument.partition("=")
         key = key.lstrip("+~").partition("@")[0]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .command import choose, do_and_record, draw, seed_list, split
+from .command import choose, do_and_record, draw, publish, seed_list, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 
@@ -128,7 +128,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]
     """The command's options, the seeds among them, and the overrides of its runs."""
     options, overrides = split(arguments, Options, SETTABLE)
     choose("preset", options.preset, list(PRESETS))
-    return options, seed_list(options.seeds), overrides
+    return options, seed_list(options.seeds), [*overrides, f"preset={options.preset}"]
 
 
 def main() -> int:
@@ -145,6 +145,7 @@ def main() -> int:
     if do_and_record(configs, path, lambda summaries: run_lines(towers, summaries)) is None:
         return 1
     draw(results)
+    publish(results, configs[0])
     return 0
 
 

@@ -22,6 +22,7 @@ from rich.progress import Progress as Bars
 from hyperopt import parse
 
 from .config import Config, run_hash
+from .logger import prepare
 from .store import RunStore
 from .task import headline
 from .train import Progress, train
@@ -62,6 +63,7 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
     if waiting:
         show = all(outcome.config.progress for outcome in outcomes)
         size = workers or _side_by_side(waiting[0].config.device)
+        prepare(waiting[0].config)
         _Pool(waiting, size, _display(len(outcomes), len(waiting), show)).run()
     return outcomes
 

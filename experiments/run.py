@@ -22,6 +22,7 @@ from rich.panel import Panel
 
 from . import book, data
 from .config import CONFIGS, Config, check_overrides, one_line, protect_notation, resolve
+from .logger import say_how_to_sync
 from .pool import Outcome, run_one
 from .task import headline
 
@@ -146,6 +147,8 @@ def main() -> int:
         return 0
     (config,) = resolve_all(sweep.single)
     print(describe(run_one(config)))
+    if config.logger.name == "wandb":
+        say_how_to_sync(config.store)
     return 0
 
 

@@ -3,6 +3,7 @@
     runs/0f3c.../config.json            what identifies the run, and its hash
                  curves.csv             one row for each epoch
                  hyperparameters.csv    their values, every few steps
+                 hypergradients.csv     what moved them in these steps
                  checkpoint.pt          until the run is finished
                  model.pt               the weights, where there is something to do with them
                  summary.json           written last: a run that has one is finished

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .command import do_and_record, draw, split
+from .command import do_and_record, draw, publish, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 from .store import RunStore, csv_text, write_text
@@ -81,6 +81,7 @@ def main() -> int:
     rows = curves(RunStore(configs[0].store), summaries)
     write_text(results / "surface_curves.csv", csv_text(rows))
     draw(results)
+    publish(results, configs[0])
     return 0
 
 

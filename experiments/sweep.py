@@ -23,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from .config import Config, run_hash, to_config
+from .logger import say_how_to_sync
 from .pool import Outcome, explain, run_all, use_gpu
 from .run import describe, report_failures, resolve_all
 from .store import RunStore, write_json, write_text
@@ -124,9 +125,9 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
     """
     outcomes = outcomes_of(folder)
     finished = [outcome for outcome in outcomes if outcome.summary is not None]
-    if not outcomes and ended_by is not None:  # nothing was begun
+    if not outcomes:  # nothing was begun
         shutil.rmtree(folder, ignore_errors=True)
-        raise ended_by
+        raise ended_by or ValueError("the sweep has no runs")
     for outcome in finished:
         print(describe(outcome))
     if finished:
@@ -139,6 +140,8 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
         if (folder / SEARCHED).exists():
             best = min(finished, key=objective)
             print(f"The smallest training loss, {objective(best):.4f}, is that of {describe(best)}")
+    if outcomes[0].config.logger.name == "wandb":
+        say_how_to_sync(outcomes[0].config.store)
     failed = report_failures(outcomes)
     if ended_by is not None and not failed:
         print(f"error: {ended_by}", file=sys.stderr)

@@ -22,7 +22,7 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import ROOT, choose, do_and_record, draw, split
+from .command import ROOT, choose, do_and_record, draw, publish, split
 from .config import CONFIGS, Config, compose
 from .run import guarded, resolve_all
 
@@ -179,7 +179,7 @@ def main() -> int:
         return 0
     options, overrides = _arguments(sys.argv[1:])
     preset = PRESETS[options.preset]
-    configs = row_configs(overrides)
+    configs = row_configs([*overrides, f"preset={options.preset}"])
     resolved = dict(zip(configs, resolve_all(list(configs.values())), strict=True))
     found = resolved[reference()[0]["stack"]].data.name
     # Only the paper's setting on the full MNIST may replace the results that are committed.
@@ -191,11 +191,13 @@ def main() -> int:
     if summaries is None:
         return 1
     draw(results)
+    publish(results, runs[0][1])
     if options.start == "own":
         own = own_runs(runs, summaries, preset)
         if _do(own, results / "table1_own_runs") is None:
             return 1
         draw(results)
+        publish(results, runs[0][1])
     return 0
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .command import ROOT, do_and_record, draw, split
+from .command import ROOT, do_and_record, draw, publish, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 from .table1 import SETTABLE
@@ -99,6 +99,7 @@ def main() -> int:
     if do_and_record(configs, path, lambda summaries: run_lines(rows, summaries)) is None:
         return 1
     draw(results)
+    publish(results, configs[0])
     return 0
 
 

@@ -27,7 +27,7 @@ from . import book
 from .config import Config, identity, run_hash
 from .data import Dataset, load
 from .images import Images
-from .logger import make_logger
+from .logger import Logger, Row, history, made_by, make_logger
 from .schedule import make_schedule
 from .store import RunDirectory, RunStore
 from .task import Task
@@ -149,6 +149,8 @@ class _Run:
         self.diverged = False
         self.curves: list[list[float]] = []  # epoch, step, train loss, the task's metrics
         self.trajectory: list[list[float]] = []  # step, values in the order of _recorded
+        self.hypergradients: list[list[float]] = []  # step, values in the order of _tuned
+        self.times: list[float] = []  # since 1970, of the start and of each epoch's end
 
     def finish(self, report: Report) -> dict[str, Any]:
         """Train to the end and record everything."""
@@ -157,15 +159,14 @@ class _Run:
         self._resume()
         self._write_curves()
         logger = make_logger(config, directory)
+        logger.log(self._history(0))  # those that it has already it leaves out
         report(self._progress())
-        while self.step < self.steps and not self.diverged:
-            recorded = len(self.trajectory)
-            self._train_epoch(report)
-            directory.save_checkpoint(self._state())
-            directory.append_curves("curves", [list(self._last_row().values())])
-            directory.append_curves("hyperparameters", self.trajectory[recorded:])
-            logger.epoch(self._last_row())
-            report(self._progress())
+        try:
+            while self.step < self.steps and not self.diverged:
+                self._do_epoch(report, logger)
+        except Exception:
+            logger.fail()
+            raise
         self._write_curves()
         summary = self._summary()
         if (kept := self.task.kept(self.model)) is not None:
@@ -173,6 +174,20 @@ class _Run:
         directory.finish(summary)
         logger.finish(summary)
         return {"hash": directory.hash, **summary}
+
+    def _do_epoch(self, report: Report, logger: Logger) -> None:
+        """Train for an epoch and record it."""
+        directory = self.directory
+        recorded = len(self.trajectory), len(self.hypergradients)
+        self.times = self.times or [time.time()]
+        self._train_epoch(report)
+        self.times.append(round(time.time(), 3))
+        directory.save_checkpoint(self._state())
+        directory.append_curves("curves", [list(self._last_row().values())])
+        directory.append_curves("hyperparameters", self.trajectory[recorded[0] :])
+        directory.append_curves("hypergradients", self.hypergradients[recorded[1] :])
+        logger.log(self._history(len(self.curves) - 1))
+        report(self._progress())
 
     def _train_epoch(self, report: Report) -> None:
         """One pass over the data, or what is left of it."""
@@ -203,10 +218,10 @@ class _Run:
             epoch.steps.append(self.step)
         weights = torch.tensor(epoch.sizes, dtype=torch.float64)
         train_loss = float(torch.stack(epoch.losses).double().cpu() @ weights / weights.sum())
-        self.trajectory += [
-            [step, *values]
-            for step, values in zip(epoch.steps, torch.stack(epoch.snapshots).tolist(), strict=True)
-        ]
+        count = len(self._recorded())
+        for step, values in zip(epoch.steps, torch.stack(epoch.snapshots).tolist(), strict=True):
+            self.trajectory.append([step, *values[:count]])
+            self.hypergradients.append([step, *values[count:]])
         self.under_way = None
         self.seconds += time.perf_counter() - began
         finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
@@ -228,14 +243,19 @@ class _Run:
         return self.under_way, itertools.islice(batches, self.steps - self.step)
 
     def _snapshot(self, loss: Tensor) -> Tensor:
-        """What is recorded every few steps, in the order of `_recorded`."""
-        values = self.optimizer.snapshot()
+        """What is recorded every few steps, in the order of `_recorded` and then of `_tuned`."""
+        values, hypergradients = self.optimizer.snapshot(), self.optimizer.hypergradients()
         if self.config.trainer.record_loss:
-            return torch.cat([values, loss.to(values).view(1)])
-        return values
+            return torch.cat([values, loss.to(values).view(1), hypergradients])
+        return torch.cat([values, hypergradients])
 
     def _recorded(self) -> list[str]:
         return [*self.optimizer.names, *["loss"] * self.config.trainer.record_loss]
+
+    def _tuned(self) -> list[str]:
+        """The columns of the hypergradients."""
+        count = len(self.optimizer.hypergradients())
+        return [f"hypergradient.{name}" for name in self.optimizer.names[:count]]
 
     def _follow_schedule(self) -> None:
         """Set what the schedule says of the next step."""
@@ -256,6 +276,8 @@ class _Run:
             "shuffle": self.shuffle.get_state(),
             "curves": self.curves,
             "trajectory": self.trajectory,
+            "hypergradients": self.hypergradients,
+            "times": self.times,
             "under_way": self.under_way and self.under_way.state_dict(),
             "task": self.task.state_dict(),
         }
@@ -271,6 +293,8 @@ class _Run:
             self.shuffle.set_state(state["shuffle"])
             for name in ("epoch", "step", "seconds", "diverged", "curves", "trajectory"):
                 setattr(self, name, state[name])
+            for name in ("hypergradients", "times"):  # which earlier checkpoints do not have
+                setattr(self, name, state.get(name, []))
             if state["under_way"] is not None:
                 self.under_way = _Epoch.from_state_dict(state["under_way"], self.device)
                 self.task.load_state_dict(state["task"])
@@ -300,14 +324,30 @@ class _Run:
     def _curve_names(self) -> list[str]:
         return ["epoch", "step", "train_loss", *self.task.metrics, *self._recorded()]
 
-    def _curve_rows(self) -> list[list[float]]:
-        """One row for each epoch, with the hyperparameters' values at its end."""
+    def _curve_rows(self, epoch: int = 0) -> list[list[float]]:
+        """One row for each epoch from one on, with the hyperparameters' values at its end."""
         values = {row[0]: row[1:] for row in self.trajectory}
-        return [[*row, *values[row[1]]] for row in self.curves]
+        return [[*row, *values[row[1]]] for row in self.curves[epoch:]]
+
+    def _history(self, epoch: int) -> list[Row]:
+        """What is logged of the epochs from one on, counted from 0."""
+        start = self.curves[epoch - 1][1] if epoch else 0
+
+        def named(names: list[str], rows: list[list[float]]) -> list[Row]:
+            return [dict(zip(("step", *names), row, strict=True)) for row in rows if row[0] > start]
+
+        return history(
+            start,
+            [dict(zip(self._curve_names(), row, strict=True)) for row in self._curve_rows(epoch)],
+            named(self._recorded(), self.trajectory),
+            named(self._tuned(), self.hypergradients),
+            self.times[epoch:],
+        )
 
     def _write_curves(self) -> None:
         self.directory.save_curves("curves", self._curve_names(), self._curve_rows())
         self.directory.save_curves("hyperparameters", ["step", *self._recorded()], self.trajectory)
+        self.directory.save_curves("hypergradients", ["step", *self._tuned()], self.hypergradients)
 
     def _summary(self) -> dict[str, Any]:
         _, _, train_loss, *tested = self.curves[-1]
@@ -334,6 +374,8 @@ class _Run:
                 "resumed": self.resumed,
                 "seconds": self.seconds,
                 "seconds_per_step": self.seconds / self.step,
+                "times": self.times,
+                "made_by": made_by(self.config),
                 "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             },
         }

@@ -250,6 +250,16 @@ class HyperOptimizer(torch.optim.Optimizer):
             for names, values in zip(order, found, strict=True)
         ]
 
+    def hypergradients(self) -> Tensor:
+        """What moved the tuned hyperparameters in the last step, in their order in `names`.
+
+        The derivatives of the loss with respect to their raw values, as the level above was given
+        them: clipped, where it clips, and 0 in the first step. A new tensor, float64, 1-D, as many
+        as there are tuned hyperparameters, with which `names` begins; nothing waits for the device.
+        """
+        own = [move.g.reshape(-1) for move in self._parts.upper]
+        return torch.cat([self._packed.new_empty(0), *own])
+
     @property
     def skipped(self) -> list[int]:
         """For each level, how many of its moves were left out since something was not finite."""

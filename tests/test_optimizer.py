@@ -418,3 +418,21 @@ def test_states_that_do_not_fit():
         other.load_state_dict(trained(stack, [{"params": p} for p in w], w))
     with refused(ValueError, "another optimizer", "HyperOptimizer"):
         other.load_state_dict(torch.optim.Adam(weights((3,), (4,))).state_dict())
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compiler)])
+def test_hypergradients_can_be_read(compile):
+    """Baydin et al. 2018: that of SGD's lr is -<G_t, G_t-1>, on each level."""
+    w = torch.randn(5).requires_grad_()
+    optimizer = HyperOptimizer([w], "SGD(0.1) / SGD(0.01) / SGD(0.001)", compile=compile)
+    last, lowest_last = torch.zeros(5), 0.0
+    for t in range(4):
+        give_gradients([w], t)
+        g = w.grad.clone() if w.grad is not None else torch.zeros(5)
+        optimizer.step()
+        lowest, middle = optimizer.hypergradients().tolist()
+        assert lowest == pytest.approx(-float(g @ last), rel=1e-5)
+        assert middle == pytest.approx(-lowest * lowest_last, rel=1e-5)
+        last, lowest_last = g, lowest
+    assert optimizer.names[:2] == ("0.lr", "1.lr") and lowest_last != 0
+    assert len(HyperOptimizer([w], "Adam(0.1)").hypergradients()) == 0
