@@ -29,7 +29,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-v1 tables benchmark clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-v1 tables benchmark report clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -77,6 +77,9 @@ benchmark: setup ## time a step beside torch.optim and the published package, on
 
 tables: setup ## redraw every table and figure from the results in the repository, without training
 	@$(PY) -m scripts.tables && $(PUSH)
+
+report: setup ## put all tables, figures and runs on one page, results/report/index.html
+	@$(PY) -m scripts.report && $(PUSH)
 
 clean: ## remove caches and builds; runs, data and .venv stay
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import Stack, parse
 
-from .command import do_all, draw, long_arguments
+from .command import do_all, draw, long_arguments, publish
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -125,6 +125,7 @@ def main() -> int:
         finally:
             export_runs(store, map(run_hash, configs), records)
     draw(results)
+    publish(results, waves[0][0])
     return 0 if done else 1
 
 

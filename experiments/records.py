@@ -20,7 +20,9 @@ from .config import identity_hash
 from .run import guarded
 from .store import RunStore, write_bytes, write_text
 
-FILES = ("config.json", "curves.csv", "hyperparameters.csv", "summary.json")  # the mark comes last
+# In the order in which they are written: the mark comes last.
+FILES = ("config.json", "curves.csv", "hyperparameters.csv", "hypergradients.csv", "summary.json")
+LATER = {"hypergradients.csv"}  # which earlier records do not have
 
 Record = dict[str, str]  # the text of each file of a run
 
@@ -39,7 +41,7 @@ def read_records(path: Path) -> dict[str, Record]:
         for name, files in records.items():
             config = json.loads(files["config.json"])
             named = config.pop("hash") == name == identity_hash(config)
-            if not named or set(files) != set(FILES):
+            if not named or set(files) | LATER != set(FILES):
                 raise ValueError(f"run {name} is not whole")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as records of runs: {error}") from None
@@ -55,7 +57,8 @@ def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:
     for name in hashes:
         if store.summary(name) is not None:
             folder = store.run(name).path
-            records[name] = {file: (folder / file).read_text() for file in FILES}
+            there = [file for file in FILES if file not in LATER or (folder / file).exists()]
+            records[name] = {file: (folder / file).read_text() for file in there}
     if records:
         lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
         write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
@@ -74,7 +77,8 @@ def import_runs(path: Path, store: RunStore) -> int:
             if directory.summary() is not None:
                 continue
             for file in FILES:
-                write_text(directory.path / file, files[file])
+                if file in files:
+                    write_text(directory.path / file, files[file])
             (directory.path / "checkpoint.pt").unlink(missing_ok=True)
             new += 1
     return new

@@ -1,0 +1,379 @@
+"""One page with all results, to look at without a network: `results/report/index.html`.
+
+    python -m scripts.report
+    python -m scripts.report results=results store=runs
+
+It has what the paper claims beside what was found, every table and figure of the folder `results`,
+It has what the paper claims beside what was found, every table and figure of the folder `results`,
+every run of these and of the store, with its curves where they are kept, and where all came from.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.char_rnn import Cell, cell_of
+from experiments.command import ROOT, split
+from experiments.data import label
+from experiments.records import read_records
+from experiments.run import guarded
+from experiments.store import write_text
+from experiments.summarise import read_summaries
+from experiments.table1 import REFERENCE as TABLE1
+from experiments.tables_v1 import REFERENCE as TABLES_V1
+from scripts import char_rnn, figure2, figure3, tables, tables_v1
+from scripts.runs import Run, read_runs
+
+PAGE = Path(__file__).with_name("report.html")
+POINTS = 240  # at most, of a curve
+ROWS = 2000  # at most, of a table; what has more is the curves of runs
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    results: str = "results"
+    store: str = "runs"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A line of what the paper claims: its value, ours, and whether they agree."""
+
+    dataset: str
+    setting: str
+    metric: str
+    published: str
+    ours: str
+    n: int
+    verdict: str  # yes, no, or empty where the setting is not the paper's
+    runs: str  # their hashes
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """A run, with its curves by their names: steps and values of each."""
+
+    hash: Any
+    stack: Any
+    data: Any
+    seed: Any
+    epochs: Any
+    test_error: Any
+    test_perplexity: Any
+    train_loss: Any
+    diverged: Any
+    curves: dict[str, tuple[list[float], list[float | None]]]
+
+
+COLUMNS = [f.name for f in fields(RunEntry) if f.name != "curves"]
+
+
+# What the paper claims.
+
+
+def claims(folder: Path) -> list[Claim]:
+    """Those for which a folder has runs."""
+    found: list[Claim] = []
+    if (folder / "table1_runs.csv").exists():
+        found += table1_claims(pd.read_csv(folder / "table1_runs.csv"))
+    if (folder / "tables_v1_runs.csv").exists():
+        found += tables_v1_claims(pd.read_csv(folder / "tables_v1_runs.csv"))
+    for source in sorted(folder.glob("figure2_*.jsonl.gz")):
+        found += figure2_claims(figure2.read_figure2(source))
+    for source in sorted(folder.glob("char_rnn_*.jsonl.gz")):
+        found += char_rnn_claims(read_runs(source, cell_of), char_rnn.preset_of(source))
+    for source in sorted(folder.glob("figure3_*_runs.csv")):
+        found += figure3_claims(pd.read_csv(source))
+    return found
+
+
+def table1_claims(runs: pd.DataFrame) -> Iterator[Claim]:
+    """A claim for each row of Table 1."""
+    reference = pd.read_csv(TABLE1).set_index("stack")
+    for _, line in tables.summarize(runs, reference).iterrows():
+        own = runs[runs.row == line.row]
+        yield Claim(
+            label(own.data.iloc[0]),
+            f"Table 1, {line.row}, {line.epochs} epochs",
+            "test error (%)",
+            tables.error_text(line.published_error, line.published_sd),
+            tables.error_text(line.our_error, line.our_sd),
+            int(line.n),
+            tables.verdict(line),
+            " ".join(own.hash),
+        )
+
+
+def tables_v1_claims(runs: pd.DataFrame) -> Iterator[Claim]:
+    """A claim for each row of the first version's tables, to the digits that these have."""
+    table = tables_v1.summarize(runs, pd.read_csv(TABLES_V1))
+    for _, line in table.iterrows():
+        own = runs[(runs.table == line.table) & (runs.row == line.row)]
+        near = abs(line.accuracy - line.published_accuracy) <= max(2 * line.sd, 0.5)
+        yield Claim(
+            label(own.data.iloc[0]),
+            f"first version, Table {line.table}, {line.row}",
+            "test accuracy (%)",
+            f"{line.published_accuracy:g}",
+            tables_v1.accuracy_text(line),
+            int(line.n),
+            "yes" if near else "no",
+            " ".join(own.hash) if "hash" in own else "",
+        )
+
+
+def figure2_claims(runs: Sequence[Run]) -> Iterator[Claim]:
+    """From each start, that the tower's training loss is no worse than without it."""
+    for (lr, momentum), (plain, tower) in figure2.compare(list(runs)).items():
+        both = [
+            run
+            for run in runs
+            if (run.cell.lr, run.cell.momentum) == (lr, momentum)
+            and run.cell.kind in ("plain", "tower")
+        ]
+        yield Claim(
+            label(runs[0].summary["data"]),
+            f"Figure 2, lr {lr}, momentum {momentum}, {figure2.setting(list(runs))}",
+            "training loss (nats), tower against plain",
+            "lower",
+            f"{tower:.3f} against {plain:.3f}",
+            len({run.seed for run in both}),
+            "yes" if tower <= plain else "no",
+            " ".join(run.summary["hash"] for run in both),
+        )
+
+
+def char_rnn_claims(runs: Sequence[Run], preset: str) -> Iterator[Claim]:
+    """From each start, that the tower's test perplexity is no worse than without it."""
+    for lr, (plain, tower) in char_rnn.compare(list(runs)).items():
+        both = [run for run in runs if run.cell in (Cell("plain", lr), Cell("tower", lr))]
+        yield Claim(
+            label(runs[0].summary["data"]),
+            f"character RNN, Adam from lr {lr}, {char_rnn.setting(list(runs), preset)}",
+            "test perplexity, tower against plain",
+            "lower",
+            f"{tower:.3f} against {plain:.3f}",
+            len({run.seed for run in both}),
+            "yes" if tower <= plain else "no",
+            " ".join(run.summary["hash"] for run in both),
+        )
+
+
+def figure3_claims(runs: pd.DataFrame) -> Iterator[Claim]:
+    """For each rule, that taller towers forgive more starts."""
+    robust = figure3.robustness(figure3.points(runs))
+    for rule, holds in figure3.claim(robust).items():
+        own = robust[robust.rule == rule].sort_values("height")
+        yield Claim(
+            label(runs.data.iloc[0]),
+            f"Figure 3a, towers of {rule}, {figure3.setting(runs)}",
+            "decades of small starts that are forgiven, by height",
+            "never fewer with height",
+            ", ".join(f"{decades:.1f}" for decades in own.below),
+            int(runs.seed.nunique()),
+            "yes" if holds else "no",
+            " ".join(runs[runs.rule == rule].hash),
+        )
+
+
+# The runs.
+
+
+def run_entries(folder: Path, store: Path) -> list[RunEntry]:
+    """Every run of a folder's records and lists and of a store, with whatever curves there are."""
+    found: dict[str, RunEntry] = {}
+    for source in sorted(folder.glob("*_runs.csv")):
+        for _, line in pd.read_csv(source).iterrows():
+            if isinstance(line.get("hash"), str):
+                values = {name: line.get(name) for name in COLUMNS}
+                stack = line.get("stack", line.get("row", source.stem))
+                found[line["hash"]] = RunEntry(**{**values, "stack": stack}, curves={})
+    for source in sorted(folder.glob("*.jsonl.gz")):
+        for files in read_records(source).values():
+            _add(found, json.loads(files["summary.json"]), files)
+    for summary in read_summaries(store):
+        own = store / summary["hash"]
+        _add(found, summary, {path.name: path.read_text() for path in sorted(own.glob("*.csv"))})
+    return sorted(found.values(), key=lambda entry: not entry.curves)
+
+
+def _add(found: dict[str, RunEntry], summary: dict[str, Any], files: dict[str, str]) -> None:
+    values = {name: summary.get(name) for name in COLUMNS}
+    found[summary["hash"]] = RunEntry(**values, curves=curves(files))
+
+
+def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | None]]]:
+    """Of each column of a run's CSVs the steps and values, thinned to `POINTS`."""
+    found: dict[str, tuple[list[float], list[float | None]]] = {}
+    for name in ("curves.csv", "hyperparameters.csv", "hypergradients.csv"):
+        if name in files:
+            table = pd.read_csv(io.StringIO(files[name]))
+            thin = table.iloc[:: -(-len(table) // POINTS) or 1]
+            for column in thin.columns.drop(["step", "epoch"], errors="ignore"):
+                values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in thin[column]]
+                found[column] = thin.step.tolist(), values
+    return found
+
+
+# The page.
+
+
+def page(folder: Path, store: Path) -> str:
+    """The whole page."""
+    entries = run_entries(folder, store)
+    parts = [
+        "<h1>Gradient Descent: The Ultimate Optimizer</h1>",
+        "<p>What the paper of Chandra, Xie, Ragan-Kelley and Meijer (NeurIPS 2022) claims, and "
+        "what this repository found. A click on a heading sorts a table.</p>",
+        "<nav>"
+        + "".join(f'<a href="#{n}">{n}</a>' for n in ("claims", "figures", "tables", "runs"))
+        + '<a href="#provenance">provenance</a></nav>',
+        *_section("claims", _claims(claims(folder))),
+        *_section("figures", _figures(folder)),
+        *_section("tables", _tables(folder)),
+        *_section("runs", _runs(entries)),
+        *_section("provenance", _provenance(folder)),
+    ]
+    data = {
+        entry.hash: {"label": f"{entry.stack}, seed {entry.seed}", "columns": entry.curves}
+        for entry in entries
+        if entry.curves
+    }
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    template = PAGE.read_text()
+    return template.replace("<!--CONTENT-->", "\n".join(parts)).replace("<!--DATA-->", text)
+
+
+def _section(name: str, parts: Iterator[str]) -> Iterator[str]:
+    yield f'<section id="{name}"><h2>{name.capitalize()}</h2>'
+    yield from parts
+    yield "</section>"
+
+
+def _claims(found: Sequence[Claim]) -> Iterator[str]:
+    judged = [claim for claim in found if claim.verdict]
+    good = sum(claim.verdict == "yes" for claim in judged)
+    yield (
+        f"<p>{good} of {len(judged)} judged rows agree with the paper. Ours are mean ± standard "
+        "deviation over n seeds.</p>"
+    )
+    heads = [f.name for f in fields(Claim)]
+    yield table(heads, [astuple(claim) for claim in found], tall=False)
+
+
+def _figures(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.png")):
+        picture = base64.b64encode(path.read_bytes()).decode()
+        name = html.escape(path.stem)
+        yield (
+            f'<figure><img alt="{name}" loading="lazy" src="data:image/png;base64,{picture}">'
+            f"<figcaption>{name}</figcaption></figure>"
+        )
+
+
+def _tables(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.csv")):
+        content = pd.read_csv(path, dtype=str, keep_default_na=False)
+        yield f"<h3>{html.escape(path.stem)}</h3>"
+        if len(content) > ROWS:
+            yield f'<p class="faint">{len(content)} rows, in {html.escape(path.name)} alone</p>'
+            continue
+        yield table(list(content.columns), content.values.tolist())
+
+
+def _runs(entries: Sequence[RunEntry]) -> Iterator[str]:
+    drawn = sum(bool(entry.curves) for entry in entries)
+    yield (
+        f"<p>{len(entries)} runs, {drawn} of them with their curves: a click on a run draws it, "
+        "another one takes it away.</p>"
+        '<svg id="chart" viewBox="0 0 800 450" role="img" aria-label="Curves of the chosen runs">'
+        '</svg><ul id="legend"></ul><p id="reading" class="faint"></p><div class="controls">'
+        '<label>curve <select id="column"></select></label>'
+        '<label><input type="checkbox" id="log"> log scale</label>'
+        '<label>filter <input id="filter" type="search" placeholder="SGD mnist"></label></div>'
+    )
+    rows = [[getattr(entry, name) for name in COLUMNS] for entry in entries]
+    kinds = [f'class="run{" has-curves" * bool(e.curves)}" data-hash="{e.hash}"' for e in entries]
+    yield table(COLUMNS, rows, kinds)
+
+
+def _provenance(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            yield f"<h3>{html.escape(path.stem)}</h3>"
+            rows = [(key, _words(value)) for key, value in content.items()]
+            yield table(["key", "value"], rows)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_words(each)}" for key, each in value.items())
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def table(
+    heads: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    kinds: Sequence[str] = (),
+    tall: bool = True,
+) -> str:
+    """A table that can be sorted. `kinds` are attributes of the rows."""
+    lines = [f'<div class="wide{" tall" * tall}"><table class="sortable"><thead><tr>']
+    lines += [f"<th>{html.escape(head)}</th>" for head in heads]
+    lines.append("</tr></thead><tbody>")
+    for row, kind in zip(rows, kinds or [""] * len(rows), strict=True):
+        lines.append(f"<tr {kind}>" if kind else "<tr>")
+        lines += [_cell(head, value) for head, value in zip(heads, row, strict=True)]
+        lines.append("</tr>")
+    return "".join([*lines, "</tbody></table></div>"])
+
+
+def _cell(head: str, value: Any) -> str:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    text = "" if missing else f"{value:.6g}" if isinstance(value, float) else str(value)
+    kind = ""
+    try:
+        float(text)
+        kind = ' class="number"'
+    except ValueError:
+        if head in ("verdict", "agrees") and text.lower() in ("yes", "no", "true", "false"):
+            kind = ' class="yes"' if text.lower() in ("yes", "true") else ' class="no"'
+        elif head == "runs":
+            kind = ' class="long hash"'
+        elif len(text) > 40:
+            kind = ' class="long"'
+    return f'<td{kind} data-head="{html.escape(head)}">{html.escape(text)}</td>'
+
+
+def main() -> int:
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
+    options, _ = split(sys.argv[1:], Options, ())
+    folder = Path(options.results)
+    if not folder.is_dir():
+        raise ValueError(f"results={options.results} is no folder; make reproduce-table1 makes it")
+    path = folder / "report" / "index.html"
+    write_text(path, page(folder, Path(options.store)))
+    print(path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,151 @@
+"""The page with all results: what is on it, and that it needs nothing else."""
+
+import base64
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_project import ROOT
+
+from experiments.config import compose, resolve
+from experiments.run import guarded
+from experiments.train import train
+from scripts import report
+
+TABLE1 = ROOT / "results" / "table1_runs.csv"
+
+
+class Page(HTMLParser):
+    """The tables of a page by the section or heading above them, its pictures and its data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.name = self.cell = self.script = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = {key: value or "" for key, value in attributes}
+        self.sources += [found["src"]] if "src" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        if tag in ("h2", "h3"):
+            self.name = ""
+        if tag == "tr":
+            self.tables.setdefault(self.name, []).append([])
+        if tag in ("td", "th"):
+            self.cell = ""
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.tables[self.name][-1].append(self.cell)
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        where = self.open[-1] if self.open else ""
+        if where in ("h2", "h3"):
+            self.name += data
+        elif where in ("td", "th"):
+            self.cell += data
+        elif where == "script" and data.startswith("{"):
+            self.script = data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Committed results, and a store with a run of its own."""
+    if not TABLE1.exists():
+        pytest.skip("Table 1 is not there")
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "results").mkdir()
+    for name in ("table1_runs.csv", "table1_runs.json", "table1.csv", "table1.png"):
+        shutil.copy(ROOT / "results" / name, folder / "results")
+    fast = ["trainer.epochs=2", "trainer.compile=false", "trainer.compile_model=false"]
+    fixed = ["data=mnist-5k", "device=cpu", "stack=SGD(0.1) / SGD(1e-3)"]
+    train(resolve(compose([*fast, *fixed, f"store={folder / 'runs'}"]), "mnist-5k"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page(report.page(folder / "results", folder / "runs"))
+
+
+def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
+    heads, *rows = page.tables["Claims"]
+    expected = ["dataset", "setting", "metric", "published", "ours", "n", "verdict", "runs"]
+    assert heads == expected
+    table = pd.read_csv(ROOT / "results" / "table1.csv")
+    runs = pd.read_csv(TABLE1)
+    assert len(rows) == len(table)
+    for row, (_, line) in zip(rows, table.iterrows(), strict=True):
+        claim = dict(zip(heads, row, strict=True))
+        assert claim["setting"] == f"Table 1, {line.row}, {line.epochs} epochs"
+        assert claim["published"] == f"{line.published_error:.2f} ± {line.published_sd:.2f}"
+        assert claim["ours"] == f"{line.our_error:.2f} ± {line.our_sd:.2f}"
+        assert claim["verdict"] == ("yes" if line.agrees else "no")
+        assert claim["runs"].split() == list(runs[runs.row == line.row].hash)
+        assert int(claim["n"]) == len(claim["runs"].split())
+
+
+def test_every_table_figure_and_run_is_there(page: Page, folder: Path) -> None:
+    for name in ("table1", "table1_runs"):
+        content = pd.read_csv(folder / "results" / f"{name}.csv")
+        assert page.tables[name][0] == list(content.columns)
+        if name == "table1":
+            assert len(page.tables[name]) == 1 + len(content)
+    (picture,) = page.sources
+    kind, _, data = picture.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == (folder / "results" / "table1.png").read_bytes()
+    (own,) = (path.parent for path in (folder / "runs").glob("*/summary.json"))
+    hashes = [row[0] for row in page.tables["Runs"][1:]]
+    assert set(hashes) == {own.name, *pd.read_csv(TABLE1).hash} and hashes[0] == own.name
+
+    curves = json.loads(page.script)[own.name]["columns"]
+    for name in ("curves", "hyperparameters", "hypergradients"):
+        for column, values in pd.read_csv(own / f"{name}.csv").items():
+            if column not in ("step", "epoch") and name != "curves":
+                shown = curves[str(column)]
+                assert shown[1] == pytest.approx(list(values), rel=1e-4)
+    assert curves["train_loss"][0] == [16, 32]
+
+
+def test_it_needs_nothing_else(folder: Path) -> None:
+    text = report.page(folder / "results", folder / "runs")
+    assert text == report.page(folder / "results", folder / "runs")
+    page = Page(text)
+    assert all(link.startswith("#") for link in page.links)
+    assert all(source.startswith("data:") for source in page.sources)
+    without = re.sub(r"data:image/png;base64,[^\"]*", "", text)
+    outside = re.findall(r"https?://[\w.]+|url\(|@import|<link|fetch\(", without)
+    assert set(outside) == {"http://www.w3.org"}  # the name of SVG
+    assert "<!--" not in text
+
+
+def test_what_is_written_in_a_table_is_no_html(tmp_path: Path) -> None:
+    (tmp_path / "bad.csv").write_text('a,b\n"<script>alert(1)</script>",</td>\n')
+    text = report.page(tmp_path, tmp_path)
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+
+
+def test_the_command_writes_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (f"results={folder / 'results'}", f"store={folder / 'runs'}")
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    assert guarded(report.main) == 0
+    written = folder / "results" / "report" / "index.html"
+    assert capsys.readouterr().out.strip() == str(written) and written.stat().st_size > 100_000
+    monkeypatch.setattr(sys, "argv", ["report", "results=nowhere"])
+    assert guarded(report.main) == 2
+    assert "results=nowhere is no folder" in capsys.readouterr().err
