@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hyperopt import parse
 from models import MODELS
 
+from . import together
 from .book import is_book
 from .schedule import ScheduleConfig, check_schedule, schedule_identity
 
@@ -71,6 +72,7 @@ class TrainerConfig:
     compile_model: bool = MISSING  # the gradient; see experiments/gradient.py
     threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
     steps: int | None = None  # where the last epoch ends early; null is at the end of the data
+    processes: int = 1  # that do the run together; torchrun says how many
     autocast: bool = False  # the model in bfloat16, as torch.autocast has it
     sequence_length: int | None = None  # characters of a text that a step reads of each stream
     clip_value: float | None = None  # what no element of the gradient exceeds
@@ -203,12 +205,33 @@ def resolve(config: Config, data: str) -> Config:
     if config.data.augment and data != "cifar10":
         raise ValueError(f"data.augment=true is for images in colour, not for {data}")
     _check_text(config, data)
+    trainer = _trainer_of_processes(config, data)
     return replace(
         config,
+        trainer=trainer,
         stack=StackConfig(notation=stack),
         data=replace(config.data, name=data),
         device=device_kind(config.device),
     )
+
+
+def _trainer_of_processes(config: Config, data: str) -> TrainerConfig:
+    """The trainer, with as many processes as torchrun has started."""
+    count, trainer = together.size(), config.trainer
+    if trainer.processes not in (1, count):
+        raise ValueError(
+            f"trainer.processes={trainer.processes}, but there are {count}; leave it out and start "
+            f"with torchrun --nproc-per-node {trainer.processes} -m experiments.run"
+        )
+    if count == 1:
+        return trainer
+    if is_book(data) or trainer.checkpoint_every or trainer.record_loss:
+        raise ValueError(
+            "several processes do runs on images, without trainer.checkpoint_every and "
+            "trainer.record_loss; start without torchrun"
+        )
+    # DistributedDataParallel needs autograd's own backward pass.
+    return replace(trainer, processes=count, compile_model=False)
 
 
 def _check_text(config: Config, data: str) -> None:
@@ -254,6 +277,8 @@ def identity(config: Config) -> dict[str, Any]:
     for name in ("steps", "autocast", "record_loss", "sequence_length", "clip_value"):
         if not trainer[name]:
             del trainer[name]
+    if config.trainer.processes == 1:
+        del trainer["processes"]
     found = {
         "model": {name: value for name, value in asdict(config.model).items() if value is not None},
         "data": config.data.name,

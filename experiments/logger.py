@@ -21,6 +21,7 @@ from hyperopt import parse
 
 from .config import Config, identity
 from .store import RunDirectory, write_json
+from .together import is_first
 
 NOTE = "wandb.json"
 LONGEST, LONGEST_TAG = 128, 64  # characters of a name and of a tag
@@ -291,6 +292,6 @@ def make_logger(config: Config, directory: RunDirectory) -> Logger:
     """
     if config.logger.name not in LOGGERS:
         raise ValueError(f"logger.name={config.logger.name!r} is not one of {', '.join(LOGGERS)}")
-    if config.logger.name == "csv":
+    if config.logger.name == "csv" or not is_first():
         return Logger()
     return WandbLogger(directory, identity(config), made_by(config), config.logger.project)

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import hydra
 from hydra.errors import HydraException
@@ -25,6 +26,7 @@ from .config import CONFIGS, Config, check_overrides, one_line, protect_notation
 from .logger import say_how_to_sync
 from .pool import Outcome, run_one
 from .task import headline
+from .together import is_first, joined, size
 
 
 def resolve_all(configs: list[Config]) -> list[Config]:
@@ -128,6 +130,8 @@ def main() -> int:
     sweep.single.clear()
     sweep.folders.clear()
     sweeps = bool({"-m", "--multirun"} & set(sys.argv))
+    if sweeps and size() > 1:
+        raise ValueError("torchrun starts one run; give -m without torchrun")
     arguments = protect_notation(sys.argv[1:])
     check_overrides(arguments)
     if sweeps and not any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
@@ -146,9 +150,13 @@ def main() -> int:
     if not sweep.single:  # --help, --cfg and the like
         return 0
     (config,) = resolve_all(sweep.single)
-    print(describe(run_one(config)))
-    if config.logger.name == "wandb":
-        say_how_to_sync(config.store)
+    config = replace(config, progress=config.progress and is_first())
+    with joined(config.device):
+        outcome = run_one(config)
+    if is_first():
+        print(describe(outcome))
+        if config.logger.name == "wandb":
+            say_how_to_sync(config.store)
     return 0
 
 

@@ -70,6 +70,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_tensors(path: Path, state: dict[str, Any]) -> None:
+    content = io.BytesIO()  # torch.save calls a full disk an internal error of its own
+    torch.save(state, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
+
+
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:
     """RFC 4180 with bare newlines; floats at full precision, None as an empty field."""
     text = io.StringIO()
@@ -112,9 +118,7 @@ class RunDirectory:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         state = {"hash": self.hash, **state}
-        content = io.BytesIO()  # torch.save calls a full disk an internal error of its own
-        torch.save(state, content)
-        write_atomically(self.path / "checkpoint.pt", lambda file: file.write(content.getbuffer()))
+        write_tensors(self.path / "checkpoint.pt", state)
 
     def save_config(self, identity: dict[str, Any]) -> None:
         write_json(self.path / "config.json", {"hash": self.hash, **identity})
@@ -133,7 +137,7 @@ class RunDirectory:
             raise _named(error, path) from None
 
     def save_model(self, kept: dict[str, Any]) -> None:
-        write_atomically(self.path / "model.pt", lambda file: torch.save(kept, file))
+        write_tensors(self.path / "model.pt", kept)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, which marks the run as finished, and drop the checkpoint."""

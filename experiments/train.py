@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hyperopt import HyperOptimizer
 from models import MODELS
 
-from . import book
+from . import book, together
 from .config import Config, identity, run_hash
 from .data import Dataset, load
 from .images import Images
@@ -67,10 +67,12 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
     """
     store = RunStore(config.store)
     name = run_hash(config)
-    if (summary := store.summary(name)) is not None:
+    if (summary := together.agreed(lambda: store.summary(name))) is not None:
         return summary
-    with store.claim(name) as directory:
-        if (summary := directory.summary()) is not None:
+    with (
+        store.claim(name) if together.is_first() else together.no_records(store, name) as directory
+    ):
+        if (summary := together.agreed(directory.summary)) is not None:
             return summary
         return _Run(config, directory).finish(report)
 
@@ -137,7 +139,10 @@ class _Run:
             compile=self.config.trainer.compile,
         )
         trainer = self.config.trainer
-        self.gradient = self.task.gradient(self.model, trainer.compile_model, trainer.autocast)
+        self.shares = together.Shares(self.model)
+        self.gradient = self.task.gradient(
+            self.shares.model, trainer.compile_model, trainer.autocast
+        )
         start = self.optimizer.hyperparameters()[0]
         self.schedule = make_schedule(self.config.schedule, start, self.steps)
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
@@ -197,8 +202,9 @@ class _Run:
         epoch, batches = self._batches()
         for batch in batches:
             self._follow_schedule()
-            epoch.losses.append(self.gradient(*batch))
-            epoch.sizes.append(len(batch[0]))
+            share = self.shares.of(*batch)
+            epoch.losses.append(self.gradient(*share))
+            epoch.sizes.append(len(share[0]))
             if trainer.clip_value is not None:
                 nn.utils.clip_grad_value_(model.parameters(), trainer.clip_value)
             optimizer.step()
@@ -217,7 +223,9 @@ class _Run:
             epoch.snapshots.append(self._snapshot(epoch.losses[-1]))
             epoch.steps.append(self.step)
         weights = torch.tensor(epoch.sizes, dtype=torch.float64)
-        train_loss = float(torch.stack(epoch.losses).double().cpu() @ weights / weights.sum())
+        losses = torch.stack(epoch.losses).double()
+        weights = weights.to(losses.device)
+        train_loss = float(together.summed(losses @ weights) / together.summed(weights.sum()))
         count = len(self._recorded())
         for step, values in zip(epoch.steps, torch.stack(epoch.snapshots).tolist(), strict=True):
             self.trajectory.append([step, *values[:count]])
@@ -285,7 +293,7 @@ class _Run:
     def _resume(self) -> None:
         """Go back to the checkpoint, if there is one that can be used."""
         try:
-            state = self.directory.checkpoint()
+            state = together.agreed(self.directory.checkpoint)
             if state is None:
                 return
             self.model.load_state_dict(state["model"])
@@ -301,10 +309,11 @@ class _Run:
             self.resumed = state["resumed"] + 1
         except (ValueError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            print(
-                f"run {self.directory.hash}: {reason}; the run starts again from its beginning",
-                file=sys.stderr,
-            )
+            if together.is_first():
+                print(
+                    f"run {self.directory.hash}: {reason}; the run starts again from its beginning",
+                    file=sys.stderr,
+                )
             self._start()
 
     def _progress(self) -> Progress:
