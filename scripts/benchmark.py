@@ -627,6 +627,9 @@ def draw_peers(times: pd.DataFrame, about: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return
     if arguments[:1] == ["compile"]:
         print(compile_once(arguments[1], int(arguments[2])))
         return

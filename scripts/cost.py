@@ -9,6 +9,7 @@ operations and the calls of operators of a step. It writes `results/figure2_cost
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -126,6 +127,9 @@ def words(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(__doc__)
+        return
     measured = measure()
     path = ROOT / "results" / "figure2_cost.json"
     write_json(path, measured)

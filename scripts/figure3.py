@@ -306,6 +306,9 @@ def draw_figure3(source: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
     try:
         return 0 if check(Path(arguments[0]) if arguments else ROOT / "results") else 1
     except ValueError as error:

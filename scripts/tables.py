@@ -266,6 +266,9 @@ def draw_table1(folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
     folder = Path(arguments[0]) if arguments else ROOT / "results"
     drawings = {
         "figure2_*.jsonl.gz": draw_figure2,

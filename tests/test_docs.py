@@ -31,7 +31,7 @@ def follow(command: str, project: Path, *more: str) -> str:
 
 @pytest.mark.slow
 def test_adding_a_rule(tmp_path: Path) -> None:
-    for folder in ("hyperopt", "experiments", "models", "configs", "tests"):
+    for folder in ("hyperopt", "experiments", "hydra_plugins", "models", "configs", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (rule,), (row,), (suite, one, seeds) = blocks("python"), blocks("yaml"), blocks("sh")

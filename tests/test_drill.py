@@ -1,7 +1,6 @@
 """What a machine does to runs: kills, a full disk, damaged files; more of it in `scripts.drill`."""
 
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,13 +65,3 @@ def test_a_damaged_data_file_is_one_clear_line(tmp_path: Path, harm: str) -> Non
     with pytest.raises(ValueError, match=r"mnist\.npz") as caught:
         resolve_all([wanted])
     assert "\n" not in str(caught.value)
-
-
-def test_the_drill_says_what_it_does(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from scripts import drill
-
-    monkeypatch.setattr(sys, "argv", ["drill", "--help"])
-    assert drill.main() == 0
-    assert "python -m scripts.drill runs=24 kills=10" in capsys.readouterr().out

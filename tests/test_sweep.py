@@ -1,19 +1,26 @@
 """Sweeps from the command line: the pool and other launchers, what is told at the end, means."""
 
 import csv
+import importlib
+import inspect
 import io
+import re
 import shlex
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from test_project import ROOT
 from test_readme import SUMMARISE
 
-from experiments import figure2, records, run, summarise, table1
-from experiments.config import compose, resolve, run_hash
+from experiments import run, summarise
+from experiments.config import compose, protect_notation, resolve, run_hash
 from experiments.pool import use_gpu
 from experiments.summarise import read_summaries, tidy_csv
 from experiments.train import train
@@ -224,13 +231,59 @@ def test_a_bad_question_gets_one_clear_line(
     assert message.format(store=store) in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("module", [run, table1, figure2, records, summarise])
+def entry_points() -> list[str]:
+    found = []
+    for path in sorted(ROOT.glob("*/*.py")):
+        if path.parent.name in ("experiments", "scripts") and "__main__" in path.read_text():
+            found.append(f"{path.parent.name}.{path.stem}")
+    return found
+
+
+@pytest.mark.parametrize("name", entry_points())
 def test_help_shows_commands_and_does_nothing(
-    command: Command, capsys: pytest.CaptureFixture[str], module: object
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
+    if name == "experiments.dashboard":
+        pytest.importorskip("wandb_workspaces")
+    main: Any = importlib.import_module(name).main
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
     try:
-        assert command(module.main, "--help") == 0  # type: ignore[attr-defined]
+        assert not (main(["--help"]) if inspect.signature(main).parameters else main())
     except SystemExit as ended:  # Hydra's way
         assert ended.code == 0
     said = capsys.readouterr()
-    assert said.out.count("python -m experiments.") >= 2 and said.err == ""
+    assert f"python -m {name}" in said.out and len(said.out) > 200 and said.err == ""
+
+
+PAGE = (ROOT / "docs" / "sweeps.md").read_text()
+SHOWN = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_the_commands_of_the_page_are_known(line: str) -> None:
+    """Entry points are there, runs compose, options of launchers are left to Hydra."""
+    (name, *_), words = re.findall(r"-m ((?:experiments|scripts)\.\w+)", line), shlex.split(line)
+    assert name in entry_points()
+    if name != "experiments.run":
+        return
+    overrides = protect_notation([word for word in words[words.index(name) + 1 :] if word != "-m"])
+    own = [override for override in overrides if not override.startswith("hydra")]
+    (jobs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(own), None)
+    assert len(jobs) > 1 or "torchrun" in words or "experiment=optuna" in words
+    for job in jobs:
+        if "experiment=optuna" not in job:
+            resolve(compose([*job, "data=mnist-5k"]), "mnist-5k")
+
+
+def test_a_cluster_is_asked_for_what_the_command_line_says(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    wanted = ("hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu")
+    assert command(run.main, *wanted, "--cfg", "hydra", "-p", "hydra.launcher") == 0
+    said = capsys.readouterr().out
+    assert "SlurmLauncher" in said and "partition: gpu" in said
