@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import ScalarFormatter
 
 from experiments.char_rnn import BETAS, DECAY, FREE, KINDS, LRS, Cell, cell_of
 from experiments.command import provenance
@@ -155,6 +156,7 @@ HEAD = ("", "From lr", "Test perplexity", "Bits per character", "Test loss", "Tr
 def markdown(runs: list[Run], cells: pd.DataFrame, name: str, preset: str) -> str:
     """The table with the figure and what is to be said of them, as Markdown."""
     head = [*HEAD, "Learned", "n"]
+    one = {run.cell.kind: run for run in runs if run.summary["tuned"]}  # of each kind of tower
     lines = [
         f"# {setting(runs, preset)}",
         "",
@@ -166,14 +168,9 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, preset: str) -> st
         f"| --- |{' ---: |' * 5} --- | ---: |",
         *(f"| {' | '.join(row)} |" for row in rows(runs, cells)),
         "",
-        *verdicts(runs),
-        "",
+        *(part for verdict in verdicts(runs) for part in (verdict, "")),
         "The stacks: "
-        + "; ".join(
-            f"{KINDS[cell.kind]}, `{found[0].summary['stack']}`"
-            for cell in (DECAY, Cell("tower", LRS[1]), FREE, BETAS)
-            if (found := of(runs, cell))
-        )
+        + "; ".join(f"{KINDS[run.cell.kind]}, `{run.summary['stack']}`" for run in one.values())
         + ". Why most towers stop to tune, and how their hyper-step size was chosen, is in "
         "`configs/experiment/char_rnn_tower.yaml`.",
         "",
@@ -232,6 +229,9 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
         towers = [run for run in runs if lowest(run) <= 0]
         if name != "train_loss" and not (name == "0.lr" and towers):
             row[0].set_yscale("log")
+        if name == "test_perplexity":
+            row[0].yaxis.set_major_formatter(ScalarFormatter())
+            row[0].yaxis.set_minor_formatter(ScalarFormatter())
     fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
     fig.suptitle(f"{setting(runs, preset)}; {count(runs)}", fontsize=8)
     return fig
