@@ -16,8 +16,8 @@ PY := .venv/bin/python
 # Written last: a .venv without it was made by hand, or its setup was cut short.
 STAMP := .venv/.setup-done
 VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
-TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(if $(WORKERS),workers=$(WORKERS)) \
-	$(if $(LOGGER),logger=$(LOGGER)) $(if $(START),start=$(START))
+RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER))
+TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(if $(START),start=$(START)) $(RUN_OPTIONS)
 
 PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.push_wandb,:)
 
@@ -29,7 +29,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-v1 tables benchmark report clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-v1 check-figure3 figures gallery tables benchmark report clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
@@ -70,7 +70,16 @@ reproduce-char-rnn: setup ## train the character RNN from all starts and draw it
 	@$(PY) -m experiments.char_rnn $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
-	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)
+	@$(PY) -m experiments.tables_v1 $(RUN_OPTIONS)
+
+check-figure3: setup ## print what the paper says of taller towers, in numbers of ours
+	@$(PY) -m scripts.figure3
+
+figures: reproduce-figure3 gallery ## train what the figures of towers show where it is not done, and draw them
+	@$(PY) -m experiments.surface $(RUN_OPTIONS)
+
+gallery: setup ## draw the gallery of paths in two dimensions, with its animation
+	@$(PY) -m scripts.gallery
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
 	@$(PY) -m scripts.benchmark && $(PUSH)

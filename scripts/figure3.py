@@ -43,8 +43,6 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
         highest=("test_error", "max"),
         diverged=("diverged", "sum"),
     ).reset_index()
-    best = table[table.height == 0].groupby("rule").test_error.min()
-    table["near"] = table.test_error <= NEAR * table.rule.map(best)
     return table
 
 
@@ -53,7 +51,9 @@ def robustness(table: pd.DataFrame) -> pd.DataFrame:
 
     These are how many powers of ten of starts end within 1.5 times the best error of that rule
     without a tower: near starts, by how many of them there are in a power of ten. `below` counts
-    those alone that are less than the best start of the plain rule.
+    those alone that are less than the best start of the plain rule, and `reach` is how many powers
+    of ten below that one the least near start lies. `own_decades` and `own_reach` take the best
+    error of the height itself: how flat its curve is.
     """
     lines = []
     for rule, own in table.groupby("rule", sort=False):
@@ -62,12 +62,17 @@ def robustness(table: pd.DataFrame) -> pd.DataFrame:
         starts = sorted(own.lr.unique())
         per_decade = (len(starts) - 1) / math.log10(starts[-1] / starts[0])
         for height, rows in own.groupby("height"):
+            near = rows.lr[rows.test_error <= NEAR * best.test_error]
+            near_own = rows.lr[rows.test_error <= NEAR * rows.test_error.min()]
             lines.append(
                 {
                     "rule": rule,
                     "height": height,
-                    "decades": rows.near.sum() / per_decade,
-                    "below": rows.near[rows.lr < best.lr].sum() / per_decade,
+                    "decades": len(near) / per_decade,
+                    "below": (near < best.lr).sum() / per_decade,
+                    "reach": _decades_below(near, best.lr),
+                    "own_decades": len(near_own) / per_decade,
+                    "own_reach": _decades_below(near_own, best.lr),
                     "best_error": rows.test_error.min(),
                     "best_lr": rows.lr[rows.test_error.idxmin()],
                     "diverged": rows.diverged.sum(),
@@ -77,14 +82,30 @@ def robustness(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def _decades_below(starts: pd.Series, lr: float) -> float:
+    """How many powers of ten the least of the starts lies below lr; 0 where none does."""
+    return max(0.0, round(math.log10(lr / starts.min()), 2)) if len(starts) else 0.0
+
+
 # The check.
 
 
-def claim(robust: pd.DataFrame) -> dict[str, bool]:
-    """For each rule, whether taller towers forgive starts that are too small no less."""
+MEASURES = {
+    "decades": "decades of robustness, of all starts",
+    "below": "the same, of starts that are too small",
+    "reach": "decades from the best plain start down to the least near one",
+    "own_decades": "decades within 1.5 times the best of the same height",
+    "own_reach": "decades from the best plain start down to the least of these",
+}
+CLAIMED = ("below", "reach", "own_reach")  # what is not to shrink with height
+
+
+def claim(robust: pd.DataFrame) -> dict[tuple[str, str], bool]:
+    """For each rule and each measure of starts that are too small, whether none shrinks."""
     return {
-        str(rule): bool(own.sort_values("height").below.is_monotonic_increasing)
+        (str(rule), measure): bool(own.sort_values("height")[measure].is_monotonic_increasing)
         for rule, own in robust.groupby("rule", sort=False)
+        for measure in CLAIMED
     }
 
 
@@ -118,14 +139,14 @@ def check(folder: Path) -> bool:
         robust = robustness(table)
         print(f"{source.name}: {setting(runs)}")
         for rule, own in robust.groupby("rule", sort=False):
-            print(f"  decades of robustness of towers of {rule}, by height")
-            print("    height               ", *(f"{height:5d}" for height in own.height))
-            print("    all starts           ", *(f"{decades:5.1f}" for decades in own.decades))
-            print("    starts that are too small", *(f"{below:5.1f}" for below in own.below))
-            print("    runs that diverged   ", *(f"{diverged:5d}" for diverged in own.diverged))
-        for rule, verdict in claim(robust).items():
-            answer = "do not shrink" if verdict else "SHRINK"
-            print(f"  {rule}: for starts that are too small they {answer} with height")
+            print(f"  towers of {rule}")
+            print(f"    {'height':62}", *(f"{height:5d}" for height in own.height))
+            for measure, words in MEASURES.items():
+                print(f"    {words:62}", *(f"{value:5.1f}" for value in own[measure]))
+            print(f"    {'runs that diverged':62}", *(f"{count:5d}" for count in own.diverged))
+        for (rule, measure), verdict in claim(robust).items():
+            answer = "never shrink" if verdict else "SHRINK"
+            print(f"  {rule}, {MEASURES[measure]}: {answer} with height")
             holds &= verdict
         if is_of_reference(runs):
             both = beside_published(table, pd.read_csv(REFERENCE))
@@ -171,19 +192,24 @@ def markdown(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame, name
         "## Decades of robustness",
         "",
         f"How many powers of ten of starts end within {NEAR} times the best error of the plain "
-        "rule; *too small*: of those alone that are less than the plain rule's best start.",
+        "rule. *Too small*: of those alone that are less than the plain rule's best start. "
+        "*Reach*: how many powers of ten below that start the least of them lies. *Own*: the same "
+        "with the best error of the height itself, so how flat its curve is.",
         "",
-        "| Towers of | Height | Decades | Too small | Best error | from | Diverged | Runs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| Towers of | Height | Decades | Too small | Reach | Own decades | Own reach "
+        "| Best error | from | Diverged | Runs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for line in robust.itertuples():
         lines.append(
             f"| {line.rule} | {line.height} | {line.decades:.1f} | {line.below:.1f} | "
+            f"{line.reach:.1f} | {line.own_decades:.1f} | {line.own_reach:.1f} | "
             f"{line.best_error:.2f} | {line.best_lr:g} | {line.diverged} | {line.runs} |"
         )
-    for rule, verdict in claim(robust).items():
+    lines += ["", "With height, for starts that are too small:", ""]
+    for (rule, measure), verdict in claim(robust).items():
         answer = "never shrink" if verdict else "shrink somewhere"
-        lines += ["", f"{rule}: for starts that are too small they {answer} with height."]
+        lines.append(f"- towers of {rule}: {MEASURES[measure]} {answer}.")
     for rule, own in table.groupby("rule", sort=False):
         heights = list(own.height.unique())
         lines += [
@@ -211,8 +237,8 @@ def caption(runs: pd.DataFrame) -> str:
         "start, mean and standard deviation over seeds. A cross above marks a start from which "
         f"some run diverged; {diverged} of {len(runs)} did, and count with the error of their "
         "last weights. Below, decades of robustness: how many powers of ten of starts end within "
-        f"{NEAR} times the best error of the plain rule (dotted line); hatched are those from its "
-        "best start up. (b) Time of a training step of the MLP against height, from benchmark.csv. "
+        f"{NEAR} times the best error of the plain rule (dotted line), and hatched, of the height "
+        "itself. (b) Time of a training step of the MLP against height, from benchmark.csv. "
         f"{setting(runs)}."
     )
 
@@ -235,7 +261,8 @@ def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt
     plot_heights(axis, pd.read_csv(TIMES), "mlp")
     axis.set(title="(b) a training step", ylabel="ms")
     right.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
-    figure.suptitle(f"{setting(runs)}; mean ± standard deviation", fontsize=8)
+    spread = "; mean ± standard deviation" if runs.seed.nunique() > 1 else ""
+    figure.suptitle(f"{setting(runs)}{spread}", fontsize=8)
     return figure
 
 
@@ -263,23 +290,17 @@ def draw_errors(axis: plt.Axes, table: pd.DataFrame, rule: str) -> None:
 
 
 def draw_decades(axis: plt.Axes, robust: pd.DataFrame) -> None:
-    """A bar for each height, its part above the best plain start hatched."""
+    """A bar for each height; behind it, hatched, that by the best error of the same height."""
     looks = style.sequence(len(robust))
     for line, look in zip(robust.itertuples(), looks, strict=True):
         colour = look["color"]
-        axis.bar(line.height, line.below, color=colour, edgecolor=style.BLACK, linewidth=0.5)
         axis.bar(
-            line.height,
-            line.decades - line.below,
-            bottom=line.below,
-            color="white",
-            edgecolor=colour,
-            hatch="//////",
-            linewidth=0.5,
+            line.height, line.own_decades, 0.8, color="white", edgecolor=colour, hatch="//////"
         )
+        axis.bar(line.height, line.decades, 0.5, color=colour, edgecolor="white")
         axis.annotate(
             f"{line.decades:.1f}",
-            (line.height, line.decades),
+            (line.height, max(line.decades, line.own_decades)),
             xytext=(0, 2),
             textcoords="offset points",
             ha="center",
