@@ -118,7 +118,7 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
     both = published.merge(table, on=["rule", "height", "lr"], suffixes=("_published", ""))
     off = (both.test_error - both.test_error_published).abs()
     guessing = both[["test_error", "test_error_published"]].min(axis=1) >= GUESSING
-    allowed = (3 * both.sd).clip(lower=0.15 * both.test_error_published)
+    allowed = (3 * both.sd.fillna(0.0)).clip(lower=0.15 * both.test_error_published)
     both["agrees"] = (off <= allowed) | guessing
     return both
 
@@ -156,7 +156,8 @@ def check(folder: Path) -> bool:
                 print("      from     ", *(f"{lr:6.0e}" for lr in own.lr))
                 print("      published", *(f"{error:6.1f}" for error in own.test_error_published))
                 print("      ours     ", *(f"{error:6.1f}" for error in own.test_error))
-                print("      sd       ", *(f"{sd:6.1f}" for sd in own.sd))
+                if own.sd.notna().all():
+                    print("      sd       ", *(f"{sd:6.1f}" for sd in own.sd))
             print(f"  {both.agrees.sum()} of {len(both)} agree")
             holds &= bool(both.agrees.all())
     return holds

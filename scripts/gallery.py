@@ -144,13 +144,16 @@ def by_hand(step: Callable[[Surface, Tensor, Tensor], Tensor]) -> Walk:
 
 
 def exact_line_search(surface: Surface, point: Tensor, gradient: Tensor) -> Tensor:
-    """Downhill to the lowest point on the line, or to some minimum if there are several."""
-    longest = 12.0 / max(float(gradient.norm()), 1e-12)
+    """Downhill to the first minimum on the line."""
+
+    def along(size: float) -> float:
+        return float(surface.at(point - size * gradient))
+
+    far = 1e-6 / max(float(gradient.norm()), 1e-12)
+    while along(2 * far) < along(far):
+        far *= 2
     found = minimize_scalar(
-        lambda size: float(surface.at(point - size * gradient)),
-        bounds=(0.0, longest),
-        method="bounded",
-        options={"xatol": 1e-10 * longest},
+        along, bounds=(0.0, 2 * far), method="bounded", options={"xatol": 1e-10 * far}
     )
     return point - found.x * gradient
 
@@ -263,8 +266,9 @@ def ground(axis: plt.Axes, surface: Surface) -> None:
     z = surface.f(x, y).double().numpy()
     above = np.maximum(z - surface.lowest, 0)
     height = np.log10(above + 1e-2 * np.median(above))
-    axis.contourf(x, y, height, 14, cmap="GnBu", alpha=0.55)
-    axis.contour(x, y, height, 14, colors="white", linewidths=0.3)
+    axis.contourf(x, y, height, 14, cmap="GnBu", alpha=0.55, zorder=-2)
+    axis.contour(x, y, height, 14, colors="white", linewidths=0.3, zorder=-1)
+    axis.set_rasterization_zorder(0)
     axis.plot(*np.array(surface.minima).T, "*", color=style.BLACK, markersize=7, zorder=5)
     axis.plot(*surface.start, "o", color="white", markeredgecolor=style.BLACK, zorder=6)
     axis.set(xlim=(x0, x1), ylim=(y0, y1), xticks=[], yticks=[])
@@ -313,7 +317,8 @@ def animation(walks: dict[str, dict[str, list[Trail]]]) -> bytes:
         figure.savefig(buffer, format="png", dpi=100)
         frames.append(Image.open(buffer).convert("RGB"))
     plt.close(figure)
-    palette = frames[-1].quantize(64, dither=Image.Dither.NONE)
+    # By coverage, since the lines are few pixels and their colours must not be lost.
+    palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     first, *others = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     buffer = io.BytesIO()
     durations = [70] * (FRAMES - 1) + [2500]  # ms

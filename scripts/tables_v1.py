@@ -60,9 +60,10 @@ def markdown(table: pd.DataFrame, words: str) -> str:
         f"# The first version's tables: {words}",
         "",
         "Test accuracy in percent, mean ± standard deviation over seeds, beside that of arXiv "
-        "1909.13371v1, which has one run of each. *Time* is ms of a whole training step: theirs on "
-        "a 2.4 GHz laptop core, ours that of the fastest seed, so that the two compare machines as "
-        "well as code. Plain rows below a tower start at what it learned in the paper.",
+        "1909.13371v1, which has one run of each. Plain rows below a tower start at what it "
+        "learned in the paper. *Time* is ms of a whole training step: theirs on a 2.4 GHz laptop "
+        "core, ours that of the fastest seed, of runs side by side on a machine that may have had "
+        "more to do; what a step costs is measured in [benchmark.md](benchmark.md).",
     ]
     for number, rows in table.groupby("table"):
         lines += [

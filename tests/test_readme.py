@@ -175,6 +175,18 @@ def test_the_costs_are_those_of_the_committed_benchmark() -> None:
     assert faster == f"{found[7]:.0f}"
 
 
+def test_the_errors_of_taller_towers_are_those_of_the_committed_figure() -> None:
+    points = pd.read_csv(ROOT / "results" / "figure3_cpu.csv")
+    errors = points.set_index(["rule", "height", "lr"]).test_error
+    plain, tall = re.findall(
+        r"gets ([\d.]+) % of the test digits.*?ends at ([\d.]+) %", README, re.S
+    )[0]
+    assert float(plain) == round(errors["Adam", 0, 1e-8], 1)
+    assert float(tall) == round(errors["Adam", 5, 1e-8], 1)
+    (best,) = re.findall(r"step size of ([\d.]+) with which plain SGD does best", README)
+    assert float(best) == float(f"{errors['SGD', 0].idxmin():.3g}")
+
+
 def test_the_cost_of_figure_2_is_what_was_counted() -> None:
     path = ROOT / "results" / "figure2_cost.json"
     gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]
