@@ -17,7 +17,7 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-done
 VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
 RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER))
-TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(if $(START),start=$(START)) $(RUN_OPTIONS)
+TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(RUN_OPTIONS) $(if $(START),start=$(START))
 
 PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.push_wandb,:)
 
