@@ -28,7 +28,6 @@ from scripts.benchmark import plot_heights
 REFERENCE = ROOT / "results" / "reference" / "figure3_published.csv"
 TIMES = ROOT / "results" / "benchmark.csv"
 NEAR = 1.5  # times the best plain error is near enough
-EPOCHS = {"paper": 30, "cpu": 5}  # of the presets that are judged
 GUESSING = 80.0  # percent; guessing one of ten digits gets about 90 of them wrong
 
 

@@ -78,6 +78,14 @@ def test_the_best_of_a_grid_is_the_lowest_on_the_whole(short: None) -> None:
     assert means[3] == math.inf and means[1] == min(means)
     assert best(VALLEY, "", walk, grid).size == 1e-2
 
+    # A detour that ends lower is worse than a path that is low on the whole.
+    ways = {
+        1.0: [(-9.0, 2.0), *[(99.0, 99.0)] * 3, (0.0, 0.0)],
+        2.0: [(-9.0, 2.0), *[(1.0, 0.0)] * 4],
+    }
+    chosen = best(VALLEY, "", lambda _, size: [torch.tensor(p) for p in ways[size]], (1.0, 2.0))
+    assert chosen.size == 2.0
+
 
 def test_the_files(short: None, tmp_path: Path) -> None:
     assert gallery.main([str(tmp_path)]) == 0
