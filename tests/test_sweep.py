@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -277,6 +278,19 @@ def test_the_commands_of_the_page_are_known(line: str) -> None:
     for job in jobs:
         if "experiment=optuna" not in job:
             resolve(compose([*job, "data=mnist-5k"]), "mnist-5k")
+
+
+def test_the_page_compares_what_was_run() -> None:
+    runs = pd.read_csv(ROOT / "results" / "optuna_runs.csv")
+    rows = re.findall(r"^\| `(.+?)`.*? \| (\d+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 4
+    for name, epochs, *shown in rows:
+        searched = name == "Adam(lr)"
+        own = runs[runs["stack.height"] == 0] if searched else runs[runs["stack"] == name]
+        for seed, error in enumerate(shown):
+            seeded = own[own.seed == seed].sort_values("train_loss")
+            assert seeded.epochs.sum() == int(epochs)
+            assert f"{seeded.test_error.iloc[0]:.2f}" == error
 
 
 def test_a_cluster_is_asked_for_what_the_command_line_says(
