@@ -173,16 +173,16 @@ def char_rnn_claims(runs: Sequence[Run], preset: str) -> Iterator[Claim]:
 
 
 def figure3_claims(runs: pd.DataFrame) -> Iterator[Claim]:
-    """For each rule, that taller towers forgive more starts."""
+    """For each rule and measure, that taller towers forgive starts that are too small no less."""
     robust = figure3.robustness(figure3.points(runs))
-    for rule, holds in figure3.claim(robust).items():
+    for (rule, measure), holds in figure3.claim(robust).items():
         own = robust[robust.rule == rule].sort_values("height")
         yield Claim(
             label(runs.data.iloc[0]),
             f"Figure 3a, towers of {rule}, {figure3.setting(runs)}",
-            "decades of small starts that are forgiven, by height",
-            "never fewer with height",
-            ", ".join(f"{decades:.1f}" for decades in own.below),
+            f"{figure3.MEASURES[measure]} by height",
+            "never shrinks",
+            ", ".join(f"{decades:.1f}" for decades in own[measure]),
             int(runs.seed.nunique()),
             "yes" if holds else "no",
             " ".join(runs[runs.rule == rule].hash),

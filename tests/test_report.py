@@ -120,6 +120,12 @@ def test_every_table_figure_and_run_is_there(page: Page, folder: Path) -> None:
     assert curves["train_loss"][0] == [16, 32]
 
 
+def test_the_page_of_what_is_committed_can_be_made(tmp_path: Path) -> None:
+    found = report.claims(ROOT / "results")
+    assert {claim.verdict for claim in found} <= {"yes", "no", ""}
+    assert all(claim.runs.split() for claim in found if "first version" not in claim.setting)
+
+
 def test_it_needs_nothing_else(folder: Path) -> None:
     text = report.page(folder / "results", folder / "runs")
     assert text == report.page(folder / "results", folder / "runs")
