@@ -116,7 +116,7 @@ def test_a_plain_stack_passes_on_what_is_not_finite_as_torch_does():
         max_size=6,
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_gradient_takes_a_hyperparameter_out_of_its_domain(domain, size, values):
     stack = parse(f"SGD(0.5)[lr: {domain}] / SGD({size!r})")
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
