@@ -344,6 +344,9 @@ def table(walks: dict[str, dict[str, list[Trail]]]) -> pd.DataFrame:
 
 
 def main(arguments: Sequence[str]) -> int:
+    if set(arguments) & {"-h", "--help"}:
+        print(__doc__)
+        return 0
     folder = Path(arguments[0]) if arguments else ROOT / "results"
     torch.set_num_threads(1)
     walks = {surface.name: paths(surface) for surface in SURFACES}
