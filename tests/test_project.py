@@ -113,6 +113,14 @@ def test_an_old_or_missing_python_is_one_clear_line(checkout: Path) -> None:
     assert not (checkout / ".venv").exists()
 
 
+def test_conda_installs_what_make_setup_does() -> None:
+    extras = [
+        re.findall(rf"^.*{option} '?\.\[(\S+?)\]", (ROOT / name).read_text(), re.MULTILINE)
+        for name, option in (("Makefile", "-e"), ("environment.yml", "--editable"))
+    ]
+    assert extras[0] == extras[1] == ["dev,scaleout"]
+
+
 # Imports.
 
 
