@@ -205,7 +205,7 @@ def offline() -> bool:
         return False
     import wandb
 
-    return wandb.api.api_key is None
+    return not wandb.login(prompt=False, verify=False)
 
 
 def prepare(config: Config) -> None:
