@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import Stack, parse
 
-from .command import do_all, draw, long_arguments, publish
+from .command import LONG_RUNS, LongOptions, asked_for_help, do_all, draw, long_arguments, publish
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -105,8 +105,7 @@ def cell_of(summary: dict[str, Any]) -> Cell:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, LongOptions, LONG_RUNS):
         return 0
     options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
     waves = [

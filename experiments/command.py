@@ -6,6 +6,7 @@ import difflib
 import json
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -40,6 +41,26 @@ LONG_RUNS = (
 )
 
 
+def asked_for_help(doc: str | None, kind: type, settable: Sequence[str] = ()) -> bool:
+    """Whether the command line asks for help, which is printed then: `doc` and what may be set.
+
+    Args:
+        kind, settable: as `split` has them.
+    """
+    if not set(sys.argv[1:]) & {"-h", "--help"}:
+        return False
+    print(doc)
+    defaults = vars(kind()).items()
+    options = (f"{key}={value if value.isprintable() else repr(value)}" for key, value in defaults)
+    told = {"Options, with their defaults": " ".join(options)}
+    if settable:
+        told["Keys of its runs, as in python -m experiments.run --help"] = ", ".join(settable)
+    for head, text in told.items():
+        print(f"{head}:")
+        print(textwrap.indent(textwrap.fill(text, 90, break_on_hyphens=False), "    "))
+    return True
+
+
 def split(
     arguments: Sequence[str], kind: type[Options], settable: Sequence[str]
 ) -> tuple[Options, list[str]]:
@@ -65,6 +86,20 @@ def split(
         else:
             own[key] = value
     return kind(**own), overrides
+
+
+def number(options: Any, name: str, kind: type = int) -> Any:
+    """The option of a name, as an int or a float.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    text = getattr(options, name)
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={text!r} is not {what}") from None
 
 
 def choose(name: str, value: str, known: Sequence[str]) -> str:
@@ -158,8 +193,8 @@ def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for summary in summaries:
         steps.setdefault(summary["stack"], []).append(summary["provenance"]["seconds_per_step"])
     return {
-        "data": label(summaries[0]["data"]),
-        "data_sha256": summaries[0]["data_sha256"],
+        "data": ", ".join(sorted({label(summary["data"]) for summary in summaries})),
+        "data_sha256": ", ".join(sorted({summary["data_sha256"] for summary in summaries})),
         "runs": len(summaries),
         "steps": sum(summary["steps"] for summary in summaries),
         **{key: values(key) for key in keys},

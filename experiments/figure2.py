@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import do_all, draw, long_arguments, publish
+from .command import LONG_RUNS, LongOptions, asked_for_help, do_all, draw, long_arguments, publish
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -128,8 +128,7 @@ def learned(run: RunDirectory) -> list[list[Any]]:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, LongOptions, LONG_RUNS):
         return 0
     options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
     grid = [cell_config(cell, seed, overrides) for seed in seeds for cell in CELLS]

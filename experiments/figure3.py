@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .command import choose, do_and_record, draw, publish, seed_list, split
+from .command import asked_for_help, choose, do_and_record, draw, publish, seed_list, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 
@@ -132,8 +132,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[Options, list[int], list[str]]
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options, SETTABLE):
         return 0
     options, seeds, overrides = _arguments(sys.argv[1:])
     runs = figure_runs(PRESETS[options.preset], seeds, overrides)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .command import split
+from .command import asked_for_help, split
 from .config import LoggerConfig
 from .logger import Row, WandbLogger, history, push_results, read_note, say_how_to_sync
 from .run import guarded
@@ -71,8 +71,7 @@ def push_all(store: RunStore, hashes: Iterable[str], project: str) -> int:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
     store = RunStore(options.store)

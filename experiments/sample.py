@@ -17,7 +17,7 @@ import torch
 
 from models.char_rnn import CharRNN
 
-from .command import split
+from .command import asked_for_help, number, split
 from .run import guarded
 from .store import RunStore
 
@@ -40,8 +40,8 @@ def sample(options: Options) -> str:
     Raises:
         ValueError: an option that cannot be used, or a run that has no weights, in one line.
     """
-    temperature = _number(options, "temperature", float)
-    length, seed = int(_number(options, "length", int)), int(_number(options, "seed", int))
+    temperature = number(options, "temperature", float)
+    length, seed = number(options, "length"), number(options, "seed")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={options.temperature} must be above 0")
     if min(length, seed) < 0:
@@ -74,18 +74,8 @@ def sample(options: Options) -> str:
     return options.start + "".join(kept["vocabulary"][number] for number in drawn.tolist())
 
 
-def _number(options: Options, name: str, kind: type) -> float:
-    text = getattr(options, name)
-    try:
-        return kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{name}={text!r} is not {what}") from None
-
-
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
     print(sample(options))

@@ -8,7 +8,7 @@ prints, of the runs in the store that have one of the given values in each of th
 mean ± standard deviation of what `show` names (by default the test error in percent or the test
 perplexity, and train_loss in nats) over all that `by` does not name (by default it names every
 setting in which the runs differ, but the seed). `csv` names a file for the selected runs
-themselves, a line each.
+themselves, a line each; where they come from is written beside it, as .json.
 
 The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
 trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
@@ -30,9 +30,10 @@ import pandas as pd
 from hyperopt import parse
 from hyperopt.rule import near
 
+from .command import asked_for_help, provenance
 from .images import Images
 from .run import guarded
-from .store import RunStore, csv_text, write_text
+from .store import RunStore, csv_text, write_json, write_text
 from .text import Text
 
 JUDGED_BY = (Images.metrics[-1], Text.metrics[-1])
@@ -159,8 +160,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[Options, dict[str, list[str]]]
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options):
         return 0
     options, wanted = _arguments(sys.argv[1:])
     summaries = read_summaries(Path(options.store))
@@ -172,7 +172,8 @@ def main() -> int:
     show = show or [*(name for name in JUDGED_BY if name in table), "train_loss"]
     for name in (*wanted, *by, *show):
         if name not in table:
-            raise ValueError(f"the runs have no column {name!r}; {near(name, table.columns)}")
+            known = (*table.columns, *(f.name for f in fields(Options)))
+            raise ValueError(f"the runs have no column {name!r}; {near(name, known)}")
     table = select(table, wanted)
     if table.empty:
         asked = " ".join(f"{key}={','.join(values)}" for key, values in wanted.items())
@@ -180,8 +181,10 @@ def main() -> int:
     if options.csv:
         kept = set(table.hash)
         selected = [summary for summary in summaries if summary["hash"] in kept]
-        write_text(Path(options.csv), tidy_csv(selected))
-        print(f"{len(table)} runs are in {options.csv}")
+        path = Path(options.csv)
+        write_text(path, tidy_csv(selected))
+        write_json(path.with_suffix(".json"), provenance(selected))
+        print(f"{len(table)} runs are in {path}")
     found = means(table, by or settings_that_differ(table), show)
     print(found.to_string(index=False))
     return 0

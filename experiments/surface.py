@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .command import do_and_record, draw, publish, split
+from .command import asked_for_help, do_and_record, draw, publish, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 from .store import RunStore, csv_text, write_text
@@ -67,8 +67,7 @@ def curves(store: RunStore, summaries: Sequence[dict[str, Any]]) -> list[list[An
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options, SETTABLE):
         return 0
     options, overrides = split(sys.argv[1:], Options, SETTABLE)
     configs = resolve_all(surface_runs(overrides))

@@ -22,7 +22,7 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import ROOT, choose, do_and_record, draw, publish, split
+from .command import ROOT, asked_for_help, choose, do_and_record, draw, publish, split
 from .config import CONFIGS, Config, compose
 from .run import guarded, resolve_all
 
@@ -174,8 +174,7 @@ def _arguments(arguments: Sequence[str]) -> tuple[Options, list[str]]:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options, SETTABLE):
         return 0
     options, overrides = _arguments(sys.argv[1:])
     preset = PRESETS[options.preset]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .command import ROOT, do_and_record, draw, publish, split
+from .command import ROOT, asked_for_help, do_and_record, draw, publish, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 from .table1 import SETTABLE
@@ -86,8 +86,7 @@ def run_lines(rows: Sequence[Row], summaries: Sequence[dict[str, Any]]) -> list[
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options, SETTABLE):
         return 0
     options, overrides = split(sys.argv[1:], Options, SETTABLE)
     runs = table_runs(overrides)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.command import split
+from experiments.command import asked_for_help, number, split
 from experiments.records import FILES
 from experiments.run import guarded
 from experiments.store import RunStore
@@ -294,8 +294,7 @@ def drill(folder: Path, runs: int, kills: int, epochs: int, seed: int) -> bool:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
     torch.set_num_threads(1)
@@ -306,7 +305,7 @@ def main() -> int:
                 raise ValueError(f"folder={folder} is there already; give one that is not")
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        numbers = (int(getattr(options, name)) for name in ("runs", "kills", "epochs", "seed"))
+        numbers = (number(options, name) for name in ("runs", "kills", "epochs", "seed"))
         return 0 if drill(folder, *numbers) else 1
 
 

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from experiments.command import split
+from experiments.command import asked_for_help, number, split
 from experiments.config import compose
 from experiments.logger import WandbLogger, prepare
 from experiments.run import guarded, resolve_all
@@ -74,12 +74,11 @@ def measure(logger: str, epochs: str, data: str) -> tuple[float, float]:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
     found: dict[str, list[tuple[float, float]]] = {"csv": [], "wandb": []}
-    for _ in range(int(options.rounds) + 1):  # the first compiles, and starts W&B's service
+    for _ in range(number(options, "rounds") + 1):  # the first compiles, and starts W&B's service
         for logger, measured in found.items():
             measured.append(measure(logger, options.epochs, options.data))
     for logger, (_, *measured) in found.items():

@@ -4,11 +4,13 @@ import csv
 import importlib
 import inspect
 import io
+import json
 import re
 import shlex
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,9 @@ def test_a_search_is_given_the_training_loss(
         ("trainer.epoch=1,2", "error: there is no config key 'trainer.epoch'; did you mean tra"),
         ("stack.lr=interval(0.1,1)", "INTERVAL_SWEEP; give hydra/sweeper=optuna"),
         ("stack.height=0,one", "height=one: Value 'one' of type 'str' could not"),
+        ("hydra/launcher=jobli", "Could not find 'hydra/launcher/jobli'; did you mean joblib?"),
+        ("hydra/lancher=joblib", "no config key 'hydra/lancher'; did you mean hydra/launcher"),
+        ("hydra.sweeper.max_batch_sise=2", "in 'BasicSweeperConf'; did you mean max_batch_size?"),
     ],
 )
 def test_a_sweep_that_is_mistyped_does_nothing_but_say_so(
@@ -197,6 +202,8 @@ def test_runs_are_chosen_by_the_values_of_columns(
     options = (f"store={store}", f"csv={chosen}", "by=seed", "show=test_error")
     assert command(summarise.main, "stack.rule=sgd", "0.lr=1e-1,7", "stack.height=0", *options) == 0
     assert [line["stack"] for line in lines(chosen.read_text())] == ["SGD(0.1)"] * 2
+    made = json.loads(chosen.with_suffix(".json").read_text())
+    assert (made["data"], made["runs"]) == ("MNIST-5k", 2)
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert command(summarise.main, "stack=SGD(1e-1)/SGD(.01)", *options) == 0
     assert [line["stack.height"] for line in lines(chosen.read_text())] == ["1", "1"]
@@ -215,6 +222,7 @@ def test_the_readmes_means(
     [
         (["stack.hight=1"], "no column 'stack.hight'; did you mean 'stack.height'?"),
         (["by=0.l"], "no column '0.l'; did you mean '0.lr'?"),
+        (["stor=runs"], "no column 'stor'; did you mean 'store'?"),
         (["seed=7"], "of 6 runs in {store} none has seed=7"),
         (["seed"], "'seed' is not of the form column=value"),
         (["store=nowhere"], "there is no finished run in store=nowhere"),
@@ -246,7 +254,8 @@ def test_help_shows_commands_and_does_nothing(
 ) -> None:
     if name == "experiments.dashboard":
         pytest.importorskip("wandb_workspaces")
-    main: Any = importlib.import_module(name).main
+    module: Any = importlib.import_module(name)
+    main = module.main
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     try:
         assert not (main(["--help"]) if inspect.signature(main).parameters else main())
@@ -254,6 +263,11 @@ def test_help_shows_commands_and_does_nothing(
         assert ended.code == 0
     said = capsys.readouterr()
     assert f"python -m {name}" in said.out and len(said.out) > 200 and said.err == ""
+    options = getattr(module, "LongOptions", getattr(module, "Options", None))
+    for option in fields(options) if options else ():
+        assert f" {option.name}=" in said.out
+    if hasattr(module, "SETTABLE") or hasattr(module, "LONG_RUNS"):
+        assert "data.root, data.download, device, logger, progress, store" in said.out
 
 
 PAGE = (ROOT / "docs" / "sweeps.md").read_text()
@@ -281,16 +295,22 @@ def test_the_commands_of_the_page_are_known(line: str) -> None:
 
 
 def test_the_page_compares_what_was_run() -> None:
+    """Each of three seeds has the budget at the head of its column; of a search the best counts."""
     runs = pd.read_csv(ROOT / "results" / "optuna_runs.csv")
-    rows = re.findall(r"^\| `(.+?)`.*? \| (\d+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
+    (heads,) = re.findall(
+        r"^\| Stack \| (\d+) epochs in all \| (\d+) epochs in all \|$", PAGE, re.M
+    )
+    rows = re.findall(r"^\| `(.+?)`.*? \| (\S+ ± \S+) \| (\S+ ± \S+) \|$", PAGE, re.MULTILINE)
     assert len(rows) == 4
-    for name, epochs, *shown in rows:
+    for name, *shown in rows:
         searched = name == "Adam(lr)"
         own = runs[runs["stack.height"] == 0] if searched else runs[runs["stack"] == name]
-        for seed, error in enumerate(shown):
-            seeded = own[own.seed == seed].sort_values("train_loss")
-            assert seeded.epochs.sum() == int(epochs)
-            assert f"{seeded.test_error.iloc[0]:.2f}" == error
+        for budget, trials, text in zip(map(int, heads), (5, 8), shown, strict=True):
+            each = budget // trials if searched else budget
+            seeds = [seed for _, seed in own[own["trainer.epochs"] == each].groupby("seed")]
+            assert [seed.epochs.sum() for seed in seeds] == [budget] * 3
+            errors = [seed.sort_values("train_loss").test_error.iloc[0] for seed in seeds]
+            assert text == f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
 
 
 def test_a_cluster_is_asked_for_what_the_command_line_says(
