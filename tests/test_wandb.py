@@ -1,9 +1,11 @@
 """What Weights & Biases is given, read back from its offline files and compared with the store."""
 
 import csv
+import hashlib
 import itertools
 import json
 import math
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -12,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_text
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from experiments import push_wandb
+from experiments import book, push_wandb
 from experiments.config import Config, compose, resolve, run_hash
 from experiments.logger import offline, push_results
 from experiments.run import guarded
 from experiments.store import RunStore
+from experiments.summarise import JUDGED_BY
 from experiments.train import Progress, train
 
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
@@ -184,6 +188,18 @@ def test_whatever_fails_there_fails_no_run(
     assert said == "wandb failed and is left out of this run: no such server\n"
 
 
+def test_without_a_key_nothing_is_asked_and_nothing_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()  # which forgets what mode there was
+    assert offline()
+    assert capfd.readouterr() == ("", "")
+    wandb.teardown()
+
+
 # What was done without it.
 
 
@@ -251,25 +267,79 @@ def test_what_a_run_was_made_by_changes_it_not(tmp_path: Path) -> None:
 # The dashboard.
 
 
-def test_the_dashboard_shows_what_runs_have(tmp_path: Path) -> None:
-    """Its specification, without a server: every axis is a key of a real run."""
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dict[str, Any]]]:
+    """What W&B has of a run on images and of one on a text."""
+    monkeypatch.setattr(book, "SHA256", hashlib.sha256(test_text.TINY.encode()).hexdigest())
+    (tmp_path / book.FILE).write_text(test_text.TINY)
+    train(config(tmp_path / "images", "logger=wandb"))
+    train(test_text.config(tmp_path, tmp_path / "text", test_text.TOWER, "logger=wandb"))
+    runs = [read(tmp_path / folder)[0] for folder in ("images", "text")]
+    return [{**run, "history": run["history"][-1]} for run in runs]
+
+
+def shown(panel: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a panel shows, as (config, summary or history, key)."""
+    chart = panel["config"]
+    if "groupBy" in chart:
+        yield "config", chart["groupBy"].removesuffix(".value")
+    for metric in chart.get("metrics", []):
+        yield "summary" if panel["viewType"] == "Bar Chart" else "history", metric
+    for column in chart.get("columns", []):
+        section, _, name = column["accessor"].partition(":")
+        yield section, name.removesuffix(".value")
+    for query in chart.get("userQuery", {}).get("queryFields", []):
+        for source in query["fields"]:
+            for argument in source.get("args", []):
+                for name in argument["value"]:
+                    yield source["name"], name
+
+
+def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]]]) -> None:
+    """Its specification, without a server: all that a panel shows is there of a real run."""
     dashboard = pytest.importorskip("experiments.dashboard")
-    train(config(tmp_path, "logger=wandb"))
-    (run,) = read(tmp_path)
-    known = {"config": run["config"], "summary": run["summary"], "history": run["history"][-1]}
+    assert tuple(dashboard.MEASURES) == JUDGED_BY
     view = dashboard.workspace("someone", "hyperopt")._to_model()
     spec = view.model_dump(by_alias=True, exclude_none=True)["spec"]["section"]
     sections = {each["name"]: each["panels"] for each in spec["panelBankConfig"]["sections"]}
     assert list(sections) == ["Error by height", "Learning rate over time", "Robustness"]
-    shown = []
-    for panel in itertools.chain(*sections.values()):
-        chart = panel["config"]
-        shown += [("config", chart["groupBy"].removesuffix(".value"))] if "groupBy" in chart else []
-        where = "summary" if panel["viewType"] == "Bar Chart" else "history"
-        shown += [(where, metric) for metric in chart.get("metrics", [])]
-        axes = [chart[axis] for axis in ("xAxis", "yAxis", "zAxis") if ":" in chart.get(axis, "")]
-        for axis in axes + [column["accessor"] for column in chart.get("columns", [])]:
-            section, _, name = axis.partition(":")
-            shown.append((section, name.removesuffix(".value")))
-    assert len(shown) >= 12
-    assert [(section, name) for section, name in shown if name not in known[section]] == []
+    every = [list(shown(panel)) for panel in itertools.chain(*sections.values())]
+    assert all(every) and sum(map(len, every)) >= 24
+    for keys in every:
+        assert any(all(name in run[section] for section, name in keys) for run in known), keys
+    for run, metric in zip(known, JUDGED_BY, strict=True):  # as the server has both kinds
+        own = {name for keys in every for section, name in keys if name in run[section]}
+        assert {metric, "train_loss", "0.lr", "hypergradient.0.lr", "learned.0.lr"} <= own
+
+
+def test_the_heat_map_is_made_there_and_its_panels_fill_it(
+    known: list[dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard = pytest.importorskip("experiments.dashboard")
+    made: list[dict[str, Any]] = []
+
+    class Server:
+        def create_custom_chart(self, **chart: Any) -> None:
+            made.append(chart)
+            if len(made) > 1:
+                raise wandb.Error("it is there\nalready")
+
+    class Saved:
+        url = "https://wandb.ai/someone"
+
+    monkeypatch.setattr(wandb, "Api", Server)
+    monkeypatch.setattr(dashboard, "offline", lambda: False)
+    monkeypatch.setattr(dashboard.workspaces.Workspace, "save", lambda view: Saved)
+    monkeypatch.setattr(sys, "argv", ["dashboard", "entity=someone"])
+    assert guarded(dashboard.main) == guarded(dashboard.main) == 0
+
+    fields = set(re.findall(r"\$\{field:(\w+)\}", json.dumps(made[0]["spec"])))
+    robustness = dashboard.workspace("someone", "hyperopt").sections[-1].panels
+    maps = [panel for panel in robustness if hasattr(panel, "chart_fields")]
+    for heat_map, run in zip(maps, known, strict=True):
+        assert heat_map.chart_name == f"someone/{made[0]['name']}"
+        assert heat_map.chart_fields.keys() == fields
+        query = {source: asked["keys"] for source, asked in heat_map.query.items()}
+        names = itertools.chain(*query.values())
+        assert sorted(heat_map.chart_fields.values()) == sorted(names)
+        assert all(name in run[source] for source, keys in query.items() for name in keys)
