@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from hyperopt import parse
 from models import MODELS
@@ -125,10 +125,19 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf has against a command line, with the reason that it had."""
+    """What Hydra or OmegaConf has against a command line, with its reason and what is near."""
     reasons = [error, *([error.__cause__] if error.__cause__ else [])]
     text = ": ".join(str(reason).splitlines()[0] for reason in reasons)
-    return f"{text}; give hydra/sweeper=optuna" if "INTERVAL_SWEEP" in text else text
+    if "INTERVAL_SWEEP" in text:
+        return f"{text}; give hydra/sweeper=optuna"
+    node = getattr(reasons[-1], "parent_node", None)  # of a key that is not in it
+    if isinstance(reasons[-1], (ConfigAttributeError, ConfigKeyError)) and node is not None:
+        return f"{text}; {_meant(str(reasons[-1].key), list(node))}"
+    _, _, files = str(error).partition("Available options in")
+    if files:
+        name = text.rpartition("/")[2].strip("'")
+        return f"{text}; {_meant(name, files.split()[1:])}"
+    return text
 
 
 def to_config(composed: Any) -> Config:
@@ -310,6 +319,10 @@ def identity_hash(identity: dict[str, Any]) -> str:
 
 # The command line.
 
+HYDRAS_GROUPS = tuple(
+    f"hydra/{name}" for name in ("launcher", "sweeper", "sweeper/sampler", "help")
+)
+
 
 def protect_notation(arguments: Sequence[str]) -> list[str]:
     """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
@@ -343,13 +356,13 @@ def check_overrides(arguments: Sequence[str]) -> None:
     What Hydra knows of itself, and values in more than words and commas, are left for it to judge.
     """
     groups = {folder.name: folder for folder in CONFIGS.iterdir() if folder.is_dir()}
-    known = list(_keys(Config))
+    known = [*_keys(Config), *HYDRAS_GROUPS]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         key = key.lstrip("+~").partition("@")[0]
         if argument.startswith("-") or not (equals or argument.startswith("~")):
             continue
-        if key not in known and not key.startswith("hydra"):
+        if key not in known and not key.startswith("hydra."):
             raise ValueError(f"there is no config key {key!r}; {_meant(key, known)}")
         if key in groups and re.fullmatch(r"[\w.,-]+", value):
             files = sorted(path.stem for path in groups[key].glob("*.yaml"))
