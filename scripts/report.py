@@ -4,7 +4,6 @@
     python -m scripts.report results=results store=runs
 
 It has what the paper claims beside what was found, every table and figure of the folder `results`,
-It has what the paper claims beside what was found, every table and figure of the folder `results`,
 every run of these and of the store, with its curves where they are kept, and where all came from.
 """
 
@@ -24,7 +23,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.char_rnn import Cell, cell_of
-from experiments.command import ROOT, split
+from experiments.command import ROOT, asked_for_help, split
 from experiments.data import label
 from experiments.records import read_records
 from experiments.run import guarded
@@ -33,7 +32,7 @@ from experiments.summarise import read_summaries
 from experiments.table1 import REFERENCE as TABLE1
 from experiments.tables_v1 import REFERENCE as TABLES_V1
 from scripts import char_rnn, figure2, figure3, tables, tables_v1
-from scripts.runs import Run, read_runs
+from scripts.runs import Run, of, read_runs
 
 PAGE = Path(__file__).with_name("report.html")
 POINTS = 240  # at most, of a curve
@@ -97,6 +96,8 @@ def claims(folder: Path) -> list[Claim]:
         found += char_rnn_claims(read_runs(source, cell_of), char_rnn.preset_of(source))
     for source in sorted(folder.glob("figure3_*_runs.csv")):
         found += figure3_claims(pd.read_csv(source))
+    if (folder / "benchmark.csv").exists():
+        found += time_claims(pd.read_csv(folder / "benchmark.csv"))
     return found
 
 
@@ -136,39 +137,56 @@ def tables_v1_claims(runs: pd.DataFrame) -> Iterator[Claim]:
 
 
 def figure2_claims(runs: Sequence[Run]) -> Iterator[Claim]:
-    """From each start, that the tower's training loss is no worse than without it."""
-    for (lr, momentum), (plain, tower) in figure2.compare(list(runs)).items():
-        both = [
-            run
-            for run in runs
-            if (run.cell.lr, run.cell.momentum) == (lr, momentum)
-            and run.cell.kind in ("plain", "tower")
-        ]
+    """From each start, that the tower's training loss is no worse than without it; the lr falls."""
+    data, words = label(runs[0].summary["data"]), figure2.setting(list(runs))
+    for start, (plain, tower) in figure2.compare(list(runs)).items():
+        seeds, hashes = _of_both(runs, *(figure2.Cell(kind, *start) for kind in ("plain", "tower")))
         yield Claim(
-            label(runs[0].summary["data"]),
-            f"Figure 2, lr {lr}, momentum {momentum}, {figure2.setting(list(runs))}",
+            data,
+            f"Figure 2, lr {start[0]}, momentum {start[1]}, {words}",
             "training loss (nats), tower against plain",
             "lower",
             f"{tower:.3f} against {plain:.3f}",
-            len({run.seed for run in both}),
+            seeds,
             "yes" if tower <= plain else "no",
-            " ".join(run.summary["hash"] for run in both),
+            hashes,
         )
+    cell = figure2.REPLAYED
+    towers = [run for run in of(runs, cell) if not run.summary["diverged"]]
+    if towers:
+        ends = pd.Series([run.summary["hyperparameters"][0]["lr"] for run in towers])
+        yield Claim(
+            data,
+            f"Figure 2, learned from lr {cell.lr}, momentum {cell.momentum}, {words}",
+            "lr at the end",
+            f"below {cell.lr}, as of He et al.'s schedule",
+            f"{ends.mean():.3g}" + (f" ± {ends.std():.2g}" if len(ends) > 1 else ""),
+            len(towers),
+            "yes" if ends.mean() < cell.lr else "no",
+            " ".join(run.summary["hash"] for run in towers),
+        )
+
+
+def _of_both(runs: Sequence[Run], *cells: Any) -> tuple[int, str]:
+    """How many seeds all of some cells have, and the hashes of the runs with these."""
+    seeds = set.intersection(*({run.seed for run in of(runs, cell)} for cell in cells))
+    found = [run for cell in cells for run in of(runs, cell) if run.seed in seeds]
+    return len(seeds), " ".join(run.summary["hash"] for run in found)
 
 
 def char_rnn_claims(runs: Sequence[Run], preset: str) -> Iterator[Claim]:
     """From each start, that the tower's test perplexity is no worse than without it."""
     for lr, (plain, tower) in char_rnn.compare(list(runs)).items():
-        both = [run for run in runs if run.cell in (Cell("plain", lr), Cell("tower", lr))]
+        seeds, hashes = _of_both(runs, Cell("plain", lr), Cell("tower", lr))
         yield Claim(
             label(runs[0].summary["data"]),
             f"character RNN, Adam from lr {lr}, {char_rnn.setting(list(runs), preset)}",
             "test perplexity, tower against plain",
             "lower",
             f"{tower:.3f} against {plain:.3f}",
-            len({run.seed for run in both}),
+            seeds,
             "yes" if tower <= plain else "no",
-            " ".join(run.summary["hash"] for run in both),
+            hashes,
         )
 
 
@@ -186,6 +204,25 @@ def figure3_claims(runs: pd.DataFrame) -> Iterator[Claim]:
             int(runs.seed.nunique()),
             "yes" if holds else "no",
             " ".join(runs[runs.rule == rule].hash),
+        )
+
+
+def time_claims(times: pd.DataFrame) -> Iterator[Claim]:
+    """What each level of a tower adds to a training step of ResNet-20; no run of the store."""
+    own = times[(times.model == "resnet20") & (times.optimizer == "compiled")]
+    towers = own[own.family == "SGD"].set_index("height").sort_index()
+    if len(towers) > 1:
+        levels = towers.index[-1] - towers.index[0]
+        added = (towers.step_us.iloc[-1] - towers.step_us.iloc[0]) / levels
+        yield Claim(
+            "random images of CIFAR-10's size",
+            f"Figure 3b, ResNet-20, towers of SGD up to height {towers.index[-1]}",
+            "time of a step that each level adds (%)",
+            "1 to 2",
+            f"{100 * added / towers.whole_us.iloc[0]:.2g}",
+            1,
+            "yes" if added <= 0.02 * towers.whole_us.iloc[0] else "no",
+            "benchmark.csv",
         )
 
 
@@ -362,8 +399,7 @@ def _cell(head: str, value: Any) -> str:
 
 
 def main() -> int:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+    if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
     folder = Path(options.results)

@@ -1,9 +1,12 @@
 """The page with all results: what is on it, and that it needs nothing else."""
 
 import base64
+import html
 import json
+import math
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +18,8 @@ from test_project import ROOT
 from experiments.config import compose, resolve
 from experiments.run import guarded
 from experiments.train import train
-from scripts import report
+from scripts import figure2, report
+from scripts.runs import Run
 
 TABLE1 = ROOT / "results" / "table1_runs.csv"
 
@@ -126,6 +130,46 @@ def test_the_page_of_what_is_committed_can_be_made(tmp_path: Path) -> None:
     assert all(claim.runs.split() for claim in found if "first version" not in claim.setting)
 
 
+def run(kind: str, seed: int, train_loss: float, lr: float) -> Run:
+    """One of Figure 2, from lr 0.1, momentum 0.9."""
+    summary = {
+        "hash": f"{kind}-{seed}",
+        "data": "cifar10",
+        "diverged": math.isinf(train_loss),
+        "train_loss": train_loss,
+        "trainer": {"epochs": 10},
+        "hyperparameters": [{"lr": lr}],
+    }
+    return Run(figure2.Cell(kind, 0.1, 0.9), seed, summary, pd.DataFrame(), pd.DataFrame())
+
+
+def test_claims_of_figure_2_are_of_the_seeds_that_both_have() -> None:
+    runs = [run("plain", 0, 0.5, 0.1), run("plain", 1, 0.7, 0.1), run("tower", 0, 0.4, 0.05)]
+    better, falls = report.figure2_claims(runs)
+    assert (better.ours, better.n, better.verdict) == ("0.400 against 0.500", 1, "yes")
+    assert better.runs == "plain-0 tower-0"
+    assert (falls.ours, falls.n, falls.verdict, falls.runs) == ("0.05", 1, "yes", "tower-0")
+    runs += [run("tower", 1, 0.9, 0.45), run("tower", 2, math.inf, math.nan)]
+    better, falls = report.figure2_claims(runs)
+    assert (better.ours, better.n, better.verdict) == ("0.650 against 0.600", 2, "no")
+    assert (falls.ours, falls.n, falls.verdict) == ("0.25 ± 0.28", 2, "no")
+
+
+def test_the_claim_of_a_levels_time_is_a_share_of_the_step() -> None:
+    columns = ("model", "optimizer", "family", "height", "step_us", "whole_us")
+    lines = [
+        ("resnet20", "compiled", "SGD", 0, 100.0, 10_000.0),
+        ("resnet20", "compiled", "SGD", 10, 600.0, 10_500.0),
+        ("resnet20", "published", "SGD", 20, 9e9, 9e9),
+        ("mlp", "compiled", "SGD", 20, 9e9, 9e9),
+    ]
+    (claim,) = report.time_claims(pd.DataFrame(lines, columns=columns))
+    assert (claim.published, claim.ours, claim.verdict) == ("1 to 2", "0.5", "yes")
+    slow = [(*line[:4], 10 * line[4], line[5]) for line in lines]
+    (claim,) = report.time_claims(pd.DataFrame(slow, columns=columns))
+    assert (claim.ours, claim.verdict) == ("5", "no")
+
+
 def test_it_needs_nothing_else(folder: Path) -> None:
     text = report.page(folder / "results", folder / "runs")
     assert text == report.page(folder / "results", folder / "runs")
@@ -155,3 +199,68 @@ def test_the_command_writes_it(
     monkeypatch.setattr(sys, "argv", ["report", "results=nowhere"])
     assert guarded(report.main) == 2
     assert "results=nowhere is no folder" in capsys.readouterr().err
+
+
+# In a browser, where there is one.
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+WIDTHS = (1200, 390)  # of a desk and of a phone
+
+ERRORS = """<script>
+const said = {errors: []};
+addEventListener("error", event => said.errors.push(event.message));
+</script>"""
+CLICKS = """<script>
+const every = selector => [...document.querySelectorAll(selector)];
+const errors = () => every("#claims tbody tr").map(row => parseFloat(row.cells[4].textContent));
+const click = selector => document.querySelector(selector).click();
+click("#claims th:nth-child(5) button");
+said.up = errors();
+click("#claims th:nth-child(5) button");
+said.down = errors();
+said.lines = [every("#chart polyline").length];
+for (let k = 0; k < 2; k++) {
+  click("tr.has-curves");
+  said.lines.push(every("#chart polyline").length);
+}
+said.names = every("#column option").map(option => option.value);
+const search = document.getElementById("filter");
+search.value = document.querySelector("tr.has-curves").dataset.hash;
+search.dispatchEvent(new Event("input"));
+said.found = every("tr.run").filter(row => row.checkVisibility()).length;
+said.widths = [document.documentElement.scrollWidth, innerWidth];
+document.title = JSON.stringify(said);
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_in_a_browser_tables_sort_and_runs_open(folder: Path, tmp_path: Path) -> None:
+    assert BROWSER is not None
+    text = report.page(folder / "results", folder / "runs")
+    text = text.replace("<head>", f"<head>{ERRORS}").replace("</body>", f"{CLICKS}</body>")
+    frames = [f'<iframe width="{w}" height="844" srcdoc="{html.escape(text)}">' for w in WIDTHS]
+    titles = "[...document.querySelectorAll('iframe')].map(frame => frame.contentDocument.title)"
+    page = tmp_path / "page.html"
+    page.write_text(
+        f"""<!DOCTYPE html><meta charset="utf-8"><title></title>{"</iframe>".join(frames)}</iframe>
+        <script>addEventListener("load", () => document.title = {titles}.join());</script>"""
+    )
+    options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user")
+    done = subprocess.run(
+        [BROWSER, *options, "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)[:1]
+    runs = pd.read_csv(TABLE1).groupby("row").test_error.mean().round(2)
+    for width, said in zip(WIDTHS, json.loads(f"[{html.unescape(title)}]"), strict=True):
+        assert said["errors"] == []
+        assert said["up"] == sorted(said["up"]) == pytest.approx(sorted(runs), abs=0.011)
+        assert said["down"] == said["up"][::-1]
+        assert said["lines"] == [1, 0, 1]  # the first run is open from the beginning
+        assert {"train_loss", "test_error", "0.lr", "hypergradient.0.lr"} <= set(said["names"])
+        assert said["found"] == 1
+        assert said["widths"] == [width, width]
