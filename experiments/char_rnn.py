@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import Stack, parse
 
-from .command import do_all, draw, long_arguments, publish
+from .command import LongOptions, do_all, draw, long_arguments, publish
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -108,7 +108,7 @@ def main() -> int:
     if set(sys.argv[1:]) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
+    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS, LongOptions)
     waves = [
         resolve_all([cell_config(cell, seed, overrides) for cell in wave])
         for seed in seeds

@@ -25,7 +25,7 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import do_all, draw, long_arguments, publish
+from .command import LongOptions, do_all, draw, long_arguments, publish
 from .config import Config, StackConfig, compose, run_hash
 from .records import export_runs, import_runs
 from .run import guarded, resolve_all
@@ -131,7 +131,7 @@ def main() -> int:
     if set(sys.argv[1:]) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
+    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS, LongOptions)
     grid = [cell_config(cell, seed, overrides) for seed in seeds for cell in CELLS]
     configs = resolve_all(grid)
     results, name = Path(options.results), f"figure2_{options.preset}"
