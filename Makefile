@@ -4,12 +4,15 @@
 
 # An interpreter for .venv, 3.10 or later; without PYTHON= an existing .venv keeps the one it has.
 PYTHON ?= python3
-# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own, SEEDS=0,1; ARGS= goes to pytest as it is.
+# Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own, SEEDS=0,1, and to the robustness
+# benchmark TASKS=mlp and METHODS=Auto,Adam; ARGS= goes to pytest as it is.
 PRESET ?=
 WORKERS ?=
 LOGGER ?=
 START ?=
 SEEDS ?=
+TASKS ?=
+METHODS ?=
 ARGS ?=
 
 PY := .venv/bin/python
@@ -29,10 +32,10 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-v1 check-figure3 figures gallery tables benchmark report clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark report clean other-python
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-18s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv and install everything into it; does nothing when it is up to date
 
@@ -43,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt $(OTHER_PYTHON)
 		'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "PYTHON=$(PYTHON) is Python %d.%d; give one of 3.10 or later, as in: make setup PYTHON=python3.12" % v[:2])' && \
 		'$(PYTHON)' -m venv --clear .venv; }
 	@echo "Installing into .venv with $$($(PY) --version); the first time this takes a few minutes, most of it for torch."
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,scaleout]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,peers,scaleout]'
 	@touch $@
 
 test: lint ## lint, then run the tests
@@ -68,6 +71,10 @@ reproduce-figure3: setup ## train towers from 21 initial step sizes and draw Fig
 
 reproduce-char-rnn: setup ## train the character RNN from all starts and draw it (PRESET=cpu or paper)
 	@$(PY) -m experiments.char_rnn $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
+
+reproduce-robustness: setup ## train from many initial lrs, beside the learning-rate-free (PRESET=cpu or paper)
+	@$(PY) -m experiments.robustness $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS)) \
+		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
 	@$(PY) -m experiments.tables_v1 $(RUN_OPTIONS)

@@ -107,7 +107,7 @@ def cell_of(summary: dict[str, Any]) -> Cell:
 def main() -> int:
     if asked_for_help(__doc__, LongOptions, LONG_RUNS):
         return 0
-    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
+    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS, LongOptions)
     waves = [
         resolve_all([cell_config(cell, seed, overrides) for cell in wave])
         for seed in seeds

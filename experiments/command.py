@@ -131,18 +131,24 @@ class LongOptions:
     results: str = "results"
 
 
+Long = TypeVar("Long", bound=LongOptions)
+
+
 def long_arguments(
-    arguments: Sequence[str], presets: Mapping[str, Sequence[str]]
-) -> tuple[LongOptions, list[int], list[str]]:
+    arguments: Sequence[str],
+    presets: Mapping[str, Sequence[str]],
+    kind: type[Long],
+) -> tuple[Long, list[int], list[str]]:
     """The options of a long experiment's command, its seeds, and the overrides of its runs.
 
     Args:
         presets: the overrides that each of them stands for.
+        kind: what the options are.
 
     Raises:
         ValueError: an option or a value that is not known, in one line.
     """
-    options, overrides = split(arguments, LongOptions, LONG_RUNS)
+    options, overrides = split(arguments, kind, LONG_RUNS)
     choose("preset", options.preset, list(presets))
     choose("start", options.start, ("scratch", "records"))
     named = f"preset={options.preset}"

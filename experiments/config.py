@@ -25,11 +25,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from hyperopt import parse
 from models import MODELS
 
 from . import together
 from .book import is_book
+from .peers import parse
 from .schedule import ScheduleConfig, check_schedule, schedule_identity
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -56,7 +56,7 @@ class DataConfig:
 class StackConfig:
     """Either the notation of a stack, or a rule, a height and an lr that all its levels share."""
 
-    notation: str | None = None
+    notation: str | None = None  # or that of a peer; see experiments/peers.py
     rule: str | None = None
     height: int | None = None
     lr: float | None = None
@@ -76,6 +76,7 @@ class TrainerConfig:
     autocast: bool = False  # the model in bfloat16, as torch.autocast has it
     sequence_length: int | None = None  # characters of a text that a step reads of each stream
     clip_value: float | None = None  # what no element of the gradient exceeds
+    l2: float | None = None  # times half the squared norm of the weights is added to the loss
     checkpoint_every: int | None = None  # steps; null is at the end of an epoch alone. Not identity
 
 
@@ -207,6 +208,8 @@ def resolve(config: Config, data: str) -> Config:
             raise ValueError(f"trainer.{name}={value} must be 1 or more, or null")
     if (clip := config.trainer.clip_value) is not None and not clip > 0:
         raise ValueError(f"trainer.clip_value={clip} must be above 0, or null")
+    if (l2 := config.trainer.l2) is not None and (not l2 > 0 or is_book(data)):
+        raise ValueError(f"trainer.l2={l2} must be above 0, or null, as it is for a text")
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be 0 or more")
     stack = notation(config.stack)
@@ -283,7 +286,7 @@ def identity(config: Config) -> dict[str, Any]:
     """
     trainer = asdict(config.trainer)
     del trainer["checkpoint_every"]  # a run that is resumed ends as if it had not been
-    for name in ("steps", "autocast", "record_loss", "sequence_length", "clip_value"):
+    for name in ("steps", "autocast", "record_loss", "sequence_length", "clip_value", "l2"):
         if not trainer[name]:
             del trainer[name]
     if config.trainer.processes == 1:

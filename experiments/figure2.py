@@ -130,7 +130,7 @@ def learned(run: RunDirectory) -> list[list[Any]]:
 def main() -> int:
     if asked_for_help(__doc__, LongOptions, LONG_RUNS):
         return 0
-    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS)
+    options, seeds, overrides = long_arguments(sys.argv[1:], PRESETS, LongOptions)
     grid = [cell_config(cell, seed, overrides) for seed in seeds for cell in CELLS]
     configs = resolve_all(grid)
     results, name = Path(options.results), f"figure2_{options.preset}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .gradient import Gradient, make_gradient
 
 PAD = 4  # pixels of zeros around an image from which a crop is taken
 EVALUATION_VALUES = 2000 * 28 * 28  # of a batch of test images; larger ones leave the caches
+RENEWING_BATCHES = 50
 
 
 class Images:
@@ -23,6 +25,8 @@ class Images:
         augment: whether each training image is, each time, a random crop of itself with zeros
             around, and flipped half the time; for images with colours.
         shuffle: whether each epoch has an order of its own, or that of the file.
+        l2: what half the squared norm of all weights is added to the loss by. A run is then judged
+            by its objective: that loss of the whole training set.
     """
 
     metrics: tuple[str, ...] = ("test_error",)  # percent
@@ -34,8 +38,11 @@ class Images:
         augment: bool,
         device: torch.device | str,
         shuffle: bool = True,
+        l2: float | None = None,
     ) -> None:
-        self.batch_size, self.augment, self.shuffle = batch_size, augment, shuffle
+        self.batch_size, self.augment, self.shuffle, self.l2 = batch_size, augment, shuffle, l2
+        if l2 is not None:
+            self.metrics = (*self.metrics, "objective")  # nats
         self.inputs = INPUTS[data.name]
         x = F.pad(data.x_train, (0, 0, PAD, PAD, PAD, PAD)) if augment else data.x_train
         self.x_train, self.y_train = x.to(device), data.y_train.to(device)
@@ -83,18 +90,52 @@ class Images:
 
     def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
         """A function of a batch that sets `grad` and returns the loss, see `make_gradient`."""
-        return make_gradient(model, self.inputs, self.batch_size, compile, autocast)
+        gradient = make_gradient(model, self.inputs, self.batch_size, compile, autocast)
+        if self.l2 is None:
+            return gradient
+        l2, weights = self.l2, list(model.parameters())
+
+        def penalized(images: Tensor, labels: Tensor) -> Tensor:
+            loss = gradient(images, labels)
+            with torch.no_grad():
+                for w in weights:
+                    assert w.grad is not None
+                    w.grad.add_(w, alpha=l2)
+                return loss + half_square(weights) * l2
+
+        return penalized
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Percent of the test set that `model`, in evaluation mode, classifies wrongly."""
+        """Percent of the test set that `model`, in evaluation mode, classifies wrongly.
+
+        With `l2`, the objective too.
+        """
         wrong = torch.zeros((), dtype=torch.int64, device=self.x_test.device)
         size = max(1, EVALUATION_VALUES // self.x_test[0].numel())
         model.eval()
         for x, y in zip(self.x_test.split(size), self.y_test.split(size), strict=True):
             wrong += (model(self.inputs(x)).argmax(1) != y).sum()
+        found = {"test_error": 100.0 * wrong.item() / len(self.x_test)}
+        if self.l2 is not None:
+            losses = [
+                F.nll_loss(model(self.inputs(x)), y, reduction="sum").double()
+                for x, y in zip(self.x_train.split(size), self.y_train.split(size), strict=True)
+            ]
+            penalty = self.l2 * half_square(model.parameters())
+            found["objective"] = (torch.stack(losses).sum() / len(self.x_train) + penalty).item()
         model.train()
-        return {"test_error": 100.0 * wrong.item() / len(self.x_test)}
+        return found
+
+    @torch.no_grad()
+    def renew_averages(self, model: nn.Module) -> None:
+        """Make the averages of batch normalisation those of the present weights."""
+        if next(model.buffers(), None) is None:
+            return
+        model.train()
+        batches = self.epoch(torch.Generator().manual_seed(0))
+        for images, _ in itertools.islice(batches, RENEWING_BATCHES):
+            model(self.inputs(images))
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}  # no batch depends on another
@@ -102,3 +143,8 @@ class Images:
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     def kept(self, model: nn.Module) -> None: ...
+
+
+def half_square(weights: Iterable[Tensor]) -> Tensor:
+    """Half the squared norm of all weights together, 0-dim."""
+    return torch.stack([w.square().sum() for w in weights]).sum() / 2

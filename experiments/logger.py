@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hyperopt import parse
-
 from .config import Config, identity
+from .peers import parse
 from .store import RunDirectory, write_json
 from .together import is_first
 
@@ -149,7 +148,7 @@ def made_by(config: Config) -> dict[str, Any]:
 def results(summary: dict[str, Any]) -> dict[str, Any]:
     """What of a run's summary goes to the summary there."""
     made = summary["provenance"]
-    found = {name: value for name, value in summary.items() if name.startswith("test_")}
+    found = {k: v for k, v in summary.items() if k.startswith("test_") or k == "objective"}
     found |= {name: summary[name] for name in ("train_loss", "diverged")}
     for level, values in enumerate(summary["hyperparameters"]):
         found |= {f"learned.{level}.{name}": value for name, value in values.items()}

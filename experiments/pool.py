@@ -19,10 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from hyperopt import parse
-
 from .config import Config, run_hash
 from .logger import prepare
+from .peers import parse
 from .store import RunStore
 from .task import headline
 from .train import Progress, train

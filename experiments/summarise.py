@@ -12,8 +12,9 @@ themselves, a line each; where they come from is written beside it, as .json.
 
 The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
 trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
-the results: test_error (of a text test_loss, test_bits_per_character, test_perplexity), train_loss,
-diverged, epochs, steps, and learned.0.lr and the like, the values at the end.
+the results: test_error (with trainer.l2 also objective; of a text test_loss,
+test_bits_per_character, test_perplexity), train_loss, diverged, epochs, steps, and learned.0.lr and
+the like, the values at the end.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from typing import Any
 
 import pandas as pd
 
-from hyperopt import parse
 from hyperopt.rule import near
 
 from .command import asked_for_help, provenance
 from .images import Images
+from .peers import parse
 from .run import guarded
 from .store import RunStore, csv_text, write_json, write_text
 from .text import Text
 
 JUDGED_BY = (Images.metrics[-1], Text.metrics[-1])
-RESULTS = (*Images.metrics, *Text.metrics, "train_loss", "diverged", "epochs", "steps")
+RESULTS = (*Images.metrics, "objective", *Text.metrics, "train_loss", "diverged", "epochs", "steps")
 # Of a summary, what is neither a setting nor a result.
 LEFT_OUT = ("hash", "hyperparameters", "tuned", "data_source", "data_sha256", "provenance")
 

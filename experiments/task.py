@@ -38,6 +38,10 @@ class Task(Protocol):
         """How `model` does, in evaluation mode, on what is held out."""
         ...
 
+    def renew_averages(self, model: nn.Module) -> None:
+        """Let what a model keeps beside its weights follow them, where they were changed."""
+        ...
+
     def state_dict(self) -> dict[str, Tensor]:
         """What an epoch under way carries from one batch to the next."""
         ...

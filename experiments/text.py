@@ -136,6 +136,8 @@ class Text:
         found = (loss, loss / math.log(2), loss.exp())
         return dict(zip(self.metrics, torch.stack(found).tolist(), strict=True))
 
+    def renew_averages(self, model: nn.Module) -> None: ...  # there are none
+
     def state_dict(self) -> dict[str, Tensor]:
         """The hidden state; nothing where it is zero."""
         return {} if self.hidden is None else dict(zip("hc", self.hidden, strict=True))

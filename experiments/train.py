@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hyperopt import HyperOptimizer
 from models import MODELS
 
 from . import book, together
@@ -28,6 +27,7 @@ from .config import Config, identity, run_hash
 from .data import Dataset, load
 from .images import Images
 from .logger import Logger, Row, history, made_by, make_logger
+from .peers import PeerOptimizer, judged, make_optimizer
 from .schedule import make_schedule
 from .store import RunDirectory, RunStore
 from .task import Task
@@ -116,9 +116,8 @@ class _Run:
             self.task = Text(self.data, *sizes, config.data.validation, self.device)
         else:
             self.data = load(*where)
-            self.task = Images(
-                self.data, trainer.batch_size, config.data.augment, self.device, config.data.shuffle
-            )
+            how = config.data.augment, self.device, config.data.shuffle, trainer.l2
+            self.task = Images(self.data, trainer.batch_size, *how)
         whole = trainer.epochs * self.task.steps_per_epoch
         self.steps = min(whole, trainer.steps or whole)
         self._start()
@@ -133,12 +132,10 @@ class _Run:
             self.model = make(**self.task.model_arguments, **sizes)
         # Convolutions are faster with the channels of a pixel beside each other.
         self.model.to(self.device).to(memory_format=torch.channels_last)
-        self.optimizer = HyperOptimizer(
-            self.model.named_parameters(),
-            self.config.stack.notation or "",
-            compile=self.config.trainer.compile,
-        )
         trainer = self.config.trainer
+        self.optimizer = make_optimizer(
+            self.model, self.config.stack.notation or "", trainer.compile
+        )
         self.shares = together.Shares(self.model)
         self.gradient = self.task.gradient(
             self.shares.model, trainer.compile_model, trainer.autocast
@@ -174,8 +171,9 @@ class _Run:
             raise
         self._write_curves()
         summary = self._summary()
-        if (kept := self.task.kept(self.model)) is not None:
-            directory.save_model(kept)
+        with judged(self.optimizer):
+            if (kept := self.task.kept(self.model)) is not None:
+                directory.save_model(kept)
         directory.finish(summary)
         logger.finish(summary)
         return {"hash": directory.hash, **summary}
@@ -235,7 +233,9 @@ class _Run:
         finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
         self.diverged = not (math.isfinite(train_loss) and bool(finite))
         self.epoch += 1
-        self.curves.append([self.epoch, self.step, train_loss, *self.task.evaluate(model).values()])
+        with judged(self.optimizer, lambda: self.task.renew_averages(model)):
+            measured = self.task.evaluate(model)
+        self.curves.append([self.epoch, self.step, train_loss, *measured.values()])
 
     def _batches(self) -> tuple[_Epoch, Iterator[tuple[Tensor, Tensor]]]:
         """The epoch under way, or a new one, and the batches that are left of it."""
@@ -362,6 +362,7 @@ class _Run:
         _, _, train_loss, *tested = self.curves[-1]
         metrics = dict(zip(self.task.metrics, tested, strict=True))  # of the last epoch
         stack = self.optimizer.stack
+        peer = self.optimizer if isinstance(self.optimizer, PeerOptimizer) else None
         return {
             **identity(self.config),
             **{name: finite_or_none(value) for name, value in metrics.items()},
@@ -380,6 +381,7 @@ class _Run:
                 **provenance(),
                 "device": device_name(self.device),
                 "compiled": self.optimizer.compiled,
+                **({"peer": peer.version} if peer else {}),
                 "resumed": self.resumed,
                 "seconds": self.seconds,
                 "seconds_per_step": self.seconds / self.step,

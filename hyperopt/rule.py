@@ -164,6 +164,8 @@ class Rule:
     above, ``beta1`` in the log domain; `Tuning` says what else may stand there. ``rule / other``
     puts ``other`` on top.
 
+    The notation knows a subclass by its name, unless it is declared with ``known=False``.
+
     Raises:
         ValueError: a value outside its domain.
         TypeError: an argument that the rule does not have.
@@ -183,11 +185,12 @@ class Rule:
     every = Option(1)
     until = Option(math.inf)
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, known: bool = True) -> None:
         members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
         cls.hypers = {n: m for n, m in members.items() if isinstance(m, Hyper)}
         cls.options = {n: m for n, m in members.items() if isinstance(m, Option)}
-        RULES[cls.__name__] = cls
+        if known:
+            RULES[cls.__name__] = cls
 
     def __init__(self, *args: Number, **kwargs: Any) -> None:
         if len(args) > len(self.hypers):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from .domains import LOG
@@ -120,8 +121,11 @@ class Stack:
         return hash(self.levels)
 
 
-def parse(text: str | Rule | Stack) -> Stack:
+def parse(text: str | Rule | Stack, rules: Mapping[str, type[Rule]] = RULES) -> Stack:
     """The stack that a notation stands for; a rule or a stack is taken as it is.
+
+    Args:
+        rules: those that the notation knows, by their names.
 
     Raises:
         ValueError: one line that says what is wrong and at which column.
@@ -133,7 +137,7 @@ def parse(text: str | Rule | Stack) -> Stack:
         return Stack(text)
     if not isinstance(text, str):
         raise TypeError(f"a stack is a notation, a Rule or a Stack, not {text!r}")
-    return _Parser(text).stack()
+    return _Parser(text, rules).stack()
 
 
 class _Parser:
@@ -142,8 +146,8 @@ class _Parser:
         r"|(?P<name>[A-Za-z_]\w*)|(?P<mark>[/()\[\]{},:=])|(?P<end>$))"
     )
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, rules: Mapping[str, type[Rule]]) -> None:
+        self.text, self.rules = text, rules
         self.next = 0
         self.advance()
 
@@ -189,11 +193,11 @@ class _Parser:
     def level(self) -> Rule:
         start = self.start
         name = self.expect("name", "the name of a rule")
-        if name not in RULES:
-            self.fail(f"there is no rule {name!r}; {near(name, RULES)}", start)
+        if name not in self.rules:
+            self.fail(f"there is no rule {name!r}; {near(name, self.rules)}", start)
         arguments, keywords = self.arguments() if self.took("(") else ([], {})
         try:
-            rule = RULES[name](*arguments, **keywords)
+            rule = self.rules[name](*arguments, **keywords)
         except (TypeError, ValueError) as error:
             self.fail(str(error), start)
         return self.moved(rule) if self.took("[") else rule

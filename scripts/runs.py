@@ -37,26 +37,37 @@ class Run:
         return table.step / per_epoch, table[name]
 
 
-def read_runs(source: Path, cell_of: Callable[[dict[str, Any]], Any]) -> list[Run]:
+def read_runs(
+    source: Path,
+    cell_of: Callable[[dict[str, Any]], Any],
+    part_of: Callable[[Any], Any] = lambda cell: None,
+) -> list[Run]:
     """The runs in a file of records, each with what `cell_of` makes of its summary.
 
+    Args:
+        part_of: the part of an experiment that a cell belongs to; each has one setting.
+
     Raises:
-        ValueError: they are of several settings.
+        ValueError: a part has several settings.
     """
-    runs, settings = [], set()
+    runs: list[Run] = []
+    settings: dict[Any, set[str]] = {}
     for files in read_records(source).values():
         summary = json.loads(files["summary.json"])
         keys = ("model", "data", "trainer", "device")
-        settings.add(json.dumps({key: summary[key] for key in keys}, sort_keys=True))
+        cell = cell_of(summary)
+        setting = json.dumps({key: summary[key] for key in keys}, sort_keys=True)
+        settings.setdefault(part_of(cell), set()).add(setting)
         curves, values = (
             pd.read_csv(io.StringIO(files[name])) for name in ("curves.csv", "hyperparameters.csv")
         )
-        runs.append(Run(cell_of(summary), summary["seed"], summary, curves, values))
-    if len(settings) > 1:
-        raise ValueError(
-            f"{source} holds runs of several settings, {' and '.join(sorted(settings))}; give "
-            "results= another folder for one of them"
-        )
+        runs.append(Run(cell, summary["seed"], summary, curves, values))
+    for found in settings.values():
+        if len(found) > 1:
+            raise ValueError(
+                f"{source} holds runs of several settings, {' and '.join(sorted(found))}; give "
+                "results= another folder for one of them"
+            )
     return runs
 
 

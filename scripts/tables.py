@@ -25,6 +25,7 @@ from scripts import style
 from scripts.char_rnn import draw_char_rnn
 from scripts.figure2 import draw_figure2
 from scripts.figure3 import draw_figure3
+from scripts.robustness import draw_robustness
 from scripts.surface import draw_surface
 from scripts.tables_v1 import draw_tables_v1
 
@@ -275,6 +276,7 @@ def main(arguments: Sequence[str]) -> int:
         "figure3_*_runs.csv": draw_figure3,
         "surface_runs.csv": draw_surface,
         "char_rnn_*.jsonl.gz": draw_char_rnn,
+        "robustness_*.jsonl.gz": draw_robustness,
         "tables_v1_runs.csv": draw_tables_v1,
     }
     try:

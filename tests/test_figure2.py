@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from experiments import command, data, figure2
-from experiments.command import long_arguments
+from experiments.command import LongOptions, long_arguments
 from experiments.config import Config, resolve, run_hash
 from experiments.figure2 import CELLS, HE, PRESETS, REPLAY, REPLAYED, Cell, cell_config, cell_of
 from experiments.pool import Outcome
@@ -88,7 +88,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
 )
 def test_a_bad_option_gets_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        long_arguments([argument], PRESETS)
+        long_arguments([argument], PRESETS, LongOptions)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # An outer `make test PYTHON=...` must not reach the inner one.
-    ours = ("MAKE", "MFLAGS", "PYTHON", "PRESET", "WORKERS", "LOGGER", "START", "SEEDS", "ARGS")
+    choices = ("PYTHON", "PRESET", "WORKERS", "LOGGER", "START", "SEEDS", "TASKS", "METHODS")
+    ours = ("MAKE", "MFLAGS", "ARGS", *choices)
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(
         ["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
@@ -55,6 +56,10 @@ def test_choices_reach_the_command() -> None:
     choices = ("PRESET=quick", "WORKERS=3", "LOGGER=wandb", "START=own")
     command = " ".join(make("-n", "reproduce-table1", *choices).stdout.split())
     assert "experiments.table1 preset=quick workers=3 logger=wandb start=own" in command
+
+    few = ("TASKS=mlp,softmax", "METHODS=Auto,Adam/SGD", "SEEDS=0")
+    command = " ".join(make("-n", "reproduce-robustness", *few).stdout.replace("\\\n", "").split())
+    assert "experiments.robustness seeds=0 tasks=mlp,softmax methods=Auto,Adam/SGD" in command
 
     choices = ("PRESET=paper", "WORKERS=3", "START=records", "SEEDS=0,1")
     command = " ".join(make("-n", "reproduce-figure2", *choices).stdout.split())

@@ -263,7 +263,7 @@ def test_help_shows_commands_and_does_nothing(
         assert ended.code == 0
     said = capsys.readouterr()
     assert f"python -m {name}" in said.out and len(said.out) > 200 and said.err == ""
-    options = getattr(module, "LongOptions", getattr(module, "Options", None))
+    options = getattr(module, "Options", getattr(module, "LongOptions", None))
     for option in fields(options) if options else ():
         assert f" {option.name}=" in said.out
     if hasattr(module, "SETTABLE") or hasattr(module, "LONG_RUNS"):

@@ -1,0 +1,535 @@
+"""Start anywhere: the table and the heat map, drawn from the records of the runs.
+
+    python -m scripts.robustness times
+
+times a training step of the MLP under each method, all in one process and in turn, on one core, and
+writes `results/robustness_times.json`, from which the table has its last column.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.patches import Patch
+
+from experiments.command import ROOT, provenance
+from experiments.data import Dataset
+from experiments.data import label as data_label
+from experiments.images import Images
+from experiments.optimum import PATH as OPTIMUM
+from experiments.peers import make_optimizer
+from experiments.robustness import (
+    ABLATION,
+    FIXED,
+    FREE,
+    METHODS,
+    PRESETS,
+    TASKS,
+    Cell,
+    cell_of,
+)
+from experiments.store import write_json, write_text
+from experiments.train import device_name
+from models import MLP
+from scripts import style
+from scripts.benchmark import rounds
+from scripts.runs import Run, read_runs
+
+NEAR = (1.1, 1.5)  # times the best fixed lr's error
+TIMES = "robustness_times.json"
+REFERENCE = "torch.optim.Adam"
+ROUNDS = 60
+
+LABELS = {
+    "Auto": "Auto",
+    "SGD": "SGD",
+    "Momentum": "SGD, momentum 0.9",
+    "Adam": "Adam",
+    "AdamW": "AdamW",
+    "ScheduleFree": "Schedule-Free AdamW",
+    "Prodigy": "Prodigy (no lr)",
+    "DAdaptAdam": "D-Adapt Adam (no lr)",
+    "DAdaptSGD": "D-Adapt SGD (no lr)",
+    "SGD-HD": "SGD-HD",
+    "Adam-HD": "Adam-HD",
+    "Adam/SGD": "Adam / SGD(1e-5)",
+    "SGD-5": "tower of SGD, height 5",
+    "Adam-2": "tower of Adam, height 2",
+    "Adam-5": "tower of Adam, height 5",
+    "no-log": "without the log domain, and so without trust",
+    "no-normalize": "without normalize",
+    "no-horizon": "without horizon",
+    "no-trust": "without trust",
+    "no-accumulator": "without AdaGrad's initial accumulator",
+}
+MAIN = [method for method in LABELS if method not in ABLATION]
+PARTS = ["Auto", *ABLATION]
+
+
+# The numbers.
+
+
+def preset_of(source: Path) -> str:
+    return source.name.removesuffix(".jsonl.gz").removeprefix("robustness_")
+
+
+def error(run: Run) -> float:
+    """What a run is judged by; a loss that diverged is infinite.
+
+    An error in percent of a run that diverged is that of its last weights.
+    """
+    value = run.summary[TASKS[run.cell.task].metric]
+    return math.inf if value is None else value
+
+
+def run_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A line for each run."""
+    return pd.DataFrame(
+        {
+            "task": run.cell.task,
+            "method": run.cell.method,
+            "start": run.cell.start,
+            "seed": run.seed,
+            "hash": run.summary["hash"],
+            "data": run.summary["data"],
+            "error": error(run),
+            "test_error": run.summary.get("test_error"),
+            "train_loss": run.summary["train_loss"],
+            "diverged": run.summary["diverged"],
+            "learned_lr": run.summary["hyperparameters"][0]["lr"],
+        }
+        for run in runs
+    )
+
+
+def points(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each task, method and start: mean and sample standard deviation over seeds.
+
+    `ratio` is the mean by that of the best fixed lr on the task, where there is one.
+    """
+    groups = runs.groupby(["task", "method", "start"], sort=False, dropna=False)
+    table = groups.agg(
+        n=("seed", "size"),
+        error=("error", "mean"),
+        sd=("error", "std"),
+        diverged=("diverged", "sum"),
+    ).reset_index()
+    best = {task: best_fixed(own) for task, own in table.groupby("task")}
+    bars = [math.nan if best[task] is None else best[task].error for task in table.task]
+    return table.assign(ratio=table.error / bars)
+
+
+def best_fixed(own: pd.DataFrame) -> Any:
+    """Of one task's points, that of the best fixed lr; None where there is none."""
+    fixed = own[own.method.isin(FIXED)]
+    return None if fixed.empty else fixed.loc[fixed.error.idxmin()]
+
+
+def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """A line for each task and method that has runs: its decades of robustness.
+
+    These are how many powers of ten of starts end within 1.1 and within 1.5 times the best fixed
+    lr's error: near starts, by how many of them there are in a power of ten. What has no start is
+    near from all of them, or from none.
+    """
+    lines = []
+    for task, setting in PRESETS[preset].items():
+        there = setting.starts
+        per_decade = (len(there) - 1) / math.log10(there[-1] / there[0])
+        for method in METHODS:
+            own = table[(table.task == task) & (table.method == method)]
+            if own.empty:
+                continue
+            mine = own if method in FREE else own[own.start.isin(there)]
+            weight = len(there) if method in FREE else 1
+            if mine.empty:
+                continue
+            worst = mine.loc[mine.error.idxmax()]
+            lines.append(
+                {
+                    "task": task,
+                    "method": method,
+                    **{
+                        f"decades_{near}": weight * (mine.ratio <= near).sum() / per_decade
+                        for near in NEAR
+                    },
+                    "best": mine.error.min(),
+                    "worst": worst.error,
+                    "worst_ratio": worst.ratio,
+                    "worst_start": worst.start,
+                    "starts": weight * len(mine),
+                    "of": len(there),
+                    "diverged": mine.diverged.sum(),
+                    "runs": mine.n.sum(),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
+    """What is to be said of Auto on each task, in sentences."""
+    found = []
+    for task in PRESETS[preset]:
+        own = table[(table.task == task) & table.ratio.notna()]
+        auto, prodigy = (own[own.method == method] for method in ("Auto", "Prodigy"))
+        auto = auto[auto.start.isin(PRESETS[preset][task].starts)]
+        if auto.empty:
+            continue
+        limit, worst = TASKS[task].limit, auto.loc[auto.ratio.idxmax()]
+        text = (
+            f"{title(preset, task)}: within {limit} times the best fixed lr's from "
+            f"{(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} times from "
+            f"the worst, {worst.start:g}"
+        )
+        if not prodigy.empty:
+            as_good = (auto.error <= prodigy.error.item()).sum()
+            text += f"; no worse than Prodigy from {as_good} of {len(auto)}"
+        found.append(f"{text}.")
+    return found
+
+
+# The words.
+
+
+def title(preset: str, task: str) -> str:
+    """As in "MLP, 5 epochs"; a setting that is not the benchmark's own is named as reduced."""
+    setting, whole = PRESETS[preset][task], PRESETS["paper"][task]
+    given = dict(override.split("=") for override in setting.overrides)
+    steps, epochs = given.get("trainer.steps", "null"), given["trainer.epochs"]
+    length = f"{epochs} epoch{'s' * (epochs != '1')}" if steps == "null" else f"{steps} steps"
+    return f"{TASKS[task].label}, {length}{'' if setting == whole else ' (reduced)'}"
+
+
+def reductions(preset: str) -> str:
+    """In which a preset is less than the benchmark is."""
+    found = []
+    for task, setting in PRESETS[preset].items():
+        whole = PRESETS["paper"][task]
+        parts = []
+        if setting.overrides != whole.overrides:
+            parts.append(f"shorter than {title('paper', task).partition(', ')[2]}")
+        if len(setting.starts) < len(whole.starts):
+            parts.append(f"{len(setting.starts)} of {len(whole.starts)} starts")
+        if setting.seeds:
+            parts.append("one seed" if setting.seeds == 1 else f"{setting.seeds} seeds")
+        if parts:
+            found.append(f"{title(preset, task).removesuffix(' (reduced)')}: {', '.join(parts)}")
+    return f"Reduced settings: {'; '.join(found)}." if found else ""
+
+
+def number(value: float) -> str:
+    return "diverged" if math.isinf(value) else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: Any) -> list[str]:
+    """The table of methods and tasks, as lines of Markdown.
+
+    Args:
+        times: by method, what a step takes relative to the reference; None for no such column.
+    """
+    tasks = [task for task in PRESETS[preset] if (robust.task == task).any()]
+    heads = ["", *(title(preset, task) for task in tasks), *(["Step"] if times else [])]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for method in methods:
+        own = robust[robust.method == method].set_index("task")
+        if own.empty:
+            continue
+        cells = [LABELS[method]]
+        for task in tasks:
+            if task not in own.index:
+                cells.append("")
+                continue
+            line = own.loc[task]
+            decades = (f"{line[f'decades_{near}']:.1f}" for near in NEAR)
+            ratio = number(line.worst_ratio)
+            missing = f" ({line.starts} of {line.of} starts)" if line.starts < line.of else ""
+            cells.append(f"{' / '.join(decades)} / {ratio}{missing}")
+        if times:
+            cells.append(f"{times[method]:.2f}" if method in times else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+OVERVIEW = (
+    "In each cell: how many powers of ten of starts end within 1.1 times, and within 1.5 times, "
+    "the error of the best fixed lr of SGD, SGD with momentum and Adam; and how many times that "
+    "the worst start of all ends at."
+)
+
+
+def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, name: str, times: Any) -> str:
+    """Everything in words and numbers."""
+    robust = robustness(table, preset)
+    missing = [title(preset, task) for task in PRESETS[preset] if not (table.task == task).any()]
+    lines = [
+        f"# Start anywhere, preset {preset}",
+        "",
+        *([reductions(preset), ""] if reductions(preset) else []),
+        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
+        f"![{CAPTION}]({name}.png)",
+        "",
+        f"{CAPTION} {count(table)}.",
+        "",
+        "## Decades of robustness",
+        "",
+        OVERVIEW
+        + (f" *Step*: a whole training step of the MLP, by {REFERENCE}'s (foreach)." * bool(times)),
+        "",
+        *overview(robust, preset, MAIN, times),
+        "",
+        *(f"- Auto, {verdict}" for verdict in verdicts(table, preset)),
+    ]
+    if robust.method.isin(ABLATION).any():
+        ablated = robust[robust.task.isin(robust.task[robust.method.isin(ABLATION)])]
+        lines += ["", "## Auto without one of its parts", ""]
+        lines += overview(ablated, preset, PARTS, None)
+    for task in PRESETS[preset]:
+        own = table[table.task == task]
+        if not own.empty:
+            data = data_label(runs.data[runs.task == task].iloc[0])
+            lines += ["", f"## {title(preset, task)}, {data}: {TASKS[task].unit}", ""]
+            lines += [*remarks(own, task, data), *matrix(own, preset, task)]
+    return "\n".join(lines) + "\n"
+
+
+def remarks(own: pd.DataFrame, task: str, data: str) -> list[str]:
+    best = best_fixed(own)
+    found = []
+    if best is not None:
+        found.append(
+            f"The best fixed lr is that of {LABELS[best.method]} from {best.start:g}: "
+            f"{best.error:.4g}."
+        )
+    if TASKS[task].metric == "objective" and data == "MNIST":
+        least = json.loads(OPTIMUM.read_text())["objective"]
+        found.append(f"The least objective that there is, by L-BFGS: {least:.6f}.")
+    return [" ".join(found), ""] if found else []
+
+
+def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
+    """Errors by method and start, as lines of Markdown: mean ± standard deviation over seeds."""
+    there = PRESETS[preset][task].starts
+    heads = ["", *(f"{start:g}" for start in there), "n"]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for method in LABELS:
+        mine = own[own.method == method]
+        mine = mine if method in FREE else mine[mine.start.isin(there)]
+        if mine.empty:
+            continue
+        texts = {line.start: _text(line) for line in mine.itertuples()}
+        if method in FREE:
+            (text,) = texts.values()
+            cells = [text] * len(there)
+        else:
+            cells = [texts.get(start, "") for start in there]
+        low, high = mine.n.min(), mine.n.max()
+        n = f"{low}" if low == high else f"{low} to {high}"
+        lines.append(f"| {' | '.join([LABELS[method], *cells, n])} |")
+    return lines
+
+
+def _text(line: Any) -> str:
+    sd = "" if math.isnan(line.sd) else f" ± {line.sd:.2g}"
+    diverged = f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
+    return f"{number(line.error)}{sd}{diverged if math.isfinite(line.error) else ''}"
+
+
+def count(table: pd.DataFrame) -> str:
+    low, high = table.n.min(), table.n.max()
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+# The figure.
+
+EDGES = (*NEAR, 2.0, 4.0, 8.0)
+CAPTION = (
+    "Final error by the initial learning rate, relative to the best fixed one of SGD, SGD with "
+    "momentum and Adam on the task; mean over seeds. Methods without a learning rate have one "
+    "value for all starts. Hatched: not run."
+)
+
+
+def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
+    """The heat map: a panel for each task that has runs, a row for each method."""
+    tasks = [task for task in PRESETS[preset] if (table.task == task).any()]
+    methods = [method for method in LABELS if (table.method == method).any()]
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(style.WIDTH, 0.9 + rows * (0.55 + 0.135 * len(methods))),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    colours = shades(len(EDGES) + 1)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        draw_task(axis, table[table.task == task], preset, task, methods, colours)
+    axes[0, 0].set_yticks(range(len(methods)), [short(method) for method in methods])
+    axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
+    names = [f"≤ {EDGES[0]}", *(f"≤ {edge:g}" for edge in EDGES[1:]), f"> {EDGES[-1]:g}"]
+    handles = [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=True)]
+    handles.append(Patch(facecolor="white", edgecolor="#999999", hatch="/////", label="not run"))
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=7,
+        title="times the best fixed lr's error",
+    )
+    figure.suptitle(f"Start anywhere, preset {preset}; {count(table)}", fontsize=8)
+    return figure
+
+
+def shades(number: int) -> list[Any]:
+    """From light, which is good, to dark."""
+    return [tuple(shade) for shade in plt.get_cmap("cividis_r")(np.linspace(0.02, 1, number))]
+
+
+def short(method: str) -> str:
+    return f"… {LABELS[method].partition(',')[0]}" if method in ABLATION else LABELS[method]
+
+
+def draw_task(
+    axis: plt.Axes,
+    own: pd.DataFrame,
+    preset: str,
+    task: str,
+    methods: Sequence[str],
+    colours: Sequence[Any],
+) -> None:
+    setting = PRESETS[preset][task]
+    places = [math.log10(start) for start in setting.starts]
+    width = (places[-1] - places[0]) / (len(places) - 1)
+    left = places[0] - width / 2
+    for y, method in enumerate(methods):
+        if method in ABLATION and not TASKS[task].ablated:
+            continue
+        mine = own[own.method == method]
+        ratios = dict(zip(mine.start, mine.ratio, strict=True))
+        free = [*mine.ratio, None][0]
+        for start, place in zip(setting.starts, places, strict=True):
+            ratio = free if method in FREE else ratios.get(start)
+            where = [(place - width / 2, width)], (y - 0.46, 0.92)
+            if ratio is None or math.isnan(ratio):
+                axis.broken_barh(
+                    *where, facecolor="white", edgecolor="#bbbbbb", hatch="//////", linewidth=0
+                )
+            else:
+                colour = colours[int(np.searchsorted(EDGES, ratio))]
+                axis.broken_barh(*where, facecolor=colour, edgecolor=colour, linewidth=0.2)
+    axis.grid(False)
+    axis.set_xlim(left, places[-1] + width / 2)
+    ticks = range(math.ceil(places[0]), math.floor(places[-1]) + 1, 2)
+    axis.set_xticks(list(ticks), [f"1e{tick}" for tick in ticks])
+    axis.tick_params(axis="y", length=0, labelsize=6.5)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set_title(title(preset, task))
+    axis.set_xlabel("initial learning rate")
+
+
+def draw_robustness(source: Path) -> list[Path]:
+    """Draw the table and the heat map from a file of records; returns what was written beside it.
+
+    Raises:
+        ValueError: the records are damaged, of several settings, or of no method.
+    """
+    preset, name = preset_of(source), source.name.removesuffix(".jsonl.gz")
+    order = {method: place for place, method in enumerate(LABELS)}
+    read = read_runs(source, functools.partial(cell_of, preset), lambda cell: cell.task)
+    read.sort(
+        key=lambda run: (
+            list(TASKS).index(run.cell.task),
+            order[run.cell.method],
+            run.cell.start or 0.0,
+            run.seed,
+        )
+    )
+    runs = run_table(read)
+    table = points(runs)
+    timed = source.with_name(TIMES)
+    times = json.loads(timed.read_text())["relative"] if timed.exists() else None
+    options: dict[str, Any] = {"index": False, "lineterminator": "\n"}
+    written = {
+        f"{name}_runs.csv": runs.to_csv(**options),
+        f"{name}.csv": table.to_csv(float_format="%.6g", **options),
+        f"{name}.md": markdown(table, runs, preset, name, times),
+    }
+    for file, text in written.items():
+        write_text(source.with_name(file), text)
+    paths = [source.with_name(file) for file in written]
+    paths.append(source.with_name(f"{name}_runs.json"))
+    made = {}
+    for task in dict.fromkeys(runs.task):
+        made[task] = provenance([run.summary for run in read if run.cell.task == task])
+        del made[task]["seconds_per_step"]
+        peers = {run.summary["provenance"].get("peer") for run in read if run.cell.task == task}
+        made[task]["peers"] = sorted(peers - {None})
+    write_json(paths[-1], made)
+    return paths + style.save(figure(table, preset), source.with_name(name))
+
+
+# The time of a step.
+
+
+def measure(count: int = ROUNDS, at_least: float = 0.02, compile: bool = True) -> dict[str, Any]:
+    """Microseconds of a whole training step of the MLP under each method: median and quartiles."""
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (256, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(10, (256,), generator=generator)
+    noise = Images(Dataset("mnist", "", "", pixels, labels, pixels, labels), 256, False, "cpu")
+
+    def action(make: Callable[[MLP], Any]) -> Callable[[], None]:
+        model = MLP()
+        optimizer, gradient = make(model), noise.gradient(model, compile, autocast=False)
+
+        def run() -> None:
+            gradient(pixels, labels)
+            optimizer.step()
+
+        return run
+
+    actions = {REFERENCE: action(lambda m: torch.optim.Adam(m.parameters(), 1e-3, foreach=True))}
+    for method in MAIN:
+        stack = Cell("mlp", method, None if method in FREE else 1e-3).stack
+        actions[method] = action(lambda m, stack=stack: make_optimizer(m, stack, compile))  # type: ignore[misc]
+    times = rounds(actions, count, at_least)
+    quartiles = {
+        method: [1e6 * float(np.quantile(seconds, q)) for q in (0.25, 0.5, 0.75)]
+        for method, seconds in times.items()
+    }
+    return {
+        "device": device_name(torch.device("cpu")),
+        "torch": torch.__version__,
+        "rounds": count,
+        "microseconds": quartiles,
+        "relative": {m: own[1] / quartiles[REFERENCE][1] for m, own in quartiles.items()},
+    }
+
+
+def main(arguments: Sequence[str]) -> int:
+    if list(arguments) != ["times"]:
+        print(__doc__)
+        return 0 if set(arguments) <= {"-h", "--help"} else 2
+    measured = measure()
+    write_json(ROOT / "results" / TIMES, measured)
+    for method, times in measured["relative"].items():
+        print(f"{method:18} {times:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

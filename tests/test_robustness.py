@@ -1,0 +1,321 @@
+"""The benchmark of robustness: its runs, its whole command on a slice, its numbers, its drawing."""
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from experiments import command, robustness
+from experiments.config import Config, identity, resolve, run_hash
+from experiments.peers import parse
+from experiments.pool import Outcome
+from experiments.records import read_records
+from experiments.robustness import (
+    ABLATION,
+    FIXED,
+    FREE,
+    METHODS,
+    PRESETS,
+    TASKS,
+    Cell,
+    Options,
+    Setting,
+    cell_config,
+    cell_of,
+    cells,
+    plan,
+    starts,
+)
+from experiments.store import RunStore
+from experiments.train import train
+from hyperopt import Auto
+from scripts import robustness as drawn
+from scripts.tables import main as draw_all
+
+RESULTS = command.ROOT / "results"
+DATA = {"char_rnn": "war_and_peace", "resnet": "cifar10"}
+
+
+def resolved(preset: str, cell: Cell, seed: int = 0) -> Config:
+    return resolve(cell_config(preset, cell, seed), DATA.get(cell.task, "mnist"))
+
+
+# The runs.
+
+
+def test_the_benchmark_is_the_issue_s() -> None:
+    for task, setting in PRESETS["paper"].items():
+        assert len(setting.starts) == (21 if task.startswith("mlp") or task == "softmax" else 11)
+        assert (setting.starts[0], setting.starts[-1]) == (1e-8, 1e2)
+    epochs = {"mlp": 5, "softmax": 5, "mlp30": 30, "char_rnn": 3, "resnet": 2}
+    models = {"char_rnn": "char_rnn", "resnet": "resnet20", "softmax": "softmax"}
+    for task in TASKS:
+        config = resolved("paper", Cell(task, "Adam", 1e-3))
+        assert (config.trainer.epochs, config.trainer.steps) == (epochs[task], None)
+        assert config.model.name == models.get(task, "mlp")
+    assert FREE == ("Prodigy", "DAdaptAdam", "DAdaptSGD")
+    assert METHODS[0] == "Auto" and set(FIXED) | set(FREE) | set(ABLATION) < set(METHODS)
+    assert set(drawn.LABELS) == set(METHODS)
+
+
+def test_a_method_has_one_setting_and_its_own_start() -> None:
+    for method in METHODS:
+        if method in FREE:
+            assert starts(method, PRESETS["cpu"]["mlp"]) == [None]
+            continue
+        for lr in (1e-8, 1e-3, 1e2):
+            cell = Cell("mlp", method, lr)
+            levels = parse(cell.stack).levels
+            assert levels[0].values["lr"] == lr
+            if method in ("SGD-5", "Adam-2", "Adam-5"):
+                assert {level.values["lr"] for level in levels} == {lr}
+            elif len(levels) > 1:
+                assert str(levels[1]) == str(parse(Cell("mlp", method, 0.5).stack).levels[1])
+    assert parse(Cell("mlp", "Adam-HD", 0.1).stack).levels[1].values["lr"] == 1e-7
+    assert parse(Cell("resnet", "Adam-HD", 0.1).stack).levels[1].values["lr"] == 1e-8
+
+
+def test_auto_is_the_library_s_and_lacks_one_part_at_a_time() -> None:
+    whole = Auto([torch.zeros(1)], 0.1, compile=False).stack
+    assert Cell("mlp", "Auto", 0.1).stack == str(whole)
+    options = whole.levels[1].settings
+    for method in ABLATION:
+        lowest, above = parse(Cell("mlp", method, 0.1).stack).levels
+        changed = {name for name in options if above.settings[name] != options[name]}
+        if method == "no-log":
+            assert changed == {"trust"} and lowest.tuned["lr"].domain.name == "real"
+        else:
+            assert len(changed) == 1 and lowest == whole.levels[0]
+
+
+def test_every_run_is_known_by_its_summary() -> None:
+    for preset in PRESETS:
+        every = cells(preset)
+        assert len({(cell.task, cell.stack) for cell in every}) == len(every)
+        for cell in every[::23]:
+            summary = {**identity(resolved(preset, cell)), "hash": "0"}
+            assert cell_of(preset, summary) == cell
+    summary["stack"] = "SGD(0.12345)"
+    with pytest.raises(ValueError, match="no method there has that stack any more"):
+        cell_of(preset, summary)
+
+
+def test_what_tells_most_comes_first() -> None:
+    waves = plan(Options("cpu"), [0, 1], ())
+    assert len(waves) == 8
+    first = [config for config in waves[0]]
+    assert {config.seed for config in first} == {0}
+    bars = {config.row for config in first}
+    assert {"Auto from 1e-08, mlp", "Adam from 0.003162, mlp", "Prodigy, softmax"} < bars
+    assert {config.row for config in waves[1]}.isdisjoint(bars)
+    # The long tasks have one seed.
+    seeds = {config.seed for wave in waves for config in wave if config.model.name == "resnet20"}
+    assert seeds == {0}
+    few = plan(Options("cpu", tasks="mlp", methods="Auto,Prodigy"), [0], ())
+    assert [len(wave) for wave in few] == [12]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("preset=quick", "preset='quick' is not one of paper, cpu"),
+        ("tasks=mpl", "tasks='mpl' is not one of mlp, softmax"),
+        ("methods=Auto,adam", "methods='adam' is not one of Auto, Adam"),
+        ("method=Auto", "did you mean methods"),
+    ],
+)
+def test_a_bad_option_gets_one_clear_line(
+    argument: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["robustness", argument])
+    with pytest.raises(ValueError) as caught:
+        robustness.main()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_runs_at_all_is_an_error() -> None:
+    with pytest.raises(ValueError, match="methods=no-log has no runs for tasks=resnet"):
+        plan(Options("cpu", tasks="resnet", methods="no-log"), [0], ())
+
+
+# The command.
+
+SLICE = {
+    "mlp": Setting(("trainer.epochs=1", "trainer.steps=3"), (1e-3, 1e-1, 1e1)),
+    "softmax": Setting(("trainer.epochs=1", "trainer.steps=2"), (1e-3, 1e-1, 1e38)),
+}
+
+
+def execute(folder: Path, *arguments: str) -> int:
+    """The command in this process on the embedded digits; returns how many runs it has made."""
+    made = 0
+
+    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
+        nonlocal made
+        store = RunStore(configs[0].store)
+        made += sum(store.summary(run_hash(config)) is None for config in configs)
+        return [Outcome(config, train(config)) for config in configs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "run_all", run_all)
+        patch.setattr(robustness, "draw", lambda results: draw_all([str(results)]))
+        fixed = ["preset=cpu", "seeds=0", f"data.root={folder}", "data.download=false"]
+        fast = ["trainer.compile=false", "trainer.compile_model=false", "progress=false"]
+        patch.setattr(sys, "argv", ["robustness", *fixed, *fast, *arguments])
+        assert robustness.main() == 0
+    return made
+
+
+@pytest.fixture
+def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "cpu", SLICE)
+    monkeypatch.setattr(robustness, "GRID", (1e-2,))
+    caches = robustness._setting, robustness._by_run
+    for cache in caches:
+        monkeypatch.setattr(robustness, cache.__name__, functools.lru_cache(cache.__wrapped__))
+
+
+@pytest.mark.usefixtures("sliced")
+def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
+    results = f"results={tmp_path}/results"
+    first = [results, f"store={tmp_path}/one", "tasks=mlp", "methods=Auto,Adam,Prodigy"]
+    assert execute(tmp_path, *first) == 3 + 4 + 1
+    assert execute(tmp_path, *first) == 0
+    # Another machine, which has the records alone.
+    more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
+    assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
+    folder = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
+    assert len(read_records(folder / "robustness_cpu.jsonl.gz")) == 17
+    lines = pd.read_csv(folder / "robustness_cpu_runs.csv")
+    for line in lines.itertuples():
+        store = "one" if (tmp_path / "one" / line.hash).exists() else "two"
+        summary = json.loads((tmp_path / store / line.hash / "summary.json").read_text())
+        value = summary[TASKS[line.task].metric]
+        assert line.error == (math.inf if value is None else value)
+    assert set(lines.task) == {"mlp", "softmax"} and len(lines) == 17
+    diverged = lines[lines.diverged]
+    assert set(diverged.start) == {1e38} and diverged.error.map(math.isinf).any()
+    text = (folder / "robustness_cpu.md").read_text()
+    assert "Reduced settings: " in text and "MNIST-5k" in text and "diverged" in text
+    made = json.loads((folder / "robustness_cpu_runs.json").read_text())
+    assert made["mlp"]["runs"] == 9 and made["softmax"]["peers"] == [command_version()]
+    for suffix in ("png", "pdf", "csv"):
+        assert (folder / f"robustness_cpu.{suffix}").stat().st_size > 0
+
+
+def command_version() -> str:
+    from importlib.metadata import version
+
+    return f"dadaptation {version('dadaptation')}"
+
+
+# The numbers.
+
+
+def table(errors: Mapping[str, Mapping[Any, float]]) -> pd.DataFrame:
+    """One run for each error."""
+    lines = [
+        {"task": "mlp", "method": method, "start": start, "seed": 0, "error": error}
+        for method, own in errors.items()
+        for start, error in own.items()
+    ]
+    return drawn.points(pd.DataFrame(lines).assign(diverged=False))
+
+
+def test_decades_are_counted_by_the_best_fixed_lr() -> None:
+    there = PRESETS["cpu"]["mlp"].starts  # one in each power of ten
+    adam = dict.fromkeys(there, 50.0) | {1e-3: 4.0, 3.162e-3: 2.0}  # the best is between them
+    auto = dict.fromkeys(there, 2.2) | {1e-8: 2.9, 1e-7: 3.1}
+    momentum = dict.fromkeys(there[:6], 2.0)  # of 11
+    found = drawn.robustness(
+        table(
+            {
+                **{"Adam": adam, "Auto": auto, "Momentum": momentum},
+                **{"AdamW": {1e-3: 1.0}, "Prodigy": {None: 2.5}},
+            }
+        ),
+        "cpu",
+    ).set_index("method")
+    assert list(found.loc["Auto", ["decades_1.1", "decades_1.5"]]) == [9, 10]
+    assert list(found.loc["Adam", ["decades_1.1", "decades_1.5"]]) == [0, 0]
+    assert list(found.loc["Prodigy", ["decades_1.1", "decades_1.5"]]) == [0, 11]
+    assert list(found.loc["Momentum", ["decades_1.1", "starts", "of"]]) == [6, 6, 11]
+    worst = found.loc["Auto", ["worst", "worst_ratio", "worst_start"]]
+    assert list(worst) == [3.1, 1.55, 1e-7]
+
+
+def test_half_decades_count_half() -> None:
+    there = PRESETS["paper"]["mlp"].starts
+    found = drawn.robustness(table({"Adam": dict.fromkeys(there, 2.0)}), "paper")
+    assert found["decades_1.1"].item() == 10.5
+
+
+def test_verdicts_name_limit_and_peer() -> None:
+    there = PRESETS["cpu"]["mlp"].starts
+    errors: dict[str, dict[Any, float]] = {"Adam": {1e-3: 2.0}, "Prodigy": {None: 2.1}}
+    auto = dict.fromkeys(there, 2.2) | {1e2: 2.05, 1e-8: 3.0}
+    (said,) = drawn.verdicts(table({**errors, "Auto": auto}), "cpu")
+    assert "within 1.15 times the best fixed lr's from 10 of 11 starts" in said
+    assert "1.50 times from the worst, 1e-08; no worse than Prodigy from 1 of 11" in said
+
+
+def test_what_was_not_run_is_hatched() -> None:
+    there = PRESETS["cpu"]["mlp"].starts
+    own = table({"Adam": dict.fromkeys(there[:4], 2.0), "Prodigy": {None: 2.0}})
+    fig = drawn.figure(own, "cpu")
+    shown = [bar for axis in fig.axes for bar in axis.collections]
+    assert len(shown) == 22 and sum(bool(bar.get_hatch()) for bar in shown) == 7
+
+
+def test_means_are_over_seeds_and_a_diverged_one_counts() -> None:
+    runs = pd.DataFrame(
+        {
+            "task": "softmax",
+            "method": "Adam",
+            "start": [1e-3, 1e-3, 1e-2, 1e-2],
+            "seed": [0, 1, 0, 1],
+            "error": [0.5, 0.7, 0.4, math.inf],
+            "diverged": [False, False, False, True],
+        }
+    )
+    found = drawn.points(runs).set_index("start")
+    assert list(found.error) == [0.6, math.inf] and list(found.diverged) == [0, 1]
+    assert found.ratio[1e-3] == 1 and found.sd[1e-3] == pytest.approx(0.1 * 2**0.5)
+    assert "diverged" in drawn.markdown(
+        drawn.points(runs), runs.assign(data="mnist"), "cpu", "name", {"Adam": 1.0}
+    )
+
+
+def test_all_methods_are_timed_beside_torch_s_adam() -> None:
+    measured = drawn.measure(count=1, at_least=0.0, compile=False)
+    assert set(measured["relative"]) == {drawn.REFERENCE, *drawn.MAIN}
+    assert measured["relative"][drawn.REFERENCE] == 1.0
+
+
+# What is committed.
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
+    source = RESULTS / f"robustness_{preset}.jsonl.gz"
+    if not source.exists():
+        pytest.skip("there are none")
+    summaries: list[dict[str, Any]] = [
+        json.loads(files["summary.json"]) for files in read_records(source).values()
+    ]
+    for summary in summaries[::37]:
+        config = resolved(preset, cell_of(preset, summary), summary["seed"])
+        assert run_hash(replace(config, device=summary["device"])) == summary["hash"]
+        assert summary["provenance"]["dirty"] is False
+    lines = pd.read_csv(RESULTS / f"robustness_{preset}_runs.csv")
+    assert sorted(lines.hash) == sorted(summary["hash"] for summary in summaries)
+    shown = drawn.points(lines).to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    assert (RESULTS / f"robustness_{preset}.csv").read_text() == shown
