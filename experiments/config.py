@@ -214,8 +214,9 @@ def resolve(config: Config, data: str) -> Config:
         raise ValueError(f"seed={config.seed} must be 0 or more")
     stack = notation(config.stack)
     check_schedule(config.schedule, parse(stack))
-    if config.data.augment and data != "cifar10":
+    if config.data.augment and not _in_colour(data):
         raise ValueError(f"data.augment=true is for images in colour, not for {data}")
+    _check_model(config, data)
     _check_text(config, data)
     trainer = _trainer_of_processes(config, data)
     return replace(
@@ -246,14 +247,28 @@ def _trainer_of_processes(config: Config, data: str) -> TrainerConfig:
     return replace(trainer, processes=count, compile_model=False)
 
 
+def _check_model(config: Config, data: str) -> None:
+    """Raise a ValueError for a model that is made for other data."""
+
+    def reads(model: str) -> bool:
+        if model == "char_rnn" or is_book(data):
+            return model == "char_rnn" and is_book(data)
+        return ("resnet" in model) == _in_colour(data)
+
+    able = [model for model in MODELS if reads(model)]
+    if config.model.name not in able:
+        raise ValueError(
+            f"model.name={config.model.name!r} does not read {data}; give model={' or '.join(able)}"
+        )
+
+
+def _in_colour(data: str) -> bool:
+    return data == "cifar10"
+
+
 def _check_text(config: Config, data: str) -> None:
     """Raise a ValueError for what only a text has, or what one lacks or cannot have."""
-    model, trainer, text = config.model.name, config.trainer, is_book(data)
-    if (model == "char_rnn") != text:
-        raise ValueError(
-            f"model.name={model!r} does not read {data}; give model=char_rnn for a text, and only "
-            "for a text"
-        )
+    trainer, text = config.trainer, is_book(data)
     of_texts = {
         "model.hidden": config.model.hidden,
         "model.layers": config.model.layers,

@@ -147,8 +147,8 @@ def cell(rule: type[Rule], names: Iterable[str]) -> str:
 def test_the_table_of_rules_is_that_of_the_code() -> None:
     peers = {parse(stack).levels[0].name: peer for stack, peer, _, _ in PLAIN}
     rows = [
-        "| Rule | Tuned by default | Constant by default | Options | As |",
-        "| --- | --- | --- | --- | --- |",
+        "| Rule | Tuned by default | Constant by default | Options | As | Tests |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, rule in RULES.items():
         tuned, not_tuned = (
@@ -158,7 +158,8 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
         options = ", ".join(f"`{n}={write(default)}`" for n, default in own.items())
         peer = f"`torch.optim.{peers[name]}`" if peers[name] not in NOT_IN_TORCH else "its paper"
         rows.append(
-            f"| `{name}` | {cell(rule, tuned)} | {cell(rule, not_tuned)} | {options} | {peer} |"
+            f"| `{name}` | {cell(rule, tuned)} | {cell(rule, not_tuned)} | {options} | {peer} "
+            f"| `pytest -k {name}` |"
         )
     section = README.partition("## The rules\n\n")[2].partition("\n\n")[0]
     assert section == "\n".join(rows)

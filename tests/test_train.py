@@ -219,6 +219,7 @@ def test_the_compiled_gradient_updates_buffers_once() -> None:
         (["schedule=hee"], "there is no schedule 'hee'; did you mean he?"),
         (["seed=-1"], "seed=-1 must be 0 or more"),
         (["model.name=mpl"], "model.name='mpl' is not one of mlp"),
+        (["model=resnet20"], "model.name='resnet20' does not read mnist-5k; give model=mlp"),
     ],
 )
 def test_a_bad_value_gets_one_clear_line(overrides: list[str], message: str) -> None:
