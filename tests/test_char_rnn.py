@@ -21,7 +21,7 @@ from experiments.sample import Options
 from experiments.store import RunStore
 from experiments.train import train
 from hyperopt import parse
-from scripts import style
+from scripts import report, style
 from scripts.char_rnn import draw_char_rnn, read_runs, verdicts
 from scripts.tables import main as draw_all
 
@@ -166,6 +166,15 @@ def test_the_table_states_its_setting_and_where_each_number_is_from(done: Path) 
     mean, sd = pd.Series(decay).mean(), pd.Series(decay).std()
     assert f"| Adam, char-rnn's decay | 0.002 | {mean:.3f} ± {sd:.3f} |" in text
     assert text.count("| 2 |\n") == 9
+
+
+def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
+    found = report.claims(done / "results")
+    assert [claim.verdict in ("yes", "no") for claim in found] == [True] * 3
+    assert {(claim.n, len(claim.runs.split())) for claim in found} == {(2, 4)}
+    entries = report.run_entries(done / "results", done / "no-store")
+    assert len(entries) == 18
+    assert all({"test_perplexity", "0.lr"} <= entry.curves.keys() for entry in entries)
 
 
 def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:

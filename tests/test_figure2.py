@@ -23,7 +23,7 @@ from experiments.records import export_runs, import_runs, read_records
 from experiments.store import RunStore
 from experiments.train import Progress, train
 from hyperopt import parse
-from scripts import style
+from scripts import report, style
 from scripts.figure2 import draw_figure2, read_figure2
 from scripts.tables import main as draw_all
 
@@ -169,6 +169,15 @@ def values(folder: Path, cell: Cell) -> list[dict[str, float]]:
             with open(path.with_name("hyperparameters.csv"), newline="") as file:
                 return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     raise AssertionError(f"there is no run of {cell}")
+
+
+def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
+    *starts, decays = report.claims(done / "results")
+    assert len(starts) == 9 and "Figure 2, learned from lr 0.1, momentum 0.9" in decays.setting
+    assert {claim.verdict for claim in (*starts, decays)} <= {"yes", "no"}
+    assert {(claim.n, len(claim.runs.split())) for claim in starts} == {(1, 2)}
+    entries = report.run_entries(done / "results", done / "no-store")
+    assert len(entries) == 20 and all("0.momentum" in entry.curves for entry in entries)
 
 
 def test_in_every_tower_lr_and_momentum_move(done: Path) -> None:
