@@ -86,7 +86,7 @@ figures: reproduce-figure3 gallery ## train what the figures of towers show wher
 	@$(PY) -m experiments.surface $(RUN_OPTIONS)
 
 gallery: setup ## draw the gallery of paths in two dimensions, with its animation
-	@$(PY) -m scripts.gallery
+	@$(PY) -m scripts.gallery && $(PUSH)
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
 	@$(PY) -m scripts.benchmark && $(PUSH)

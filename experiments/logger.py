@@ -220,11 +220,12 @@ def prepare(config: Config) -> None:
 
 def say_how_to_sync(store: str | Path) -> None:
     """One line on standard error where W&B keeps its files in the store."""
-    if offline():
-        files = "wandb/offline-run-*"
+    kept = [f"{folder}wandb/offline-run-*" for folder in ("*/", "")]
+    there = [str(Path(store, files)) for files in kept if any(Path(store).glob(files))]
+    if there and offline():
         print(
-            f"W&B has no key here and keeps its files; to upload them: "
-            f"wandb sync {Path(store, '*', files)} {Path(store, files)}",
+            "W&B has no key here and keeps its files; to upload them: "
+            f"wandb sync {' '.join(there)}",
             file=sys.stderr,
         )
 

@@ -20,7 +20,7 @@ from wandb.proto import wandb_internal_pb2
 
 from experiments import book, push_wandb
 from experiments.config import Config, compose, resolve, run_hash
-from experiments.logger import offline, push_results
+from experiments.logger import offline, push_results, say_how_to_sync
 from experiments.run import guarded
 from experiments.store import RunStore
 from experiments.summarise import JUDGED_BY
@@ -223,7 +223,8 @@ def test_runs_are_replayed_once_with_their_times(
     push(tmp_path / "later", monkeypatch)
     said = capsys.readouterr()
     assert said.out == "2 of 2 runs and 0 artifacts are new there\n"
-    assert f"wandb sync {tmp_path}/later/*/wandb/offline-run-* " in said.err
+    # The pattern of artifacts matches nothing, which wandb sync would refuse.
+    assert said.err.endswith(f" wandb sync {tmp_path}/later/*/wandb/offline-run-*\n")
     assert said.err.count("\n") == 1
     for seed in (0, 1):
         name = run_hash(config(tmp_path, f"seed={seed}"))
@@ -243,13 +244,17 @@ def test_runs_are_replayed_once_with_their_times(
     assert len(read(tmp_path / "later")) == len(read(tmp_path / "live")) == 2
 
 
-def test_tables_and_figures_are_artifacts_once(tmp_path: Path) -> None:
+def test_tables_and_figures_are_artifacts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     results, store = tmp_path / "results", tmp_path / "store"
     results.mkdir()
     store.mkdir()
     for name in ("table1.csv", "table1_runs.csv", "figure2_cpu.csv"):
         (results / name).write_text(name)
     assert push_results(results, store, "hyperopt") == ["figure2", "table1"]
+    say_how_to_sync(store)
+    assert capsys.readouterr().err.endswith(f" wandb sync {store}/wandb/offline-run-*\n")
     (path,) = store.glob("wandb/offline-run-*/*.wandb")
     found = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]
     files = {a.name: sorted(entry.path for entry in a.manifest.contents) for a in found}
