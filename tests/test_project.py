@@ -123,7 +123,7 @@ def test_conda_installs_what_make_setup_does() -> None:
         re.findall(rf"^.*{option} '?\.\[(\S+?)\]", (ROOT / name).read_text(), re.MULTILINE)
         for name, option in (("Makefile", "-e"), ("environment.yml", "--editable"))
     ]
-    assert extras[0] == extras[1] == ["dev,scaleout"]
+    assert extras[0] == extras[1] == ["dev,peers,scaleout"]
 
 
 # Imports.
