@@ -70,7 +70,7 @@ LABELS = {
     "no-normalize": "without normalize",
     "no-horizon": "without horizon",
     "no-trust": "without trust",
-    "no-accumulator": "without AdaGrad's initial accumulator",
+    "no-accumulator": "without an initial accumulator",
 }
 MAIN = [method for method in LABELS if method not in ABLATION]
 PARTS = ["Auto", *ABLATION]
@@ -227,8 +227,10 @@ def reductions(preset: str) -> str:
     return f"Reduced settings: {'; '.join(found)}." if found else ""
 
 
-def number(value: float) -> str:
-    return "diverged" if math.isinf(value) else f"{value:.3g}" if value < 1 else f"{value:.2f}"
+def number(value: float, digits: int = 2) -> str:
+    if math.isinf(value):
+        return "diverged"
+    return f"{value:.{digits}f}" if value < 1000 else f"{value:.0e}".replace("e+", "e")
 
 
 def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: Any) -> list[str]:
@@ -260,6 +262,11 @@ def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: A
     return lines
 
 
+def ablated(robust: pd.DataFrame) -> pd.DataFrame:
+    """Of `robustness`, the tasks on which Auto was tried without one of its parts."""
+    return robust[robust.task.isin(robust.task[robust.method.isin(ABLATION)])]
+
+
 OVERVIEW = (
     "In each cell: how many powers of ten of starts end within 1.1 times, and within 1.5 times, "
     "the error of the best fixed lr of SGD, SGD with momentum and Adam; and how many times that "
@@ -287,12 +294,12 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, name: str, ti
         "",
         *overview(robust, preset, MAIN, times),
         "",
-        *(f"- Auto, {verdict}" for verdict in verdicts(table, preset)),
+        *(["Auto:", ""] if (table.method == "Auto").any() else []),
+        *(f"- {verdict}" for verdict in verdicts(table, preset)),
     ]
     if robust.method.isin(ABLATION).any():
-        ablated = robust[robust.task.isin(robust.task[robust.method.isin(ABLATION)])]
         lines += ["", "## Auto without one of its parts", ""]
-        lines += overview(ablated, preset, PARTS, None)
+        lines += overview(ablated(robust), preset, PARTS, None)
     for task in PRESETS[preset]:
         own = table[table.task == task]
         if not own.empty:
@@ -326,7 +333,8 @@ def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
         mine = mine if method in FREE else mine[mine.start.isin(there)]
         if mine.empty:
             continue
-        texts = {line.start: _text(line) for line in mine.itertuples()}
+        digits = 2 if TASKS[task].metric == "test_error" else 4
+        texts = {line.start: _text(line, digits) for line in mine.itertuples()}
         if method in FREE:
             (text,) = texts.values()
             cells = [text] * len(there)
@@ -334,14 +342,15 @@ def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
             cells = [texts.get(start, "") for start in there]
         low, high = mine.n.min(), mine.n.max()
         n = f"{low}" if low == high else f"{low} to {high}"
-        lines.append(f"| {' | '.join([LABELS[method], *cells, n])} |")
+        label = f"{'Auto ' * (method in ABLATION)}{LABELS[method]}"
+        lines.append(f"| {' | '.join([label, *cells, n])} |")
     return lines
 
 
-def _text(line: Any) -> str:
+def _text(line: Any, digits: int) -> str:
     sd = "" if math.isnan(line.sd) else f" ± {line.sd:.2g}"
     diverged = f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
-    return f"{number(line.error)}{sd}{diverged if math.isfinite(line.error) else ''}"
+    return f"{number(line.error, digits)}{sd}{diverged if math.isfinite(line.error) else ''}"
 
 
 def count(table: pd.DataFrame) -> str:
@@ -399,7 +408,7 @@ def shades(number: int) -> list[Any]:
 
 
 def short(method: str) -> str:
-    return f"… {LABELS[method].partition(',')[0]}" if method in ABLATION else LABELS[method]
+    return f"Auto {LABELS[method].partition(',')[0]}" if method in ABLATION else LABELS[method]
 
 
 def draw_task(
