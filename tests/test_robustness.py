@@ -1,6 +1,7 @@
 """The benchmark of robustness: its runs, its whole command on a slice, its numbers, its drawing."""
 
 import functools
+import io
 import json
 import math
 import sys
@@ -319,3 +320,28 @@ def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
     assert sorted(lines.hash) == sorted(summary["hash"] for summary in summaries)
     shown = drawn.points(lines).to_csv(index=False, lineterminator="\n", float_format="%.6g")
     assert (RESULTS / f"robustness_{preset}.csv").read_text() == shown
+
+
+def test_the_page_says_what_was_found() -> None:
+    page = (command.ROOT / "docs" / "start-anywhere.md").read_text()
+    runs = pd.read_csv(RESULTS / "robustness_cpu_runs.csv")
+    found = drawn.points(runs)
+    robust = drawn.robustness(found, "cpu")
+    for lines in (
+        drawn.overview(robust, "cpu", drawn.MAIN, None),
+        drawn.overview(drawn.ablated(robust), "cpu", drawn.PARTS, None),
+        [f"- {verdict}" for verdict in drawn.verdicts(found, "cpu")],
+    ):
+        assert "\n".join(lines) in page
+    best = found.groupby(["task", "method"]).error.min()
+    assert "so does Schedule-Free AdamW from its best start, on both" in " ".join(page.split())
+    for task in found.task.unique():
+        assert best[task, "ScheduleFree"] < best[task, "Auto"]
+    lrs: dict[Any, list[float]] = {}
+    for files in read_records(RESULTS / "robustness_cpu.jsonl.gz").values():
+        cell = cell_of("cpu", json.loads(files["summary.json"]))
+        if (cell.task, cell.method) == ("mlp", "Auto"):
+            values = pd.read_csv(io.StringIO(files["hyperparameters.csv"])).set_index("step")
+            lrs.setdefault(cell.start, []).append(values["0.lr"][100])
+    low, high = (f"{sum(lrs[start]) / len(lrs[start]):.3f}" for start in (1e-8, 1e2))
+    assert f"after 100 steps lr is {low} from 1e-8 and {high} from 100" in " ".join(page.split())
