@@ -188,6 +188,16 @@ def test_the_errors_of_taller_towers_are_those_of_the_committed_figure() -> None
     assert float(best) == float(f"{errors['SGD', 0].idxmin():.3g}")
 
 
+def test_auto_s_worst_starts_are_those_of_the_committed_benchmark() -> None:
+    points = pd.read_csv(ROOT / "results" / "robustness_cpu.csv")
+    ratios = points[points.method == "Auto"].groupby("task").ratio
+    told = r"From (\d+)\s+starts between.*?at ([\d.]+) times the test.*?at ([\d.]+) times its loss"
+    (count, *worst) = re.findall(told, README, re.S)[0]
+    for task, ratio in zip(("mlp", "softmax"), worst, strict=True):
+        assert int(count) == ratios.size()[task]
+        assert ratio == f"{ratios.max()[task]:.2f}"
+
+
 def test_the_cost_of_figure_2_is_what_was_counted() -> None:
     path = ROOT / "results" / "figure2_cost.json"
     gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]

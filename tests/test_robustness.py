@@ -332,7 +332,8 @@ def test_the_page_says_what_was_found() -> None:
         drawn.overview(drawn.ablated(robust), "cpu", drawn.PARTS, None),
         [f"- {verdict}" for verdict in drawn.verdicts(found, "cpu")],
     ):
-        assert "\n".join(lines) in page
+        text = "\n".join(lines)
+        assert text in page, f"docs/start-anywhere.md is to say:\n{text}"
     best = found.groupby(["task", "method"]).error.min()
     assert "so does Schedule-Free AdamW from its best start, on both" in " ".join(page.split())
     for task in found.task.unique():
