@@ -37,6 +37,7 @@ def test_contenders_take_turns_and_each_is_timed(monkeypatch):
     assert table.step_us.isna().eq(table.index.get_level_values(0) == "published").all()
     timed = table[table.step_us.notna()]
     assert timed.step_us.between(timed.step_us_q25, timed.step_us_q75).all()
+    assert (timed.inside_us > 0).all()
     # Adam holds two moments, a tower of it the last gradient as well.
     assert table.bytes_per_parameter["torch.optim fused", "Adam", 0] == pytest.approx(8, abs=0.1)
     assert table.bytes_per_parameter["eager", "Adam", 1] == pytest.approx(12, abs=0.3)
@@ -79,7 +80,7 @@ def test_a_bar_is_met_or_not():
         for h in heights
     ]
     times = pd.DataFrame(rows).assign(
-        step_us=100.0, whole_us=1000.0, whole_us_q25=900.0, bytes_per_parameter=12.0
+        step_us=100.0, inside_us=150.0, whole_us=1000.0, bytes_per_parameter=12.0
     )
     compiling = pd.DataFrame(
         [{"family": "Adam", "height": h, "cold_s": 5.0, "warm_s": 1.0} for h in (1, 50)]
@@ -87,6 +88,9 @@ def test_a_bar_is_met_or_not():
     equal = {what: value for what, _, _, value in benchmark.bars(times, compiling)}
     assert len(equal) == 15
     assert {value for what, value in equal.items() if "over torch" in what} == {1.0}
+    more = times.inside_us.where(times.optimizer != "compiled", 160.0)
+    dearer = {w: v for w, _, _, v in benchmark.bars(times.assign(inside_us=more), compiling)}
+    assert [v for w, v in dearer.items() if "over torch (foreach)" in w] == [1.01] * 3
     slower = times.whole_us.where(times.optimizer != "published", 16000.0)
     faster = {w: v for w, _, _, v in benchmark.bars(times.assign(whole_us=slower), compiling)}
     assert [value for what, value in faster.items() if "times faster" in what] == [16.0] * 3

@@ -301,6 +301,23 @@ def test_the_garbage_collector_is_left_as_it_was(enabled):
         gc.enable()
 
 
+def test_the_cpp_compiler_does_what_it_is_good_for(monkeypatch):
+    from torch._inductor import compile_fx, cpp_builder
+
+    asked = []
+
+    def asking(*args, **kwargs):
+        asked.append(cpp_builder._get_optimization_cflags("g++")[0])
+        return lambda tensors: tensors
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", asking)
+    arguments = [torch.ones(3)]
+    graph = hyperopt.compile.trace(lambda x: x.mul_(2), arguments)
+    hyperopt.compile.compile_graph(graph, arguments)
+    assert len(asked) == 1 and "O2" in asked[0] and "O3" not in asked[0]
+    assert "O3" in cpp_builder._get_optimization_cflags("g++")[0], "others are left alone"
+
+
 @pytest.mark.slow
 def test_a_machine_without_a_compiler(tmp_path):
     program = """
