@@ -106,6 +106,10 @@ def verdicts(runs: list[Run]) -> list[str]:
             "The tower's final test perplexity is no worse than the plain run's from "
             f"{len(better)} of {len(found)} starts."
         )
+    for lr in (lr for lr in found if lr not in better):
+        plain, tower = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
+        more = [f"{tower[seed] - plain[seed]:+.3f}" for seed in sorted(plain.keys() & tower.keys())]
+        lines.append(f"From lr {lr:g} it differs, seed by seed, by {', '.join(more)}.")
     if len(found) == len(LRS):
         worst = max(found, key=lambda lr: found[lr][0])
         best = min(plain for plain, _ in found.values())
