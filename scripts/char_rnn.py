@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from experiments.char_rnn import BETAS, DECAY, FREE, KINDS, LRS, Cell, cell_of
 from experiments.command import provenance
@@ -234,8 +234,9 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
         if name != "train_loss" and not (name == "0.lr" and towers):
             row[0].set_yscale("log")
         if name == "test_perplexity":
+            row[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
             row[0].yaxis.set_major_formatter(ScalarFormatter())
-            row[0].yaxis.set_minor_formatter(ScalarFormatter())
+            row[0].yaxis.set_minor_locator(NullLocator())
     fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
     fig.suptitle(f"{setting(runs, preset)}; {count(runs)}", fontsize=8)
     return fig
