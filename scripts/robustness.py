@@ -1,4 +1,4 @@
-"""Start anywhere: the table and the heat map, drawn from the records of the runs.
+"""Start anywhere: the table, the heat map and the curves, drawn from the records of the runs.
 
     python -m scripts.robustness times
 
@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from experiments.command import ROOT, provenance
 from experiments.data import Dataset
@@ -449,8 +450,37 @@ def draw_task(
     axis.set_xlabel("initial learning rate")
 
 
+SHORT = {
+    "Adam": ("Adam", style.BLUE),
+    "Adam/SGD": ("the paper's tower,\nAdam / SGD(1e-5)", style.ORANGE),
+    "Auto": ("Auto", style.VERMILION),
+}
+
+
+def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
+    """The story in short: the error by the start under Adam, the paper's tower, and Auto."""
+    figure, axis = plt.subplots(figsize=(0.75 * style.WIDTH, 2.3))
+    for (method, (label, colour)), marker in zip(SHORT.items(), style.MARKERS, strict=False):
+        mine = own[own.method == method].sort_values("start")
+        sd = mine.sd.fillna(0)
+        low, high = (mine.error - sd).clip(lower=0.1), mine.error + sd
+        axis.fill_between(mine.start, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.plot(mine.start, mine.error, color=colour, marker=marker, label=label)
+    axis.set_ylim(0.8 * own.error.min(), 1.2 * own.error.max())
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("initial learning rate")
+    axis.set_ylabel(TASKS[task].unit)
+    axis.set_title(f"{title(preset, task)}; {count(own)}, mean ± standard deviation")
+    figure.legend(loc="outside right center")
+    return figure
+
+
 def draw_robustness(source: Path) -> list[Path]:
-    """Draw the table and the heat map from a file of records; returns what was written beside it.
+    """Draw the table and the figures from a file of records; returns what was written beside it.
 
     Raises:
         ValueError: the records are damaged, of several settings, or of no method.
@@ -487,6 +517,9 @@ def draw_robustness(source: Path) -> list[Path]:
         peers = {run.summary["provenance"].get("peer") for run in read if run.cell.task == task}
         made[task]["peers"] = sorted(peers - {None})
     write_json(paths[-1], made)
+    own = table[table.task == "mlp"]
+    if set(SHORT) <= set(own.method):
+        paths += style.save(curves(own, preset, "mlp"), source.with_name(f"{name}_mlp"))
     return paths + style.save(figure(table, preset), source.with_name(name))
 
 

@@ -198,6 +198,14 @@ def test_auto_s_worst_starts_are_those_of_the_committed_benchmark() -> None:
         assert ratio == f"{ratios.max()[task]:.2f}"
 
 
+def test_the_perplexities_are_those_of_the_committed_table() -> None:
+    cells = pd.read_csv(ROOT / "results" / "char_rnn_cpu.csv").set_index(["kind", "lr"])
+    section = README.partition("## A character RNN")[2].partition("\n## ")[0]
+    found = re.findall(r"\b\d+\.\d\d\b", section)
+    runs = [(kind, lr) for lr in (1e-4, 1e-2) for kind in ("plain", "tower")]
+    assert found == [f"{cells.test_perplexity[run]:.2f}" for run in runs]
+
+
 def test_the_cost_of_figure_2_is_what_was_counted() -> None:
     path = ROOT / "results" / "figure2_cost.json"
     gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]
