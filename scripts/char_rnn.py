@@ -107,8 +107,8 @@ def verdicts(runs: list[Run]) -> list[str]:
             f"{len(better)} of {len(found)} starts."
         )
     for lr in (lr for lr in found if lr not in better):
-        plain, tower = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
-        more = [f"{tower[seed] - plain[seed]:+.3f}" for seed in sorted(plain.keys() & tower.keys())]
+        fixed, tuned = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
+        more = [f"{tuned[seed] - fixed[seed]:+.3f}" for seed in sorted(fixed.keys() & tuned.keys())]
         lines.append(f"From lr {lr:g} it differs, seed by seed, by {', '.join(more)}.")
     if len(found) == len(LRS):
         worst = max(found, key=lambda lr: found[lr][0])
