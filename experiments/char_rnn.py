@@ -25,11 +25,17 @@ from typing import Any
 
 from hyperopt import Stack, parse
 
-from .command import LONG_RUNS, LongOptions, asked_for_help, do_all, draw, long_arguments, publish
-from .config import Config, StackConfig, compose, run_hash
-from .records import export_runs, import_runs
+from .command import (
+    LONG_RUNS,
+    LongOptions,
+    asked_for_help,
+    do_in_waves,
+    draw,
+    long_arguments,
+    publish,
+)
+from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
-from .store import RunStore
 
 LRS = (1e-4, 2e-3, 1e-2)
 KARPATHYS = 2e-3
@@ -113,16 +119,8 @@ def main() -> int:
         for seed in seeds
         for wave in WAVES
     ]
-    results, store = Path(options.results), RunStore(waves[0][0].store)
-    records = results / f"char_rnn_{options.preset}.jsonl.gz"
-    if options.start == "records":
-        import_runs(records, store)
-    done = True
-    for configs in waves:
-        try:
-            done &= do_all(configs) is not None
-        finally:
-            export_runs(store, map(run_hash, configs), records)
+    results = Path(options.results)
+    done = do_in_waves(waves, results / f"char_rnn_{options.preset}.jsonl.gz", options.start)
     draw(results)
     publish(results, waves[0][0])
     return 0 if done else 1

@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from .config import Config
+from .config import Config, run_hash
 from .data import label
 from .logger import push_results, say_how_to_sync
 from .pool import run_all
+from .records import export_runs, import_runs
 from .run import report_failures
-from .store import csv_text, write_json, write_text
+from .store import RunStore, csv_text, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,6 +164,26 @@ def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
     return [outcome.summary for outcome in outcomes if outcome.summary is not None]
 
 
+def do_in_waves(waves: Sequence[Sequence[Config]], records: Path, start: str) -> bool:
+    """Do all runs, one wave after the other; whether none failed. The failed ones are listed.
+
+    Args:
+        records: the file that has the records of all finished runs, after each wave and also where
+            one is stopped.
+        start: "records" where those of that file need not be done again.
+    """
+    store = RunStore(waves[0][0].store)
+    if start == "records":
+        import_runs(records, store)
+    done = True
+    for configs in waves:
+        try:
+            done &= do_all(configs) is not None
+        finally:
+            export_runs(store, map(run_hash, configs), records)
+    return done
+
+
 def do_and_record(
     configs: Sequence[Config],
     path: Path,
@@ -208,6 +229,12 @@ def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "training_seconds": sum(summary["provenance"]["seconds"] for summary in summaries),
         "seconds_per_step": {stack: fmean(seconds) for stack, seconds in steps.items()},
     }
+
+
+def results_of(folder: str, configs: Sequence[Config]) -> Path:
+    """Where results on MNIST go: only those of the full one may replace what is committed."""
+    found = {config.data.name for config in configs}
+    return Path(folder, *sorted(found - {"mnist"}))
 
 
 def draw(results: Path) -> None:

@@ -25,9 +25,16 @@ from typing import Any
 
 from hyperopt import parse
 
-from .command import LONG_RUNS, LongOptions, asked_for_help, do_all, draw, long_arguments, publish
+from .command import (
+    LONG_RUNS,
+    LongOptions,
+    asked_for_help,
+    do_in_waves,
+    draw,
+    long_arguments,
+    publish,
+)
 from .config import Config, StackConfig, compose, run_hash
-from .records import export_runs, import_runs
 from .run import guarded, resolve_all
 from .store import RunDirectory, RunStore, csv_text, write_text
 
@@ -135,19 +142,13 @@ def main() -> int:
     configs = resolve_all(grid)
     results, name = Path(options.results), f"figure2_{options.preset}"
     records, store = results / f"{name}.jsonl.gz", RunStore(configs[0].store)
-    if options.start == "records":
-        import_runs(records, store)
-    try:
-        done = do_all(configs) is not None
-        if done:
-            tower = configs[CELLS.index(REPLAYED)]
-            path = results / f"{name}_replay.csv"
-            write_text(path, csv_text(learned(store.run(run_hash(tower)))))
-            overrides += [f'schedule.file="{path}"']
-            configs += resolve_all([cell_config(REPLAY, seed, overrides) for seed in seeds])
-            done = do_all(configs) is not None
-    finally:
-        export_runs(store, map(run_hash, configs), records)
+    done = do_in_waves([configs], records, options.start)
+    if done:
+        tower, path = configs[CELLS.index(REPLAYED)], results / f"{name}_replay.csv"
+        write_text(path, csv_text(learned(store.run(run_hash(tower)))))
+        overrides += [f'schedule.file="{path}"']
+        replays = resolve_all([cell_config(REPLAY, seed, overrides) for seed in seeds])
+        done = do_in_waves([replays], records, options.start)
     draw(results)
     publish(results, configs[0])
     return 0 if done else 1

@@ -13,10 +13,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from .command import asked_for_help, choose, do_and_record, draw, publish, seed_list, split
+from .command import (
+    asked_for_help,
+    choose,
+    do_and_record,
+    draw,
+    publish,
+    results_of,
+    seed_list,
+    split,
+)
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 
@@ -137,9 +145,7 @@ def main() -> int:
     options, seeds, overrides = _arguments(sys.argv[1:])
     runs = figure_runs(PRESETS[options.preset], seeds, overrides)
     towers, configs = [tower for tower, _ in runs], resolve_all([config for _, config in runs])
-    # Only the full MNIST may replace the results that are committed.
-    found = configs[0].data.name
-    results = Path(options.results, *[found] * (found != "mnist"))
+    results = results_of(options.results, configs)
     path = results / f"figure3_{options.preset}_runs"
     if do_and_record(configs, path, lambda summaries: run_lines(towers, summaries)) is None:
         return 1

@@ -39,7 +39,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,17 +50,16 @@ from .command import (
     LongOptions,
     asked_for_help,
     choose,
-    do_all,
+    do_in_waves,
     draw,
     long_arguments,
     publish,
+    results_of,
 )
-from .config import Config, StackConfig, compose, run_hash
+from .config import Config, StackConfig, compose
 from .figure3 import LEVELS, STARTS
 from .peers import parse
-from .records import export_runs, import_runs
 from .run import guarded, resolve_all
-from .store import RunStore
 
 GRID = STARTS[8:19]  # 1e-4 to 10
 
@@ -316,18 +314,8 @@ def main() -> int:
     waves = plan(options, seeds, overrides)
     resolved = iter(resolve_all([config for wave in waves for config in wave]))
     waves = [[next(resolved) for _ in wave] for wave in waves]
-    # Only the full MNIST may replace the results that are committed.
-    stands_in = any(config.data.name == "mnist-5k" for wave in waves for config in wave)
-    results = Path(options.results, *["mnist-5k"] * stands_in)
-    records, store = results / f"robustness_{options.preset}.jsonl.gz", RunStore(waves[0][0].store)
-    if options.start == "records":
-        import_runs(records, store)
-    done = True
-    for configs in waves:
-        try:
-            done &= do_all(configs) is not None
-        finally:
-            export_runs(store, map(run_hash, configs), records)
+    results = results_of(options.results, [config for wave in waves for config in wave])
+    done = do_in_waves(waves, results / f"robustness_{options.preset}.jsonl.gz", options.start)
     draw(results)
     publish(results, waves[0][0])
     return 0 if done else 1

@@ -15,10 +15,9 @@ import csv
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from .command import asked_for_help, do_and_record, draw, publish, split
+from .command import asked_for_help, do_and_record, draw, publish, results_of, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 from .store import RunStore, csv_text, write_text
@@ -71,9 +70,7 @@ def main() -> int:
         return 0
     options, overrides = split(sys.argv[1:], Options, SETTABLE)
     configs = resolve_all(surface_runs(overrides))
-    # Only the full MNIST may replace the results that are committed.
-    found = configs[0].data.name
-    results = Path(options.results, *[found] * (found != "mnist"))
+    results = results_of(options.results, configs)
     summaries = do_and_record(configs, results / "surface_runs", run_lines)
     if summaries is None:
         return 1

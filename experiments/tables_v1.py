@@ -14,10 +14,9 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from .command import ROOT, asked_for_help, do_and_record, draw, publish, split
+from .command import ROOT, asked_for_help, do_and_record, draw, publish, results_of, split
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
 from .table1 import SETTABLE
@@ -91,9 +90,7 @@ def main() -> int:
     options, overrides = split(sys.argv[1:], Options, SETTABLE)
     runs = table_runs(overrides)
     rows, configs = [row for row, _ in runs], resolve_all([config for _, config in runs])
-    # Only the full MNIST may replace the results that are committed.
-    found = configs[0].data.name
-    results = Path(options.results, *[found] * (found != "mnist"))
+    results = results_of(options.results, configs)
     path = results / "tables_v1_runs"
     if do_and_record(configs, path, lambda summaries: run_lines(rows, summaries)) is None:
         return 1
