@@ -236,7 +236,7 @@ def finished(folder: Path) -> int:
 
 
 def wait_for(folder: Path, runs: int) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while finished(folder) < runs:
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
