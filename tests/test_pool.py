@@ -67,6 +67,25 @@ def test_a_process_that_dies_takes_only_its_run_with_it(tmp_path: Path) -> None:
     assert all(outcome.summary is not None for outcome in outcomes[1:])
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=1"])
+def test_workers_ask_for_large_pages_where_the_user_says_nothing(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", own or "")
+    if not own:
+        monkeypatch.delenv("GLIBC_TUNABLES")
+    worker = _Worker(0)
+    try:
+        environ = Path(f"/proc/{worker.process.pid}/environ")
+        wanted, end = f"GLIBC_TUNABLES={own or 'glibc.malloc.hugetlb=1'}", time.monotonic() + 60
+        while wanted not in environ.read_text().split("\0"):  # until it is a process of its own
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        worker.end()
+
+
 def test_runs_that_differ_in_numbers_alone_share_a_structure(tmp_path: Path) -> None:
     def of(stack: str) -> tuple:
         return structure(config(tmp_path, f"stack={stack}"))
