@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 
-from hyperopt import Auto
+from hyperopt import Adam, Auto, Rule
 
 from .command import (
     LONG_RUNS,
@@ -153,6 +153,7 @@ STACKS = {
 }
 # What of Auto is another. An update can be bounded in the log domain alone.
 ABLATION: dict[str, dict[str, Any]] = {
+    "no-mean": {"rule": Adam},
     "no-log": {"domain": "real", "trust": math.inf},
     "no-normalize": {"normalize": False},
     "no-horizon": {"horizon": 1.0},
@@ -201,9 +202,11 @@ class Cell:
         return auto(self.start, **ABLATION.get(self.method, {}))
 
 
-def auto(lr: float, domain: str = "log", **options: Any) -> str:
-    """`Auto`'s stack, with lr moved in another domain, or other options of the level above."""
+def auto(lr: float, rule: type[Rule] | None = None, domain: str = "log", **options: Any) -> str:
+    """`Auto`'s stack, with another rule, lr moved in another domain, or other options above it."""
     lowest, above = Auto([torch.zeros(1)], lr, compile=False).stack.levels
+    if rule is not None:
+        lowest = rule(lr)
     return str(
         lowest[f"lr: {domain}"] / type(above)(**{**above.values, **above.settings, **options})
     )

@@ -6,17 +6,20 @@ from collections.abc import Iterable
 from typing import Any
 
 from .optimizer import HyperOptimizer
-from .rules import AdaGrad, Adam
+from .rules import AdaGrad, ScheduleFreeAdam
 
 
 class Auto(HyperOptimizer):
-    """Adam whose learning rate finds itself, from wherever it starts.
+    """Schedule-Free Adam whose learning rate finds itself, from wherever it starts.
 
-    The logarithm of lr is moved by AdaGrad, against the cosine between the new gradient and the way
-    from the mean of all earlier weights to the present ones: lr grows as long as going on from that
-    mean lowers the loss. A hypergradient of one step, as the paper's, asks whether the last step
-    did, which the noise of the gradients denies long before lr is as large as it should be (Wu et
-    al. 2018, arXiv 1803.02021). No update is larger than a tenth of the weights, by their norms.
+    The logarithm of lr is moved by AdaGrad, against the cosine between the new gradient and what
+    lr has added to the weights so far, older steps counting for less: lr grows as long as going on
+    in that direction lowers the loss. A hypergradient of one step, as the paper's, asks whether the
+    last step did, which the noise of the gradients denies long before lr is as large as it should
+    be (Wu et al. 2018, arXiv 1803.02021). For the same reason the weights that gradients are taken
+    at are nearly the mean of many steps, which noise reaches less than single ones (Defazio et al.
+    2024, arXiv 2405.15682); they are those to use when training ends, with no mode to switch. What
+    lr adds in one step is at most a tenth of the weights, by their norms.
 
     Args:
         params: parameters or param groups, as `HyperOptimizer` takes them.
@@ -28,6 +31,7 @@ class Auto(HyperOptimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-5, *, compile: bool = True) -> None:
         above = AdaGrad(
-            1.0, initial_accumulator_value=1.0, horizon=float("inf"), normalize=True, trust=0.1
+            1.0, initial_accumulator_value=0.1, horizon=float("inf"), normalize=True, trust=0.1
         )
-        super().__init__(params, Adam(lr)["lr: log"] / above, compile=compile)
+        lowest = ScheduleFreeAdam(lr, r=8)["lr: log"]
+        super().__init__(params, lowest / above, compile=compile)

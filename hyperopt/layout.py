@@ -239,7 +239,8 @@ class Layout:
         """
         last = self.last(small, shard.last_w, shard.last_g, shard.state)
         state, part = replay(self.blocks[0], raw, last_fixed, last, shard.w, shard.g)
-        self.store(small, into, state)
+        if self.blocks[0].reruns:
+            self.store(small, into, state)
         return part
 
     def total(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -294,7 +295,7 @@ class Layout:
         w, state = advance(self.blocks[0], raw, fixed, shard.w, shard.g, state, going)
         if self.blocks[0].tuned:
             small[:1].copy_(going)
-        else:
+        if not self.blocks[0].reruns:
             self.store(small, into, state)
         if into.last_g is not None:
             into.last_g.copy_(shard.g)

@@ -351,3 +351,48 @@ class Lion(Rule):
             direction = direction + h.weight_decay * w
         exp_avg = average(s["exp_avg"], g, h.beta2)
         return w - h.lr * direction, {"exp_avg": exp_avg}
+
+
+class ScheduleFreeAdam(Rule):
+    """Schedule-Free Adam (Defazio et al. 2024, Algorithm 1), as ``AdamWScheduleFree`` of the authors'
+    package ``schedulefree`` with ``weight_lr_power=0``.
+
+    Two points stand behind the weights y, which are those that gradients are taken at: z makes
+    Adam's steps without momentum, and x is the mean of all z. y lies between them, a share of beta1
+    of the way to x. What is kept is z - y, so that x is w - (1 / beta1 - 1) * ahead. The z of step t
+    counts for t^r in the mean.
+    """
+
+    lr = Hyper(2.5e-3)
+    beta1 = Hyper(0.9, UNIT, high=1.0)
+    beta2 = Hyper(0.999, UNIT, high=1.0)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    r = Option(0.0)
+
+    def init(self, w: Tensor) -> State:
+        return {
+            "step": counter(),
+            "weight_sum": counter(),
+            "ahead": torch.zeros_like(w),
+            "exp_avg_sq": torch.zeros_like(w),
+        }
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        step = s["step"] + 1
+        weight = step**self.r
+        weight_sum = s["weight_sum"] + weight
+        new = weight / weight_sum  # the share of the new z in the mean
+        exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
+        correction = torch.rsqrt(1 - h.beta2**step)
+        direction = g * torch.reciprocal(root(exp_avg_sq) * correction + h.eps)
+        if self.on("weight_decay"):
+            direction = direction + h.weight_decay * w
+        move = h.lr * direction
+        kept = h.beta1 * (1 - new)
+        return w + new * s["ahead"] - (1 - kept) * move, {
+            "step": step,
+            "weight_sum": weight_sum,
+            "ahead": (1 - new) * s["ahead"] - kept * move,
+            "exp_avg_sq": exp_avg_sq,
+        }

@@ -51,7 +51,7 @@ class Shard:
         n = sum(local(p).numel() for p in params)
         blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
         w = blank.clone() if block.depends_on_weights else None
-        g = blank.clone() if block.tuned else None
+        g = blank.clone() if block.reruns else None
         with blank.device:
             state = block.init(blank)
         moved = torch.zeros((), dtype=torch.float64, device=blank.device)

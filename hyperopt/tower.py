@@ -15,7 +15,9 @@ A level therefore keeps what its rule read at the last step, its `Move`, and not
 returned: the next step runs the rule again on the same inputs, which gives both the state to go on
 from and, by reverse-mode differentiation, the hypergradients. This costs one copy of the gradient
 and, for rules whose update depends on the weights themselves, one of the weights. Weights whose
-rule nobody tunes need none of this: their level keeps the state alone.
+rule nobody tunes need none of this: their level keeps the state alone. So does one whose
+hypergradients reach further back than one step, which are taken with what the moves have added up
+to: there each move's derivative is added as it is made, and nothing is run again.
 
 What is not finite stops where it arises: a level whose gradient holds an infinity or NaN, or whose
 move would lead to one, stays as it is for this step, state included, and counts that. On level 0 it
@@ -150,7 +152,7 @@ class Block:
         return _names(self.tuned)
 
     def init(self, w: Tensor) -> State:
-        """The state before the first update of ``w``: the rule's, and the paths of `replay`."""
+        """The state before the first update of ``w``: the rule's, and the paths of `advance`."""
         state = self.rule.init(w)
         if self.horizon > 1:
             state |= {f"path_{name}": torch.zeros_like(w) for name in self.names}
@@ -160,7 +162,14 @@ class Block:
     @property
     def horizon(self) -> float:
         """Over how many steps the level above takes the hypergradient, if it moves weights."""
-        return 1 if self.above is None or self.below else self.above.horizon
+        if self.above is None or self.below or not self.tuned:
+            return 1
+        return self.above.horizon
+
+    @property
+    def reruns(self) -> bool:
+        """Whether the last move of weights is run again, for which its gradient is kept."""
+        return bool(self.tuned) and not self.below and self.horizon == 1
 
     @property
     def normalize(self) -> bool:
@@ -277,9 +286,10 @@ def build(
             slots = tuned if name in rule.tuned and not top else fixed
             slots += [Slot(name, owner) for owner in owners]
         below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
-        keeps_weights = bool(tuned) and depends_on_weights(rule)
         above = None if top else stack.levels[k + 1]
-        block = Block(rule, tuple(tuned), tuple(fixed), below, keeps_weights, above)
+        block = Block(rule, tuple(tuned), tuple(fixed), below, False, above)
+        if tuned and block.horizon == 1 and depends_on_weights(rule):
+            block = replace(block, depends_on_weights=True)
         if k > 1 and replace(blocks[-1], count=1).structure() == block.structure():
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
         else:
@@ -348,7 +358,7 @@ def step(
         new, after = advance(lowest, *numbers, w, g, state, going)
         moved.append(new)
         kept = Move(w if lowest.depends_on_weights else None, g, state, going)
-        moves.append(kept if lowest.tuned else Move(None, None, after, going))
+        moves.append(kept if lowest.reruns else Move(None, None, after, going))
     return moved, tower._replace(lowest=tuple(moves))
 
 
@@ -367,31 +377,26 @@ def replay(
         in rows like it, and the largest square in ``g``.
     """
     before, gradient, start, moved = last
-    if gradient is None:
-        return start, raw.new_zeros(block.sums * len(raw) + 1)
+    if not block.tuned:
+        return start, raw.new_zeros(1)
     # Where w was not kept, no derivative and no state depends on it: any vector will do.
     then = gradient if before is None else before
 
     def rerun(raw: Tensor) -> tuple[Tensor, State]:
         return block.rule.update(then, gradient, start, block.values(raw, fixed))
 
-    there = moved > 0
-    paths: list[Tensor] = []
-    if block.horizon > 1 or block.normalize:
-        paths, after = tangents(rerun, raw, g)
-        named = [f"path_{name}" for name in block.names]
-        if block.horizon > 1:
-            length = start["path_length"] + 1
-            kept = 1 - 1 / length.clamp(max=block.horizon)
-            paths = [kept * start[n] + d for n, d in zip(named, paths, strict=True)]
-            after = {**after, **dict(zip(named, paths, strict=True)), "path_length": length}
-        before_it = [start.get(name, 0.0) for name in named]
-        paths = [torch.where(there, p, old) for p, old in zip(paths, before_it, strict=True)]
+    state, paths = start, [start[f"path_{name}"] for name in block.names if block.horizon > 1]
+    if block.reruns:
+        there = moved > 0
+        if block.normalize:
+            paths, after = tangents(rerun, raw, g)
+            paths = [torch.where(there, path, 0.0) for path in paths]
+        else:
+            _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
+            rows = [torch.where(there, pullback(g)[0], 0.0)]
+        state = {name: torch.where(there, after[name], old) for name, old in start.items()}
+    if paths:
         rows = [torch.stack([(g * path).sum() for path in paths])]
-    else:
-        _, pullback, after = torch.func.vjp(rerun, raw, has_aux=True)  # type: ignore[misc]
-        rows = [torch.where(there, pullback(g)[0], 0.0)]
-    state = {name: torch.where(there, after[name], old) for name, old in start.items()}
     if block.normalize:
         rows += [(g * g).sum().expand(len(raw)), torch.stack([(p * p).sum() for p in paths])]
     if block.trust < math.inf:
@@ -446,7 +451,7 @@ def judge(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, Tensor | Non
         hypergradient = cosine(hypergradient, *rows[:2])
     if block.trust == math.inf:
         return hypergradient, None
-    # An update is proportional to lr: its derivative by log lr is the update itself.
+    # What lr adds to the weights is proportional to it: the derivative by log lr is that itself.
     update, weights = rows[-2:]
     most = raw + torch.log(block.trust * torch.sqrt(weights / update))
     names = [slot.name for slot in block.tuned]
@@ -566,7 +571,19 @@ def advance(
         raw, fixed: its owner's hyperparameters.
         going: whether it is moved at all, where its rule is tuned; 1 or 0.
     """
-    new, after = block.rule.update(w, g, state, block.values(raw, fixed))
+
+    def move(raw: Tensor) -> tuple[Tensor, State]:
+        return block.rule.update(w, g, state, block.values(raw, fixed))
+
+    new, after = move(raw)
+    if block.horizon > 1:
+        derivatives, _ = tangents(move, raw, g)
+        length = state["path_length"] + 1
+        kept = 1 - 1 / length.clamp(max=block.horizon)
+        named = [f"path_{name}" for name in block.names]
+        paths = {n: kept * state[n] + d for n, d in zip(named, derivatives, strict=True)}
+        after = {**after, **paths, "path_length": length}
+        after = {name: torch.where(going > 0, after[name], old) for name, old in state.items()}
     return torch.where(going > 0, new, w) if block.tuned else new, after
 
 

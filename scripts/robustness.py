@@ -67,6 +67,7 @@ LABELS = {
     "SGD-5": "tower of SGD, height 5",
     "Adam-2": "tower of Adam, height 2",
     "Adam-5": "tower of Adam, height 5",
+    "no-mean": "without the mean, as Adam",
     "no-log": "without the log domain, and so without trust",
     "no-normalize": "without normalize",
     "no-horizon": "without horizon",

@@ -117,6 +117,19 @@ def lion(w, g, s, h):
     return w - h.lr * (mp.sign(c) + h.weight_decay * w), {"m": m}
 
 
+def schedule_free(w, g, s, h):
+    t = s.get("t", 0) + 1
+    v = h.beta2 * s.get("v", 0) + (1 - h.beta2) * g**2
+    total = s.get("total", 0) + mp.mpf(t) ** h.r
+    c = mp.mpf(t) ** h.r / total
+    z = s.get("z", w)
+    x = (w - (1 - h.beta1) * z) / h.beta1
+    d = g / (mp.sqrt(v / (1 - h.beta2**t)) + h.eps) + h.weight_decay * w
+    z = z - h.lr * d
+    x = (1 - c) * x + c * z
+    return (1 - h.beta1) * z + h.beta1 * x, {"t": t, "v": v, "total": total, "z": z}
+
+
 UPDATES = {
     "SGD": sgd,
     "AdaGrad": adagrad,
@@ -128,6 +141,7 @@ UPDATES = {
     "AdamW": adamw,
     "RAdam": radam,
     "Lion": lion,
+    "ScheduleFreeAdam": schedule_free,
 }
 TO_RAW = {
     "real": lambda h: h,

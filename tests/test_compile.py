@@ -61,7 +61,8 @@ STACKS = [
     ),
     ("RMSProp(0.01, weight_decay=0.1)", torch.float64, {"lr": 0.02}),
     (
-        "Adam(0.01, eps=0.1)[lr: log, eps] / SGD(0.05, horizon=inf, normalize=True, trust=0.1)",
+        "ScheduleFreeAdam(0.01, eps=0.1, r=8)[lr: log, eps] / "
+        "SGD(0.05, horizon=inf, normalize=True, trust=0.1)",
         torch.float64,
         {"lr": 0.05},
     ),

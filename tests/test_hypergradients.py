@@ -39,6 +39,9 @@ VARIANTS = [
     "RAdam({lr}, 0.6, 0.9, eps=0.1, weight_decay=0.05, decoupled_weight_decay=True)"
     "[lr, beta1, weight_decay]",
     "Lion({lr}, 0.6, 0.8, weight_decay=0.05)[lr, beta1, beta2, weight_decay]",
+    "ScheduleFreeAdam({lr}, 0.6, 0.8, eps=0.1, weight_decay=0.05)"
+    "[lr, beta1, beta2, eps, weight_decay]",
+    "ScheduleFreeAdam({lr}, 0.6, 0.8, eps=0.1, r=2)[lr, beta1, beta2, eps]",
 ]
 
 

@@ -15,7 +15,7 @@ from conftest import Digits
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT, make, make_targets
-from test_rules import NOT_IN_TORCH, PLAIN
+from test_rules import PLAIN
 
 from experiments import char_rnn
 from experiments.char_rnn import cell_config
@@ -160,7 +160,8 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
         )
         own = {n: option.default for n, option in rule.options.items() if n not in vars(Rule)}
         options = ", ".join(f"`{n}={write(default)}`" for n, default in own.items())
-        peer = f"`torch.optim.{peers[name]}`" if peers[name] not in NOT_IN_TORCH else "its paper"
+        elsewhere = {"Lion": "its paper", "AdamWScheduleFree": "its authors' package"}
+        peer = elsewhere.get(peers[name], f"`torch.optim.{peers[name]}`")
         rows.append(
             f"| `{name}` | {cell(rule, tuned)} | {cell(rule, not_tuned)} | {options} | {peer} "
             f"| `pytest -k {name}` |"

@@ -1,9 +1,11 @@
 """A plain rule is the optimizer of that name in `torch.optim`; what single rules are known for."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from schedulefree import AdamWScheduleFree
 from torch import Tensor
 
 import hyperopt.shard
@@ -28,7 +30,10 @@ class Lion(torch.optim.Optimizer):
                 self.state[theta]["m"] = torch.lerp(g, m, beta2)
 
 
-NOT_IN_TORCH = {"Lion": Lion}
+NOT_IN_TORCH = {
+    "Lion": Lion,
+    "AdamWScheduleFree": functools.partial(AdamWScheduleFree, weight_lr_power=0.0),
+}
 
 # A notation, its optimizer and arguments in torch.optim, and what the second param group overrides.
 PLAIN: list[tuple[str, str, dict[str, Any], dict[str, float]]] = [
@@ -156,6 +161,18 @@ PLAIN: list[tuple[str, str, dict[str, Any], dict[str, float]]] = [
         {"lr": 0.01, "betas": (0.5, 0.99), "weight_decay": 0.3},
         {"lr": 0.03, "weight_decay": 0.0},
     ),
+    (
+        "ScheduleFreeAdam(0.01)",
+        "AdamWScheduleFree",
+        {"lr": 0.01, "betas": (0.9, 0.999)},
+        {"lr": 0.03, "beta1": 0.6, "weight_decay": 0.1},
+    ),
+    (
+        "ScheduleFreeAdam(0.01, 0.8, 0.9, eps=0.1, weight_decay=0.1, r=2)",
+        "AdamWScheduleFree",
+        {"lr": 0.01, "betas": (0.8, 0.9), "eps": 0.1, "weight_decay": 0.1, "r": 2.0},
+        {"beta2": 0.99},
+    ),
     # What only a param group switches on.
     ("SGD(0.1)", "SGD", {"lr": 0.1}, {"momentum": 0.9, "weight_decay": 0.1}),
 ]
@@ -204,6 +221,8 @@ def test_height_0_is_torch_optim(memory, float64, stack, name, arguments, own):
     peer = (NOT_IN_TORCH.get(name) or getattr(torch.optim, name))(
         [{"params": theirs[:2]}, {"params": theirs[2:], **theirs_own}], **arguments
     )
+    if hasattr(peer, "train"):
+        peer.train()
     for _ in range(200):
         for w, x in zip(ours, theirs, strict=True):
             x.grad = torch.randn_like(x)
@@ -236,6 +255,8 @@ def test_every_rule_is_held_against_torch_optim():
         ("NAdam(0.1, weight_decay=0.1, decoupled_weight_decay=True)", True),
         ("Lion(0.1)", False),
         ("Lion(0.1, weight_decay=0.1)", True),
+        ("ScheduleFreeAdam(0.1)", False),
+        ("ScheduleFreeAdam(0.1, weight_decay=0.1)", True),
     ],
 )
 def test_the_weights_of_the_last_step_are_kept_only_where_an_update_needs_them(rule, expected):
