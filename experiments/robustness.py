@@ -24,7 +24,7 @@ A method has the same setting from every start, and on every task but as said of
                     towers of the paper's Figure 3, of that height, all levels started at one lr
 
 The best fixed lr, which all are compared with, is the best of SGD, Momentum and Adam. From 1e-4 to
-10 these have starts at half powers of ten, whatever the others have.
+10, or as far as a preset says, these have starts at half powers of ten, whatever the others have.
 
 What comes out is `robustness_PRESET.jsonl.gz`, the records of all finished runs, from which
 `scripts.tables` draws. Runs that are finished in the store are not done again; with `start=records`
@@ -60,8 +60,6 @@ from .config import Config, StackConfig, compose
 from .figure3 import LEVELS, STARTS
 from .peers import parse
 from .run import guarded, resolve_all
-
-GRID = STARTS[8:19]  # 1e-4 to 10
 
 
 @dataclass(frozen=True)
@@ -106,11 +104,13 @@ class Setting:
         overrides: of the runs' config.
         starts: the initial learning rates.
         seeds: how many, at most, of those that are asked for.
+        grid: those that are searched besides for the best fixed one.
     """
 
     overrides: tuple[str, ...]
     starts: tuple[float, ...] = STARTS[::2]
     seeds: int | None = None
+    grid: tuple[float, ...] = STARTS[8:19]  # 1e-4 to 10
 
 
 PRESETS: dict[str, dict[str, Setting]] = {
@@ -126,7 +126,9 @@ PRESETS: dict[str, dict[str, Setting]] = {
         "softmax": Setting(("trainer.epochs=5",)),
         "mlp30": Setting(("trainer.epochs=30",), STARTS[::4], 1),
         "char_rnn": Setting(("trainer.epochs=1", "trainer.steps=400"), STARTS[2:19:4], 1),
-        "resnet": Setting(("trainer.epochs=1", "trainer.steps=150"), STARTS[2:19:4], 1),
+        "resnet": Setting(
+            ("trainer.epochs=1", "trainer.steps=null"), STARTS[2:19:8], 1, STARTS[10:17]
+        ),
     },
 }
 OVERRIDES = {"paper": (), "cpu": ("device=cpu",)}
@@ -216,7 +218,7 @@ def starts(method: str, setting: Setting) -> list[float | None]:
     """Where a method starts from in a task of that setting."""
     if method in FREE:
         return [None]
-    return [*sorted({*setting.starts, *(GRID if method in FIXED else ())})]
+    return [*sorted({*setting.starts, *(setting.grid if method in FIXED else ())})]
 
 
 def cells(preset: str) -> list[Cell]:

@@ -222,6 +222,9 @@ def reductions(preset: str) -> str:
             parts.append(f"shorter than {title('paper', task).partition(', ')[2]}")
         if len(setting.starts) < len(whole.starts):
             parts.append(f"{len(setting.starts)} of {len(whole.starts)} starts")
+        if setting.grid != whole.grid:
+            low, high = setting.grid[0], setting.grid[-1]
+            parts.append(f"the best fixed lr is looked for from {low:g} to {high:g}")
         if setting.seeds:
             parts.append("one seed" if setting.seeds == 1 else f"{setting.seeds} seeds")
         if parts:
