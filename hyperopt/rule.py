@@ -218,8 +218,11 @@ class Rule:
         self.settings = {n: given.get(n, option.default) for n, option in self.options.items()}
         for name, setting in self.settings.items():
             expected = type(self.options[name].default)
+            # The notation has one kind of number.
             if expected is int and isinstance(setting, float) and setting.is_integer():
-                self.settings[name] = int(setting)  # the notation has one kind of number
+                self.settings[name] = int(setting)
+            elif expected is float and type(setting) is int:
+                self.settings[name] = float(setting)
             elif not isinstance(setting, (int, float) if expected is float else expected):
                 raise ValueError(
                     f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"

@@ -354,13 +354,14 @@ class Lion(Rule):
 
 
 class ScheduleFreeAdam(Rule):
-    """Schedule-Free Adam (Defazio et al. 2024, Algorithm 1), as ``AdamWScheduleFree`` of the authors'
-    package ``schedulefree`` with ``weight_lr_power=0``.
+    """Schedule-Free Adam (Defazio et al. 2024, arXiv 2405.15682, Algorithm 1).
+
+    It is ``AdamWScheduleFree`` of the authors' package ``schedulefree``, at ``weight_lr_power=0``.
 
     Two points stand behind the weights y, which are those that gradients are taken at: z makes
     Adam's steps without momentum, and x is the mean of all z. y lies between them, a share of beta1
-    of the way to x. What is kept is z - y, so that x is w - (1 / beta1 - 1) * ahead. The z of step t
-    counts for t^r in the mean.
+    of the way to x. Kept is ``ahead`` = z - y, so that x is y - (1 / beta1 - 1) * ahead. In the
+    mean, the z of step t counts for t^r.
     """
 
     lr = Hyper(2.5e-3)

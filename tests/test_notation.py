@@ -111,6 +111,9 @@ def test_python_and_notation_say_the_same():
     assert parse("Adam(0.001)[lr] / SGD(1e-5)") == Adam(0.001)["lr"] / SGD(1e-5)
     assert parse("RMSProp(0.01)[lr: log, gamma]") == Stack(RMSProp(0.01)["lr: log", "gamma"])
     assert parse("Adam(0.0040, 0.899, 0.999)") == Stack(Adam(0.004, beta1=0.899, beta2=0.999))
+    assert (
+        str(Adam(0.1) / SGD(1, horizon=5, every=2)) == "Adam(0.1) / SGD(1.0, horizon=5.0, every=2)"
+    )
     assert parse("SGD(0.1, nesterov=True, momentum=0.9)") == Stack(
         SGD(lr=0.1, momentum=0.9, nesterov=True)
     )

@@ -20,8 +20,7 @@ STACKS = [
     "SGD(0.05, momentum=0.9, weight_decay=0.01, nesterov=True) / SGD(1e-3)",
     "Adam(0.01) / SGD({lr: 1e-4, beta1: 1e-3, beta2: 1e-2}, momentum=0.5) / SGD(1e-6)",
     "AdamW(0.01)[lr: log, weight_decay] / RMSProp(1e-3) / AdaGrad(1e-3) / Adam(1e-3)",
-    "ScheduleFreeAdam(1.0)[lr: log, beta1] / "
-    "AdaGrad(1.0, horizon=inf, normalize=True, trust=0.1)",
+    "ScheduleFreeAdam(1.0)[lr: log, beta1] / AdaGrad(1.0, horizon=inf, normalize=True, trust=0.1)",
 ]
 STEPS = 9
 GROUPS: dict[str, Callable[[nn.Module], list]] = {

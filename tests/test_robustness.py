@@ -92,7 +92,10 @@ def test_auto_is_the_library_s_and_lacks_one_part_at_a_time() -> None:
     for method in ABLATION:
         lowest, above = parse(Cell("mlp", method, 0.1).stack).levels
         changed = {name for name in options if above.settings[name] != options[name]}
-        if method == "no-log":
+        if method == "no-mean":
+            assert not changed and lowest.name == "Adam"
+            assert lowest.tuned["lr"].domain.name == "log" and [*lowest.tuned] == ["lr"]
+        elif method == "no-log":
             assert changed == {"trust"} and lowest.tuned["lr"].domain.name == "real"
         else:
             assert len(changed) == 1 and lowest == whole.levels[0]
@@ -102,6 +105,9 @@ def test_every_run_is_known_by_its_summary() -> None:
     for preset in PRESETS:
         every = cells(preset)
         assert len({(cell.task, cell.stack) for cell in every}) == len(every)
+        assert all(
+            cell.stack == str(parse(cell.stack)) for cell in every if cell.method in drawn.PARTS
+        )
         for cell in every[::23]:
             summary = {**identity(resolved(preset, cell)), "hash": "0"}
             assert cell_of(preset, summary) == cell
@@ -151,8 +157,8 @@ def test_no_runs_at_all_is_an_error() -> None:
 # The command.
 
 SLICE = {
-    "mlp": Setting(("trainer.epochs=1", "trainer.steps=3"), (1e-3, 1e-1, 1e1)),
-    "softmax": Setting(("trainer.epochs=1", "trainer.steps=2"), (1e-3, 1e-1, 1e38)),
+    "mlp": Setting(("trainer.epochs=1", "trainer.steps=3"), (1e-3, 1e-1, 1e1), grid=(1e-2,)),
+    "softmax": Setting(("trainer.epochs=1", "trainer.steps=2"), (1e-3, 1e-1, 1e38), grid=(1e-2,)),
 }
 
 
@@ -179,7 +185,6 @@ def execute(folder: Path, *arguments: str) -> int:
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "cpu", SLICE)
-    monkeypatch.setattr(robustness, "GRID", (1e-2,))
     caches = robustness._setting, robustness._by_run
     for cache in caches:
         monkeypatch.setattr(robustness, cache.__name__, functools.lru_cache(cache.__wrapped__))
@@ -195,6 +200,8 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
     assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
     folder = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
+    others = [resolved("cpu", Cell(task, "Adam", 1e-3)) for task in ("mlp", "char_rnn", "resnet")]
+    assert command.results_of("results", others) == Path("results")
     assert len(read_records(folder / "robustness_cpu.jsonl.gz")) == 17
     lines = pd.read_csv(folder / "robustness_cpu_runs.csv")
     for line in lines.itertuples():
