@@ -200,7 +200,7 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
     assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
     folder = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
-    others = [resolved("cpu", Cell(task, "Adam", 1e-3)) for task in ("mlp", "char_rnn", "resnet")]
+    others = [resolved("paper", Cell(task, "Adam", 1e-3)) for task in ("mlp", "char_rnn", "resnet")]
     assert command.results_of("results", others) == Path("results")
     assert len(read_records(folder / "robustness_cpu.jsonl.gz")) == 17
     lines = pd.read_csv(folder / "robustness_cpu_runs.csv")
