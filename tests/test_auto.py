@@ -64,6 +64,17 @@ def test_a_finite_horizon_forgets(horizon):
         assert lr[t + 1] - lr[t] == pytest.approx(-0.01 * float(g[t] @ path), rel=1e-9)
 
 
+@pytest.mark.parametrize("rule", ["ScheduleFreeAdam(0.01, r=2)", "AdamW(0.01)"])
+def test_a_gradient_that_is_not_finite_leaves_the_way_as_it_is(rule):
+    g = gradients(12)
+    stack = f"{rule}[lr: log, beta2] / AdaGrad(0.5, horizon=inf, normalize=True)"
+    weights, numbers = run(stack, g)
+    with_it = run(stack, [*g[:5], torch.full_like(g[0], math.nan), *g[5:]])
+    for ours, theirs in zip(with_it[0][6:], weights[5:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert with_it[1][6:] == numbers[5:] and lrs(numbers)[5] != lrs(numbers)[6]
+
+
 def test_a_horizon_of_one_step_is_the_paper_s_hypergradient():
     g = gradients(8)
     plain = run("Adam(0.01) / SGD(1e-3)", g)[1]
@@ -203,6 +214,11 @@ def test_auto_is_a_stack_like_others():
     assert parse(str(optimizer.stack)) == optimizer.stack
     assert Auto([w], lr=0.5, compile=False).hyperparameters()[0]["lr"] == pytest.approx(0.5)
     assert RULES.keys() >= {type(level).__name__ for level in optimizer.stack.levels}
+    w.grad = torch.ones(3)
+    optimizer.step()
+    kept = optimizer.state_dict()["state"][0]
+    vectors = {name for name, value in kept.items() if isinstance(value, Tensor) and value.ndim}
+    assert vectors == {"ahead", "exp_avg_sq", "path_lr"}  # no more than one beyond Adam's
 
 
 def test_auto_learns_from_any_start(mnist):
