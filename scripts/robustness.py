@@ -141,13 +141,13 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
     """A line for each task and method that has runs: its decades of robustness.
 
     These are how many powers of ten of starts end within 1.1 and within 1.5 times the best fixed
-    lr's error: near starts, by how many of them there are in a power of ten. What has no start is
-    near from all of them, or from none.
+    lr's error: the share of starts that do, of the powers of ten from the first to the last. What
+    has no start is near from all of them, or from none.
     """
     lines = []
     for task, setting in PRESETS[preset].items():
         there = setting.starts
-        per_decade = (len(there) - 1) / math.log10(there[-1] / there[0])
+        worth = (round(math.log10(there[-1] / there[0])) + 1) / len(there)
         for method in METHODS:
             own = table[(table.task == task) & (table.method == method)]
             if own.empty:
@@ -162,7 +162,7 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
                     "task": task,
                     "method": method,
                     **{
-                        f"decades_{near}": weight * (mine.ratio <= near).sum() / per_decade
+                        f"decades_{near}": weight * (mine.ratio <= near).sum() * worth
                         for near in NEAR
                     },
                     "best": mine.error.min(),

@@ -261,10 +261,16 @@ def test_decades_are_counted_by_the_best_fixed_lr() -> None:
     assert list(worst) == [3.1, 1.55, 1e-7]
 
 
-def test_half_decades_count_half() -> None:
-    there = PRESETS["paper"]["mlp"].starts
-    found = drawn.robustness(table({"Adam": dict.fromkeys(there, 2.0)}), "paper")
-    assert found["decades_1.1"].item() == 10.5
+@pytest.mark.parametrize(
+    ("preset", "task", "whole"), [("paper", "mlp", 11), ("cpu", "mlp30", 11), ("cpu", "resnet", 9)]
+)
+def test_however_many_starts_there_are_the_powers_of_ten_are_the_same(preset, task, whole) -> None:
+    there = PRESETS[preset][task].starts
+    runs = table({"Adam": dict.fromkeys(there, 2.0)}).assign(task=task)
+    found = drawn.robustness(runs, preset)
+    assert found["decades_1.1"].item() == pytest.approx(whole)
+    half = drawn.robustness(runs[: len(there) // 2], preset)
+    assert half["decades_1.1"].item() == pytest.approx(whole * (len(there) // 2) / len(there))
 
 
 def test_verdicts_name_limit_and_peer() -> None:
