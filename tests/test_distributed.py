@@ -115,6 +115,7 @@ def work(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     done = {way.__name__: way(rank, Net(), folder) for way in (data_parallel, fully_sharded)}
     torch.save(done, folder / f"{rank}.pt")
+    dist.barrier()  # a process that leaves while the other still listens may take it down
     dist.destroy_process_group()
 
 
