@@ -161,11 +161,24 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, about: str) -> str
             loss = cell_text(cells, cell, "train_loss", 3)
             lines.append(f"| {KINDS[cell.kind]} | {error} | {loss} | {len(found)} |")
     if of(runs, REPLAY):
-        lines += [
-            "",
+        first = min(run.seed for run in of(runs, REPLAYED))
+        told = (
             "The replay is plain SGD that follows the lr and the momentum that the tower learned "
-            f"with seed {min(run.seed for run in of(runs, REPLAYED))}, step by step.",
-        ]
+            f"with seed {first}, step by step."
+        )
+        tower, again = (
+            {run.seed: run for run in of(runs, cell)}.get(first) for cell in (REPLAYED, REPLAY)
+        )
+        if tower and again and not {tower.summary["diverged"], again.summary["diverged"]} - {False}:
+            loss = abs(again.loss - tower.loss)
+            error = abs(again.summary["test_error"] - tower.summary["test_error"])
+            told += (
+                " With that seed these are the tower's own steps, but for rounding and for what "
+                "the tower did between two records, and yet it ends with a loss "
+                f"{loss:.3f} and an error {error:.2f} points away: smaller differences between "
+                "two single runs say nothing."
+            )
+        lines += ["", told]
     for figure, caption in captions(runs).items():
         lines += ["", f"![{caption}]({name}_{figure}.png)", "", caption]
     return "\n".join([*lines, *(["", about] if about else [])]) + "\n"

@@ -249,6 +249,12 @@ def test_the_table_states_n_and_where_each_number_is_from(done: Path) -> None:
             cells = [cell.strip() for cell in row.split("|")]
             assert cells[3 if line["kind"] == "plain" else 4] == f"{error:.2f}"
             assert cells[7 if line["kind"] == "plain" else 8] == "1"
+    tower, replay = (
+        next(line for line in lines if (line["kind"], line["lr"], line["momentum"]) == which)
+        for which in (("tower", "0.1", "0.9"), ("replay", "0.1", "0.9"))
+    )
+    loss, error = (abs(float(tower[n]) - float(replay[n])) for n in ("train_loss", "test_error"))
+    assert f"ends with a loss {loss:.3f} and an error {error:.2f} points away" in text
     he = next(line for line in lines if line["kind"] == "he")
     assert f"| He et al.'s schedule | {float(he['test_error']):.2f} |" in text
 
