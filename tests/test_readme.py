@@ -227,7 +227,8 @@ def test_the_errors_of_figure_2_are_those_of_the_committed_table() -> None:
         f"From {((above > 0) & (above < 0.01)).sum()} others it is at most "
         f"{above[above < 0.1].max():.3f} nats above",
         f"end {tower.train_loss[0.1, 0.9] - cells.train_loss['replay', 0.1, 0.9]:.3f} apart",
-        f"from 0.1 to {tower.learned_lr[0.1].min():.3f} and from 1 to {tower.learned_lr[1].min():.2f}",
+        f"from 0.1 to {tower.learned_lr[0.1].min():.3f} "
+        f"and from 1 to {tower.learned_lr[1].min():.2f}",
     )
     words = " ".join(section.split())
     assert [fact for fact in facts if fact not in words] == []
