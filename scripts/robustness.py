@@ -463,6 +463,7 @@ SHORT = {
 
 def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
     """The story in short: the error by the start under Adam, the paper's tower, and Auto."""
+    own = own[own.method.isin(SHORT)]
     figure, axis = plt.subplots(figsize=(0.75 * style.WIDTH, 2.3))
     for (method, (label, colour)), marker in zip(SHORT.items(), style.MARKERS, strict=False):
         mine = own[own.method == method].sort_values("start")
