@@ -379,14 +379,14 @@ def replay(
     before, gradient, start, moved = last
     if not block.tuned:
         return start, raw.new_zeros(1)
-    # Where w was not kept, no derivative and no state depends on it: any vector will do.
-    then = gradient if before is None else before
-
-    def rerun(raw: Tensor) -> tuple[Tensor, State]:
-        return block.rule.update(then, gradient, start, block.values(raw, fixed))
-
     state, paths = start, [start[f"path_{name}"] for name in block.names if block.horizon > 1]
-    if block.reruns:
+    if gradient is not None:
+        # Where w was not kept, no derivative and no state depends on it: any vector will do.
+        read = gradient if before is None else before, gradient, start
+
+        def rerun(raw: Tensor) -> tuple[Tensor, State]:
+            return block.rule.update(*read, block.values(raw, fixed))
+
         there = moved > 0
         if block.normalize:
             paths, after = tangents(rerun, raw, g)

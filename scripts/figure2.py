@@ -166,16 +166,16 @@ def markdown(runs: list[Run], cells: pd.DataFrame, name: str, about: str) -> str
             "The replay is plain SGD that follows the lr and the momentum that the tower learned "
             f"with seed {first}, step by step."
         )
-        tower, again = (
+        once, again = (
             {run.seed: run for run in of(runs, cell)}.get(first) for cell in (REPLAYED, REPLAY)
         )
-        if tower and again and not {tower.summary["diverged"], again.summary["diverged"]} - {False}:
-            loss = abs(again.loss - tower.loss)
-            error = abs(again.summary["test_error"] - tower.summary["test_error"])
+        if once and again and not (once.summary["diverged"] or again.summary["diverged"]):
+            apart = abs(again.loss - once.loss)
+            error = abs(again.summary["test_error"] - once.summary["test_error"])
             told += (
                 " With that seed these are the tower's own steps, but for rounding and for what "
                 "the tower did between two records, and yet it ends with a loss "
-                f"{loss:.3f} and an error {error:.2f} points away: smaller differences between "
+                f"{apart:.3f} and an error {error:.2f} points away: smaller differences between "
                 "two single runs say nothing."
             )
         lines += ["", told]

@@ -30,7 +30,7 @@ class Lion(torch.optim.Optimizer):
                 self.state[theta]["m"] = torch.lerp(g, m, beta2)
 
 
-NOT_IN_TORCH = {
+NOT_IN_TORCH: dict[str, Any] = {
     "Lion": Lion,
     "AdamWScheduleFree": functools.partial(AdamWScheduleFree, weight_lr_power=0.0),
 }
