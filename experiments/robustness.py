@@ -6,7 +6,7 @@
 
 The tasks: mlp and mlp30 (the MLP of Table 1, 5 and 30 epochs), softmax (a convex problem, see
 configs/experiment/softmax.yaml), char_rnn (3 epochs), resnet (ResNet-20, 2 epochs of CIFAR-10).
-`cpu` is for two cores and an hour or so: fewer starts and seeds, and less of the long tasks.
+`cpu` is for two cores and a few hours: fewer starts and seeds, and less of the long tasks.
 
 A method has the same setting from every start, and on every task but as said of Adam-HD:
 

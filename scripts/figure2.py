@@ -271,6 +271,8 @@ def schedules_figure(runs: list[Run], column: str, label: str, log: bool) -> plt
             plot(axis, of(runs, cell)[: 1 if cell == HE else None], column)
         if log and all((run.values[column] > 0).all() for run in towers):
             axis.set_yscale("log")
+        else:
+            axis.ticklabel_format(axis="y", useOffset=False)
 
     return grid_figure(runs, f"The {label} that towers learned", label, draw)
 
