@@ -14,9 +14,11 @@ that gradient a cosine: it is divided by the norms of both factors of the inner 
 
 Two more are for the level above the lowest. horizon=n judges a hyperparameter by its part in the
 last n steps, and not in the last one alone: the derivatives d of the weights are gathered, at the
-t-th step as D <- (1 - 1/min(t, n)) D + d. For an lr in the log domain and n = inf, D is the way
-from the mean of all earlier weights to the present ones. trust=0.1 lets no update be larger than a
-tenth of the weights, by their norms: lr, which must be in the log domain, is pulled down to that.
+t-th step as D <- (1 - 1/min(t, n)) D + d. For an lr in the log domain and n = inf, and a rule whose
+updates are proportional to lr, D is the way from the mean of all earlier weights to the present
+ones. trust=0.1 lets what lr adds to the weights in one step, with most rules the whole update, be
+no larger than a tenth of them, by their norms: lr, which must be in the log domain, is pulled down
+to that.
 """
 
 from __future__ import annotations
