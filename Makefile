@@ -5,7 +5,7 @@
 # An interpreter for .venv, 3.10 or later; without PYTHON= an existing .venv keeps the one it has.
 PYTHON ?= python3
 # Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own, SEEDS=0,1, and to the robustness
-# benchmark TASKS=mlp and METHODS=Auto,Adam; ARGS= goes to pytest as it is.
+# benchmark TASKS=mlp, METHODS=Auto,Adam and LRS=1e-3,10; ARGS= goes to pytest as it is.
 PRESET ?=
 WORKERS ?=
 LOGGER ?=
@@ -13,6 +13,7 @@ START ?=
 SEEDS ?=
 TASKS ?=
 METHODS ?=
+LRS ?=
 ARGS ?=
 
 PY := .venv/bin/python
@@ -74,7 +75,7 @@ reproduce-char-rnn: setup ## train the character RNN from all starts and draw it
 
 reproduce-robustness: setup ## train from many initial lrs, beside the learning-rate-free (PRESET=cpu or paper)
 	@$(PY) -m experiments.robustness $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS)) \
-		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS))
+		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS)) $(if $(LRS),lrs=$(LRS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
 	@$(PY) -m experiments.tables_v1 $(RUN_OPTIONS)

@@ -281,13 +281,14 @@ class Options(LongOptions):
 
     tasks: str = ""
     methods: str = ""
+    lrs: str = ""  # of those that methods start from
 
 
 def plan(options: Options, seeds: Sequence[int], overrides: Sequence[str]) -> list[list[Config]]:
     """The runs that are asked for, in waves: what tells most first.
 
     Raises:
-        ValueError: a task or method that is not known.
+        ValueError: a task, method or initial lr that is not known.
     """
     tasks, methods = (
         [choose(name, one, known) for one in text.split(",")] if text else list(known)
@@ -297,6 +298,10 @@ def plan(options: Options, seeds: Sequence[int], overrides: Sequence[str]) -> li
         )
     )
     wanted = [c for c in cells(options.preset) if c.task in tasks and c.method in methods]
+    if options.lrs:
+        known = {f"{c.start:g}": c.start for c in wanted if c.start is not None}
+        lrs = {known[choose("lrs", one, list(known))] for one in _plain(options.lrs)}
+        wanted = [c for c in wanted if c.start in lrs]
     settings = PRESETS[options.preset]
     waves = [
         [
@@ -310,6 +315,17 @@ def plan(options: Options, seeds: Sequence[int], overrides: Sequence[str]) -> li
     if not any(waves):
         raise ValueError(f"methods={options.methods} has no runs for tasks={options.tasks}")
     return [wave for wave in waves if wave]
+
+
+def _plain(text: str) -> list[str]:
+    """The numbers of a text as "1e-3,10", each as `:g` writes it; what is none, as it is."""
+    found = []
+    for one in text.split(","):
+        try:
+            found.append(f"{float(one):g}")
+        except ValueError:
+            found.append(one)
+    return found
 
 
 def main() -> int:

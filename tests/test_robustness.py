@@ -129,6 +129,11 @@ def test_what_tells_most_comes_first() -> None:
     assert seeds == {0}
     few = plan(Options("cpu", tasks="mlp", methods="Auto,Prodigy"), [0], ())
     assert [len(wave) for wave in few] == [12]
+    from_two = plan(Options("cpu", methods="Auto,Adam,Prodigy", lrs="1e-3,0.003162"), [0], ())
+    rows = ["Auto from 0.001", "Adam from 0.001", "Adam from 0.003162"]
+    assert [c.row for c in from_two[0] if c.model.name == "resnet20"] == [
+        f"{row}, resnet" for row in rows
+    ]
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,8 @@ def test_what_tells_most_comes_first() -> None:
         ("tasks=mpl", "tasks='mpl' is not one of mlp, softmax"),
         ("methods=Auto,adam", "methods='adam' is not one of Auto, Adam"),
         ("method=Auto", "did you mean methods"),
+        ("lrs=1e-3,4e-3", "lrs='0.004' is not one of 1e-08, "),
+        ("lrs=1e-3;1", "lrs='1e-3;1' is not one of 1e-08, "),
     ],
 )
 def test_a_bad_option_gets_one_clear_line(
