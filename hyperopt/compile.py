@@ -35,6 +35,10 @@ Kernel = Callable[..., Any]
 # which shards of the same size share. That costs a few calls more, and compiles much faster.
 TOGETHER = 4
 
+# Inductor writes to memory what is read twice and itself reads more than four things. To compute it
+# twice saves a pass over memory; in a graph of more nodes than this there would be no end to it.
+FEW = 500
+
 FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler its -O3
 
 _compiled: dict[tuple, Kernel] = {}
@@ -215,11 +219,16 @@ def _kernel(
 
 
 def _compile(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Kernel:
+    from torch._functorch.compile_utils import fx_graph_cse
+
     # Clones, since arguments that are views, or are given twice, would be taken for one memory.
     arguments = [tensor.clone() for tensor in arguments]
     graph = trace(function, arguments)
+    # What is there twice is, for the most part, a move beside its own derivative.
+    graph.graph = fx_graph_cse(graph.graph)
     _realize_scalars(graph)
-    return compile_graph(graph, arguments)
+    options = {"realize_reads_threshold": 16} if len(graph.graph.nodes) < FEW else {}
+    return compile_graph(graph, arguments, **options)
 
 
 def _works_in_place(run: Kernel, small: Sequence[Tensor], vectors: Sequence[Tensor]) -> bool:
@@ -261,8 +270,11 @@ def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Graph
 
 
 @_uncollected()
-def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
+def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor], **options: Any) -> Kernel:
     """A graph from `trace`, compiled by Inductor for arguments like these.
+
+    Args:
+        options: of Inductor, beside our own.
 
     Raises:
         Exception: whatever a missing or broken compiler raises.
@@ -307,13 +319,14 @@ def compile_graph(graph: fx.GraphModule, arguments: Sequence[Tensor]) -> Kernel:
             run = compile_fx_inner(graph, stand_ins, is_inference=True)
         return lambda *tensors: run([*tensors])
 
+    options = {"size_asserts": False, **options}
     try:
         # Taking the C++ compiler's word for what this processor can do saves the ten seconds in
         # which Inductor would try all of its instruction sets, once on each machine.
-        return attempt({"cpp.vec_isa_ok": True, "size_asserts": False})
+        return attempt({"cpp.vec_isa_ok": True, **options})
     except Exception:
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        return attempt({"size_asserts": False})
+        return attempt(options)
 
 
 def _realize_scalars(graph: fx.GraphModule, large: int = 256) -> None:
