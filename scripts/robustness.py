@@ -2,8 +2,9 @@
 
     python -m scripts.robustness times
 
-times a training step of the MLP under each method, all in one process and in turn, on one core, and
-writes `results/robustness_times.json`, from which the table has its last column.
+times a training step of the MLP under each method, and what Auto adds to a step of each of the
+models, all in one process and in turn, on one core, and writes `results/robustness_times.json`,
+from which the table has its last column.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ from experiments.store import write_json, write_text
 from experiments.train import device_name
 from models import MLP
 from scripts import style
-from scripts.benchmark import rounds
+from scripts.benchmark import Plain, rounds
+from scripts.benchmark import setting as model_and_loss
 from scripts.runs import Run, read_runs
 
 NEAR = (1.1, 1.5)  # times the best fixed lr's error
@@ -567,14 +569,58 @@ def measure(count: int = ROUNDS, at_least: float = 0.02, compile: bool = True) -
     }
 
 
+def overheads(counts: Mapping[str, int], compile: bool = True) -> dict[str, dict[str, float]]:
+    """What Auto's `step()` takes beyond Adam's, torch's and ours, as a share of the whole step.
+
+    It is timed within whole steps, which scatter by more than is in question.
+
+    Args:
+        counts: the number of rounds for each model of `scripts.benchmark`.
+    """
+    torch.set_num_threads(1)
+    shares = {}
+    for name, count in counts.items():
+        make, loss = model_and_loss(name)
+        stacks = {method: Cell("mlp", method, 1e-3).stack for method in ("Auto", "Adam")}
+
+        def entrant(how: Callable[[Any], Any], make: Any = make, loss: Any = loss) -> Plain:
+            torch.manual_seed(0)
+            model = make()
+            return Plain(model, loss, how(model))
+
+        entrants = {
+            method: entrant(lambda m, stack=stack: make_optimizer(m, stack, compile))  # type: ignore[misc]
+            for method, stack in stacks.items()
+        }
+        entrants[REFERENCE] = entrant(
+            lambda m: torch.optim.Adam(m.parameters(), 1e-3, foreach=True)
+        )
+        for each in entrants.values():
+            each.whole()  # compiles
+            each.inside.clear()
+        whole = rounds({method: each.whole for method, each in entrants.items()}, count, 0.0)
+        step = {method: float(np.median(each.inside)) for method, each in entrants.items()}
+        shares[name] = {
+            method: (step["Auto"] - step[method]) / float(np.median(whole[method]))
+            for method in (REFERENCE, "Adam")
+        }
+    return shares
+
+
 def main(arguments: Sequence[str]) -> int:
     if list(arguments) != ["times"]:
         print(__doc__)
         return 0 if set(arguments) <= {"-h", "--help"} else 2
-    measured = measure()
+    measured = {
+        **measure(),
+        "overheads_of_auto": overheads({"mlp": 500, "char_rnn": 60, "resnet20": 15}),
+    }
     write_json(ROOT / "results" / TIMES, measured)
     for method, times in measured["relative"].items():
         print(f"{method:18} {times:.3f}")
+    for model, shares in measured["overheads_of_auto"].items():
+        beside = ", ".join(f"{share:+.2%} beside {method}" for method, share in shares.items())
+        print(f"Auto adds to a step of {model}: {beside}")
     return 0
 
 

@@ -329,6 +329,12 @@ def test_all_methods_are_timed_beside_torch_s_adam() -> None:
     assert measured["relative"][drawn.REFERENCE] == 1.0
 
 
+def test_what_auto_adds_to_a_step_is_beside_both_adams() -> None:
+    (shares,) = drawn.overheads({"mlp": 2}, compile=False).values()
+    assert set(shares) == {drawn.REFERENCE, "Adam"}
+    assert 0 < shares["Adam"] < 10  # eager, Auto takes many times as long
+
+
 # What is committed.
 
 
