@@ -191,7 +191,7 @@ def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
             continue
         limit, worst = TASKS[task].limit, auto.loc[auto.ratio.idxmax()]
         text = (
-            f"{title(preset, task)}: within {limit} times the best fixed lr's from "
+            f"{title(preset, task)}, {count(auto)}: within {limit} times the best fixed lr's from "
             f"{(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} times from "
             f"the worst, {worst.start:g}"
         )
@@ -312,11 +312,11 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, name: str, ti
         if not own.empty:
             data = data_label(runs.data[runs.task == task].iloc[0])
             lines += ["", f"## {title(preset, task)}, {data}: {TASKS[task].unit}", ""]
-            lines += [*remarks(own, task, data), *matrix(own, preset, task)]
+            lines += [*remarks(own, preset, task, data), *matrix(own, preset, task)]
     return "\n".join(lines) + "\n"
 
 
-def remarks(own: pd.DataFrame, task: str, data: str) -> list[str]:
+def remarks(own: pd.DataFrame, preset: str, task: str, data: str) -> list[str]:
     best = best_fixed(own)
     found = []
     if best is not None:
@@ -324,10 +324,24 @@ def remarks(own: pd.DataFrame, task: str, data: str) -> list[str]:
             f"The best fixed lr is that of {LABELS[best.method]} from {best.start:g}: "
             f"{best.error:.4g}."
         )
+        if chosen := some_fixed(own, PRESETS[preset][task].grid):
+            found.append(f"Of those that are searched, these were run: {chosen}.")
     if TASKS[task].metric == "objective" and data == "MNIST":
         least = json.loads(OPTIMUM.read_text())["objective"]
         found.append(f"The least objective that there is, by L-BFGS: {least:.6f}.")
     return [" ".join(found), ""] if found else []
+
+
+def some_fixed(own: pd.DataFrame, grid: Sequence[float]) -> str:
+    """The fixed lrs of one task that were run, where they are not all of those to search."""
+    run = {method: own.start[own.method == method] for method in FIXED}
+    if all(set(grid) <= set(lrs) for lrs in run.values()):
+        return ""
+    lrs = {method: sorted(set(grid) & set(starts)) for method, starts in run.items()}
+    return "; ".join(
+        f"{LABELS[method]} {', '.join(f'{lr:g}' for lr in own) or 'none'}"
+        for method, own in lrs.items()
+    )
 
 
 def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:

@@ -302,6 +302,33 @@ def test_the_garbage_collector_is_left_as_it_was(enabled):
         gc.enable()
 
 
+def test_a_step_computes_nothing_twice_and_its_loops_are_few(compiler, compilations, monkeypatch):
+    from torch._inductor import metrics
+
+    graphs, loops = [], []
+    compile_graph = hyperopt.compile.compile_graph
+
+    def recorded(graph, *args, **options):
+        nodes = [node for node in graph.graph.nodes if node.users]
+        graphs.append([str((node.target, node.args, node.kwargs)) for node in nodes])
+        metrics.reset()
+        run = compile_graph(graph, *args, **options)
+        loops.append(metrics.generated_cpp_vec_kernel_count)
+        return run
+
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    monkeypatch.setattr(hyperopt.compile, "compile_graph", recorded)
+    for few in (hyperopt.compile.FEW, 0):
+        monkeypatch.setattr(hyperopt.compile, "FEW", few)
+        monkeypatch.setattr(hyperopt.compile, "_compiled", {})
+        w = torch.randn(10_000, requires_grad=True)
+        w.grad = torch.randn_like(w)
+        hyperopt.Auto([w]).step()
+    assert all(len(done) == len(set(done)) for done in graphs)
+    tune, move, careful_tune, careful_move = loops
+    assert tune < careful_tune and move == careful_move
+
+
 def test_the_cpp_compiler_does_what_it_is_good_for(monkeypatch):
     from torch._inductor import compile_fx, cpp_builder
 

@@ -285,8 +285,23 @@ def test_verdicts_name_limit_and_peer() -> None:
     errors: dict[str, dict[Any, float]] = {"Adam": {1e-3: 2.0}, "Prodigy": {None: 2.1}}
     auto = dict.fromkeys(there, 2.2) | {1e2: 2.05, 1e-8: 3.0}
     (said,) = drawn.verdicts(table({**errors, "Auto": auto}), "cpu")
+    assert said.startswith("MLP, 5 epochs (reduced), n = 1: ")
     assert "within 1.15 times the best fixed lr's from 10 of 11 starts" in said
     assert "1.50 times from the worst, 1e-08; no worse than Prodigy from 1 of 11" in said
+
+
+def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
+    grid = PRESETS["cpu"]["mlp"].grid
+    some = table({"Adam": {1e-8: 9.0, 0.03162: 2.0, 1e-2: 3.0}, "SGD": dict.fromkeys(grid, 4.0)})
+    (said, _) = drawn.remarks(some, "cpu", "mlp", "MNIST")
+    lrs = ", ".join(f"{lr:g}" for lr in grid)
+    assert said == (
+        "The best fixed lr is that of Adam from 0.03162: 2. Of those that are searched, these were "
+        f"run: SGD {lrs}; SGD, momentum 0.9 none; Adam 0.01, 0.03162."
+    )
+    whole = {method: dict.fromkeys(grid, 2.0) for method in FIXED}
+    (said, _) = drawn.remarks(table(whole), "cpu", "mlp", "MNIST")
+    assert said == "The best fixed lr is that of SGD from 0.0001: 2."
 
 
 def test_what_was_not_run_is_hatched() -> None:
