@@ -45,6 +45,9 @@ class Vectors(NamedTuple):
 class Parts(NamedTuple):
     """What `packed` holds: views of it, new values for them, or their shapes.
 
+    A compiled step writes to them in this order. `upper`, which keeps raw values as they were, has
+    to come before `raw`.
+
     Attributes:
         values: those of the tuned hyperparameters; to be read only. With `fixed`, which follows,
             these are all in the order of `Layout.names`.
@@ -55,13 +58,13 @@ class Parts(NamedTuple):
 
     values: Any
     fixed: Any
+    upper: Any
     bounds: Any
     raw: Any
     last_fixed: Any
     steps: Any
     skipped: Any
     going: Any
-    upper: Any
     small: Any
 
 
@@ -128,13 +131,13 @@ class Layout:
         return Parts(
             values=(sum(count * slots for count, slots in raw),),
             fixed=fixed,
+            upper=upper,
             bounds=[(2, *shape) for shape in raw],
             raw=raw,
             last_fixed=(len(self.blocks[0].fixed),),
             steps=(),
             skipped=(len(self.levels),),
             going=(),
-            upper=upper,
             small=[(1 + counters,)] * len(self.sizes),
         )
 
@@ -191,13 +194,13 @@ class Layout:
         return Parts(
             values=torch.cat(values),
             fixed=[*tower.fixed],
+            upper=upper,
             bounds=[*tower.bounds],
             raw=[*tower.raw],
             last_fixed=tower.last_fixed,
             steps=tower.steps,
             skipped=tower.skipped,
             going=going,
-            upper=upper,
             small=small,
         )
 
