@@ -104,7 +104,7 @@ def restore(
             targets = layout.blocks[layout.levels[k - 1][0]].tuned
             parts = {"w": raw[k - 1], "g": torch.zeros_like(raw[k - 1]), "moved": vector([0])}
             with like.device:
-                parts |= block.rule.init(raw[k - 1])
+                parts |= block.init(raw[k - 1])
             for name in parts.keys() & old["last"].keys():
                 part, once = parts[name], old["last"][name]
                 if isinstance(once, dict):

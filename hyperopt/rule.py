@@ -10,11 +10,12 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
 from torch import Tensor
 
-from .domains import DOMAINS, REAL, SQUARE, Domain
+from .domains import DOMAINS, LOG, REAL, SQUARE, Domain
 
 if TYPE_CHECKING:
     from .stack import Stack
@@ -53,7 +54,7 @@ class Hyper:
     @overload
     def __get__(self, rule: Rule, owner: type) -> float: ...
     def __get__(self, rule: Rule | None, owner: type) -> Any:
-        return self if rule is None else rule.values[self.name]
+        return self if rule is None else rule.values.get(self.name, self.default)
 
 
 SCOPES = ("run", "group", "tensor")
@@ -171,15 +172,17 @@ class Rule:
         TypeError: an argument that the rule does not have.
     """
 
-    hypers: ClassVar[dict[str, Hyper]] = {}
+    hypers: Mapping[str, Hyper] = MappingProxyType({})
     options: ClassVar[dict[str, Option]] = {}
+    arguments: ClassVar[list[str]] = []  # the names of both, in the order of the notation
 
     # How any rule moves hyperparameters: their gradient, over so many steps, as a cosine, clipped
     # by value and by norm, in every so many steps, until so many steps were made; and to what share
-    # of the weights, by norms, it lets the lowest rule's updates grow.
+    # of the weights, by norms, it lets the lowest rule's updates grow. Where that is given, it is
+    # one of the rule's hyperparameters.
     horizon = Option(1.0)
     normalize = Option(False)
-    trust = Option(math.inf)
+    trust = Hyper(math.inf, LOG, tuned=False)
     clip_value = Option(math.inf)
     clip_norm = Option(math.inf)
     every = Option(1)
@@ -187,8 +190,11 @@ class Rule:
 
     def __init_subclass__(cls, known: bool = True) -> None:
         members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
-        cls.hypers = {n: m for n, m in members.items() if isinstance(m, Hyper)}
         cls.options = {n: m for n, m in members.items() if isinstance(m, Option)}
+        own = {n: m for n, m in members.items() if isinstance(m, Hyper)}
+        cls.hypers = {n: m for n, m in own.items() if n not in vars(Rule)}
+        others = (n for n in members if n in {**own, **cls.options} and n not in cls.hypers)
+        cls.arguments = [*cls.hypers, *others]
         if known:
             RULES[cls.__name__] = cls
 
@@ -203,10 +209,12 @@ class Rule:
         for name, value in [*kwargs.items(), *joint.items()]:
             if name in given:
                 raise TypeError(f"{self.name} got {name} twice")
-            if name not in self.hypers and name not in self.options:
-                known = [*self.hypers, *self.options]
-                raise TypeError(f"{self.name} has no argument {name!r}; {near(name, known)}")
+            if name not in self.arguments:
+                near_ones = near(name, self.arguments)
+                raise TypeError(f"{self.name} has no argument {name!r}; {near_ones}")
             given[name] = value
+        if given.get("trust", math.inf) != math.inf:
+            self.hypers = {**self.hypers, "trust": Rule.trust}
         self.values: dict[str, Number] = {}
         for name, hyper in self.hypers.items():
             value = given.get(name, hyper.default)
@@ -227,7 +235,7 @@ class Rule:
                 raise ValueError(
                     f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
                 )
-        leasts = {"horizon": 1, "trust": 0, "clip_value": 0, "clip_norm": 0, "every": 1, "until": 0}
+        leasts = {"horizon": 1, "clip_value": 0, "clip_norm": 0, "every": 1, "until": 0}
         for name, least in leasts.items():
             if not self.settings[name] >= least:
                 raise ValueError(
@@ -313,17 +321,12 @@ class Rule:
         return Stack(self) / above
 
     def __str__(self) -> str:
-        first, *others = self.hypers
+        first, *others = self.arguments
         arguments = [write(self.values[first])]
         arguments += [
-            f"{name}={write(self.values[name])}"
+            f"{name}={write(value)}"
             for name in others
-            if self.values[name] != self.hypers[name].default
-        ]
-        arguments += [
-            f"{name}={write(self.settings[name])}"
-            for name, option in self.options.items()
-            if self.settings[name] != option.default
+            if (value := getattr(self, name)) != getattr(type(self), name).default
         ]
         text = f"{self.name}({', '.join(arguments)})"
         if self.subset is not None:

@@ -18,13 +18,13 @@ t-th step as D <- (1 - 1/min(t, n)) D + d. For an lr in the log domain and n = i
 updates are proportional to lr, D is the way from the mean of all earlier weights to the present
 ones. trust=0.1 lets what lr adds to the weights in one step, with most rules the whole update, be
 no larger than a tenth of them, by their norms: lr, which must be in the log domain, is pulled down
-to that.
+to that. Where it is given, trust is a hyperparameter of its level: a further level moves it where
+it is named, as in SGD(0.1)[lr: log] / SGD(0.2, trust=0.1)[lr, trust] / SGD(1e-3).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -70,21 +70,21 @@ class Stack:
                         f"{below}: {name} per {how.per} is for the lowest level; above it, give "
                         "one number for each hyperparameter below, as in {lr: 0.1, ...}"
                     )
-        for name in vars(Rule).keys() & levels[0].options:
-            if levels[0].settings[name] != levels[0].options[name].default:
+        for name in vars(Rule).keys() & {*levels[0].arguments}:
+            if getattr(levels[0], name) != getattr(Rule, name).default:
                 raise ValueError(
                     f"{levels[0]}: {name} is for a level that moves hyperparameters; the weights' "
                     "gradients are clipped by torch.nn.utils.clip_grad_norm_ and the like"
                 )
         for k, above in enumerate(levels[2:], 2):
             for name in ("horizon", "trust"):
-                if above.settings[name] != above.options[name].default:
+                if getattr(above, name) != getattr(Rule, name).default:
                     raise ValueError(
                         f"{above}: {name} is for the level that moves the hyperparameters of the "
                         f"lowest one, and not for level {k}"
                     )
         logarithmic = [n for n, how in levels[0].tuned.items() if how.domain is LOG]
-        if len(levels) > 1 and levels[1].trust < math.inf and "lr" not in logarithmic:
+        if len(levels) > 1 and "trust" in levels[1].hypers and "lr" not in logarithmic:
             raise ValueError(
                 f"{levels[1]}: trust bounds the lr of {levels[0]}, which must be moved in the "
                 "log domain, as in [lr: log]"

@@ -45,6 +45,9 @@ from .stack import Stack
 # norm, so that those that start at 0 can be moved (epsilon_2 of Shazeer and Stern 2018, Adafactor).
 SMALL = 1e-3
 
+# A raw value that none is bounded by. All that is kept has to be finite.
+ROOMY = 1e300
+
 
 class Move(NamedTuple):
     """What a rule read when it last moved one vector of n weights.
@@ -152,8 +155,11 @@ class Block:
         return _names(self.tuned)
 
     def init(self, w: Tensor) -> State:
-        """The state before the first update of ``w``: the rule's, and the paths of `advance`."""
+        """The state before the first update of ``w``: the rule's, the paths of `advance`, and what
+        a bound that is tuned stands on in `update`."""
         state = self.rule.init(w)
+        if self.bounds_updates and self.tuned:
+            state["room"] = torch.zeros_like(w)
         if self.horizon > 1:
             state |= {f"path_{name}": torch.zeros_like(w) for name in self.names}
             state["path_length"] = torch.zeros((), dtype=torch.float64)
@@ -176,13 +182,34 @@ class Block:
         return self.above is not None and self.above.normalize
 
     @property
-    def trust(self) -> float:
-        return math.inf if self.above is None else self.above.trust
+    def bounds_updates(self) -> bool:
+        """Whether it lets the lowest rule's updates grow to a share of the weights only."""
+        return "trust" in self.rule.hypers
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the level above does so with what this one moves."""
+        return self.above is not None and "trust" in self.above.hypers
 
     @property
     def sums(self) -> int:
         """How many numbers `replay` returns for each hyperparameter."""
-        return 1 + 2 * self.normalize + 2 * (self.trust < math.inf)
+        return 1 + 2 * self.normalize + 2 * self.bounded
+
+    def update(
+        self, w: Tensor, g: Tensor, state: State, raw: Tensor, fixed: Tensor
+    ) -> tuple[Tensor, State]:
+        """Where a level above the lowest moves what is below it, as its hyperparameters have it.
+
+        Where its bound is tuned, ``state["room"]`` is how large the raw values might become, were
+        an update to be as large as the weights.
+        """
+        h = self.values(raw, fixed)
+        new, after = self.rule.update(w, g, state, h)
+        if "room" in state:
+            most = state["room"] + torch.log(h.trust)
+            new, after = torch.where(new > most, most, new), {**after, "room": state["room"]}
+        return new, after
 
     def places(self, own: Sequence[int]) -> list[int]:
         """Where what `replay` returns for the slots of one owner stands among that of all."""
@@ -236,7 +263,7 @@ class Block:
             tuple(rule.settings.items()),
             tuple((name, how.domain.name) for name, how in rule.tuned.items()),
             tuple(name for name in rule.hypers if rule.on(name)),
-            (self.horizon, self.normalize, self.trust < math.inf),
+            (self.horizon, self.normalize, self.bounded),
             self.tuned,
             self.fixed,
             self.below,
@@ -288,7 +315,7 @@ def build(
         below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
         above = None if top else stack.levels[k + 1]
         block = Block(rule, tuple(tuned), tuple(fixed), below, False, above)
-        if tuned and block.horizon == 1 and depends_on_weights(rule):
+        if tuned and block.horizon == 1 and (block.bounds_updates or depends_on_weights(rule)):
             block = replace(block, depends_on_weights=True)
         if k > 1 and replace(blocks[-1], count=1).structure() == block.structure():
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
@@ -399,7 +426,7 @@ def replay(
         rows = [torch.stack([(g * path).sum() for path in paths])]
     if block.normalize:
         rows += [(g * g).sum().expand(len(raw)), torch.stack([(p * p).sum() for p in paths])]
-    if block.trust < math.inf:
+    if block.bounded:
 
         def ahead(raw: Tensor) -> tuple[Tensor, State]:
             return block.rule.update(w, g, state, block.values(raw, fixed))
@@ -444,20 +471,21 @@ def judge(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, Tensor | Non
         sums: [block.sums * tuned slots].
 
     Returns:
-        the hypergradient; and the highest raw values, if the updates' size is bounded.
+        the hypergradient; and, if the updates' size is bounded, the raw values with which they
+        would be as large as the weights.
     """
     hypergradient, *rows = sums.view(block.sums, len(raw)).unbind()
     if block.normalize:
         hypergradient = cosine(hypergradient, *rows[:2])
-    if block.trust == math.inf:
+    if not block.bounded:
         return hypergradient, None
     # What lr adds to the weights is proportional to it: the derivative by log lr is that itself.
     update, weights = rows[-2:]
-    most = raw + torch.log(block.trust * torch.sqrt(weights / update))
+    room = raw + torch.log(torch.sqrt(weights / update))
     names = [slot.name for slot in block.tuned]
     first, end = names.index("lr"), names.index("lr") + names.count("lr")
     free = torch.full_like(raw, math.inf)
-    return hypergradient, torch.cat([free[:first], most[first:end], free[end:]])
+    return hypergradient, torch.cat([free[:first], room[first:end], free[end:]])
 
 
 def cosine(product: Tensor, squares: Tensor, others: Tensor) -> Tensor:
@@ -485,7 +513,7 @@ def climb(
     going = largest.isfinite().to(tower.steps.dtype)
 
     # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
-    hypergradient, most = judge(blocks[0], raws[0], sums)
+    hypergradient, room = judge(blocks[0], raws[0], sums)
     # A gradient that is to leave the weights where they are moves nothing else.
     hypergradients = [torch.where(going > 0, hypergradient, math.nan)]
     states, skipped = [], [1 - going.view(1)]
@@ -507,6 +535,9 @@ def climb(
     k = len(raws) - 1
     for b, block in reversed(upper):
         state, below = states[b - 1], range(k - block.count, k)
+        if "room" in state and room is not None:
+            # Of an update of 0 it is infinite, and of one that is not finite, nothing.
+            state = {**state, "room": torch.nan_to_num(room, ROOMY, ROOMY).clamp(max=ROOMY)[None]}
         vectors = [raws[i] for i in below]
         gradients = torch.stack([hypergradients[i] for i in below])
         sound = gradients.isfinite().all(1)
@@ -526,7 +557,8 @@ def climb(
         if turn is not None:
             moved, missed = moved & turn, missed & turn
         skipped[b] = skipped[b] + missed
-        if most is not None and k == 0:
+        if room is not None and k == 0:
+            most = room + torch.log(h.trust)
             above = (most < raws[0]) & (going > 0)
             raws[0] = torch.where(above, most.maximum(bounds[0][0]), raws[0])
         moves.insert(0, Move(w, gradients, state, moved.to(gradients.dtype)))
@@ -603,7 +635,7 @@ def differentiate(
     def rerun(
         raw: Tensor, fixed: Tensor, w: Tensor, g: Tensor, state: State
     ) -> tuple[Tensor, State]:
-        return block.rule.update(w, g, state, block.values(raw, fixed))
+        return block.update(w, g, state, raw, fixed)
 
     assert move.g is not None
     w = move.g if move.w is None else move.w

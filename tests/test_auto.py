@@ -146,6 +146,89 @@ def test_no_update_is_larger_than_the_share_of_the_weights_that_is_trusted():
     assert lrs(bound[1])[:4] == lrs(free[1])[:4]
 
 
+BOUND = "SGD(0.5)[lr: log] / SGD(0.3, trust=0.1, momentum=0.5)[lr, trust{}] / SGD(0.7)"
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("domain", ["", ": real"])
+def test_the_bound_is_tuned_like_any_hyperparameter(domain, compile):
+    """Its hypergradient by central differences of the loss after the step that it bounds."""
+    a = torch.linspace(1, 3, 5, dtype=torch.float64)
+
+    def run(bound: float, steps: int) -> tuple[Tensor, HyperOptimizer]:
+        w = torch.full((5,), 2.0, dtype=torch.float64, requires_grad=True)
+        stack = BOUND.format(domain).replace("trust=0.1", f"trust={bound!r}")
+        optimizer = HyperOptimizer([w], stack, compile=compile)
+        for _ in range(steps):
+            w.grad = (a * w).detach() - 1
+            optimizer.step()
+        w = w.detach()
+        return (0.5 * a * w * w - w).sum(), optimizer
+
+    d = 1e-6
+    raws = (0.1 + d, 0.1 - d) if domain else (0.1 * math.exp(d), 0.1 * math.exp(-d))
+    losses = [float(run(bound, 1)[0]) for bound in raws]
+    optimizer = run(0.1, 2)[1]
+    found = dict(zip(optimizer.names, optimizer.hypergradients().tolist(), strict=False))
+    assert found["1.trust"] == pytest.approx((losses[0] - losses[1]) / (2 * d), rel=1e-6)
+    raw = 0.1 - 0.7 * found["1.trust"] if domain else math.log(0.1) - 0.7 * found["1.trust"]
+    held = optimizer.hyperparameters()[1]["trust"]
+    assert held == pytest.approx(raw if domain else math.exp(raw), rel=1e-9)
+
+
+def test_a_bound_is_moved_where_it_held_and_what_it_held_back_is_not():
+    w = torch.linspace(-1, 2, 6, dtype=torch.float64).requires_grad_()
+    optimizer = HyperOptimizer([w], BOUND.format(""), compile=False)
+    seen = set()
+    held = None
+    for g in gradients(40):
+        w.grad = g
+        before = w.detach().clone()
+        optimizer.step()
+        found = dict(zip(optimizer.names, optimizer.hypergradients().tolist(), strict=False))
+        if held is not None and found["0.lr"] != 0:
+            assert found["1.trust"] == pytest.approx(found["0.lr"] if held else 0, rel=1e-12)
+            assert found["1.lr"] == 0 or not held
+            seen.add(held)
+        bound = optimizer.hyperparameters()[1]["trust"]
+        share = float((w.detach() - before).norm()) / math.sqrt(float(before @ before) + 6e-6)
+        assert share <= bound * (1 + 1e-9)
+        held = share == pytest.approx(bound, rel=1e-9)
+    assert seen == {True, False}
+
+
+def test_a_bound_is_tuned_beside_what_it_does_not_bound():
+    """Nothing bounds the momentum, and after a gradient that is not finite nothing is known."""
+    w = torch.linspace(-1, 2, 6, dtype=torch.float64).requires_grad_()
+    stack = BOUND.format("").replace("(0.5)[lr: log]", "(0.5, momentum=0.3)[lr: log, momentum]")
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    g = gradients(20)
+    g[10] = torch.full_like(g[0], math.nan)
+    bounds = []
+    for g_t in g:
+        w.grad = g_t
+        optimizer.step()
+        found = dict(zip(optimizer.names, optimizer.hypergradients().tolist(), strict=False))
+        if g_t.isfinite().all():
+            assert found["1.trust"] in (0, pytest.approx(found["0.lr"], rel=1e-12))
+        bounds.append(optimizer.hyperparameters()[1]["trust"])
+    assert optimizer.skipped == [1, 1, 1]
+    assert len(set(bounds)) > 3
+
+
+def test_the_bound_is_one_number_among_the_hyperparameters_and_constant_unless_it_is_named():
+    p = torch.ones(3, requires_grad=True)
+    for text, tuned in (
+        ("SGD(0.1)[lr: log] / SGD(0.1, trust=0.1) / SGD(0.1)", {"lr"}),
+        ("SGD(0.1)[lr: log] / SGD(0.1, trust=0.1)[trust: log] / SGD(0.1)", {"trust"}),
+    ):
+        optimizer = HyperOptimizer([p], text, compile=False)
+        assert optimizer.hyperparameters()[1]["trust"] == pytest.approx(0.1)
+        assert set(optimizer.stack.levels[1].tuned) == tuned
+    assert "trust" not in optimizer.hyperparameters()[0]
+    assert "trust" not in RULES["SGD"].hypers
+
+
 def test_weights_of_zero_can_be_moved_all_the_same():
     w = torch.zeros(4, dtype=torch.float64)
     weights, _ = run("Adam(100.0)[lr: log] / SGD(0, trust=0.1)", gradients(3, 4), w)
@@ -198,6 +281,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ("SGD(0.1)[lr: log] / SGD(0.1) / SGD(0.1, trust=0.1)", "trust is for the level that moves"),
         ("SGD(0.1) / SGD(0.1, trust=0.1)", "must be moved in the log domain"),
         ("SGD(0.1, momentum=0.9)[momentum] / SGD(0.1, trust=0.1)", "moved in the log domain"),
+        ("SGD(0.1, trust=0.1)", "trust is for a level that moves hyperparameters"),
+        ("SGD(0.1)[lr: log] / SGD(0.1, trust=-1)", r"trust must lie in \[0, inf\), but is -1"),
+        ("SGD(0.1)[lr: log] / SGD(0.1)[trust] / SGD(1)", "no hyperparameter 'trust'"),
         ("SGD(0.1) / SGD(0.1, horizon=0.5)", "horizon must be 1 or more, but is 0.5"),
         ("SGD(0.1, normalize=True)", "normalize is for a level that moves hyperparameters"),
         ("SGD(0.1) / SGD(0.1, normalize=1)", "normalize must be a bool, not 1.0"),

@@ -68,7 +68,7 @@ STACKS = [
     ),
     (
         # What levels above keep of the values that they moved.
-        "SGD(0.05)[lr: log] / SGD(0.1, weight_decay=0.1)[lr, weight_decay] / "
+        "SGD(0.05)[lr: log] / SGD(0.1, weight_decay=0.1, trust=0.05)[lr, weight_decay, trust] / "
         "SGD(0.01, weight_decay=0.1) / SGD(0.01, weight_decay=0.1) / SGD(1e-3)",
         torch.float64,
         {"lr": 0.02},

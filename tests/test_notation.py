@@ -43,6 +43,8 @@ def rules(draw, below: Rule | None, second: bool = False) -> Rule:
     barred = set(vars(Rule)) if below is None else {"horizon", "trust"} if not second else set()
     if "lr" not in moved or moved["lr"].domain is not LOG:
         barred.add("trust")
+    if "trust" not in barred and draw(st.booleans()):
+        arguments["trust"] = draw(st.floats(1e-300, 1e300))
     for name, option in cls.options.items():
         if name not in barred and draw(st.booleans()):
             arguments[name] = draw(kinds[type(option.default)])

@@ -21,6 +21,7 @@ STACKS = [
     "Adam(0.01) / SGD({lr: 1e-4, beta1: 1e-3, beta2: 1e-2}, momentum=0.5) / SGD(1e-6)",
     "AdamW(0.01)[lr: log, weight_decay] / RMSProp(1e-3) / AdaGrad(1e-3) / Adam(1e-3)",
     "ScheduleFreeAdam(1.0)[lr: log, beta1] / AdaGrad(1.0, horizon=inf, normalize=True, trust=0.1)",
+    "Adam(0.05)[lr: log] / SGD(0.1, trust=0.02)[lr, trust] / SGD(0.1)",
 ]
 STEPS = 9
 GROUPS: dict[str, Callable[[nn.Module], list]] = {
@@ -86,7 +87,9 @@ def resume(stack, groups, compile, parked, stops, path=None) -> None:
     [("one group", False, False), ("groups", True, False), ("groups", True, True)],
     ids=["one group", "groups, some without gradient", "the same, in place"],
 )
-@pytest.mark.parametrize("stack", STACKS, ids=[*(f"height {i}" for i in range(4)), "as Auto"])
+@pytest.mark.parametrize(
+    "stack", STACKS, ids=[*(f"height {i}" for i in range(4)), "as Auto", "bound tuned"]
+)
 def test_a_resumed_run_is_the_same_bit_for_bit(stack, groups, parked, in_place, monkeypatch):
     if in_place:
         monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
