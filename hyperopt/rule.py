@@ -210,8 +210,8 @@ class Rule:
             if name in given:
                 raise TypeError(f"{self.name} got {name} twice")
             if name not in self.arguments:
-                near_ones = near(name, self.arguments)
-                raise TypeError(f"{self.name} has no argument {name!r}; {near_ones}")
+                hint = near(name, self.arguments)
+                raise TypeError(f"{self.name} has no argument {name!r}; {hint}")
             given[name] = value
         if given.get("trust", math.inf) != math.inf:
             self.hypers = {**self.hypers, "trust": Rule.trust}
