@@ -392,7 +392,7 @@ CAPTION = (
 def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
     """The heat map: a panel for each task that has runs, a row for each method."""
     tasks = [task for task in PRESETS[preset] if (table.task == task).any()]
-    methods = [method for method in LABELS if (table.method == method).any()]
+    methods = [method for method in MAIN if (table.method == method).any()]
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(
@@ -407,7 +407,7 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
     colours = shades(len(EDGES) + 1)
     for axis, task in zip(axes.flat, tasks, strict=False):
         draw_task(axis, table[table.task == task], preset, task, methods, colours)
-    axes[0, 0].set_yticks(range(len(methods)), [short(method) for method in methods])
+    axes[0, 0].set_yticks(range(len(methods)), [LABELS[method] for method in methods])
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
     names = [f"≤ {EDGES[0]}", *(f"≤ {edge:g}" for edge in EDGES[1:]), f"> {EDGES[-1]:g}"]
     handles = [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=True)]
@@ -428,10 +428,6 @@ def shades(number: int) -> list[Any]:
     return [tuple(shade) for shade in plt.get_cmap("cividis_r")(np.linspace(0.02, 1, number))]
 
 
-def short(method: str) -> str:
-    return f"Auto {LABELS[method].partition(',')[0]}" if method in ABLATION else LABELS[method]
-
-
 def draw_task(
     axis: plt.Axes,
     own: pd.DataFrame,
@@ -445,8 +441,6 @@ def draw_task(
     width = (places[-1] - places[0]) / (len(places) - 1)
     left = places[0] - width / 2
     for y, method in enumerate(methods):
-        if method in ABLATION and not TASKS[task].ablated:
-            continue
         mine = own[own.method == method]
         ratios = dict(zip(mine.start, mine.ratio, strict=True))
         free = [*mine.ratio, None][0]

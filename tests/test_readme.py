@@ -194,14 +194,21 @@ def test_the_errors_of_taller_towers_are_those_of_the_committed_figure() -> None
 
 
 def test_auto_s_worst_starts_are_those_of_the_committed_benchmark() -> None:
-    points = pd.read_csv(ROOT / "results" / "robustness_cpu.csv")
-    ratios = points[points.method == "Auto"].groupby("task").ratio
+    points = pd.read_csv(ROOT / "results" / "robustness_paper.csv")
+    auto = points[points.method == "Auto"]
+    ratios = auto.groupby("task").ratio
     section = README.partition("## Any start")[2].partition("\n## ")[0]
-    count, *worst = re.findall(r"From (\d+)|([\d.]+)\s+times", section)
-    told = [ratio for _, ratio in worst]
-    tasks = "mlp", "softmax", "mlp30", "char_rnn", "resnet"
+    counts = re.findall(r"[Ff]rom (\d+)\s+starts", section)
+    told = re.findall(r"([\d.]+)\s+times", section)
+    tasks = "mlp", "mlp30", "softmax", "char_rnn", "resnet"
     assert told == [f"{ratios.max()[task]:.2f}" for task in tasks]
-    assert int(count[0]) == ratios.size()["mlp"] == ratios.size()["softmax"]
+    sizes = ratios.size()
+    assert int(counts[0]) == sizes["mlp"] == sizes["mlp30"] == sizes["softmax"]
+    assert int(counts[1]) == sizes["char_rnn"] == sizes["resnet"]
+    assert (auto[auto.task.isin(tasks[:3])].n == 3).all()
+    assert "(3 epochs, 1 to 3 seeds)" in section and "(2 epochs, one seed)" in section
+    assert auto[auto.task == "char_rnn"].n.between(1, 3).all()
+    assert (auto[auto.task == "resnet"].n == 1).all()
 
 
 def test_the_perplexities_are_those_of_the_committed_table() -> None:
