@@ -299,7 +299,8 @@ def plan(options: Options, seeds: Sequence[int], overrides: Sequence[str]) -> li
     )
     wanted = [c for c in cells(options.preset) if c.task in tasks and c.method in methods]
     if options.lrs:
-        known = {f"{c.start:g}": c.start for c in wanted if c.start is not None}
+        every = sorted({c.start for c in wanted if c.start is not None})
+        known = {f"{lr:g}": lr for lr in every}
         lrs = {known[choose("lrs", one, list(known))] for one in _plain(options.lrs)}
         wanted = [c for c in wanted if c.start in lrs]
     settings = PRESETS[options.preset]
