@@ -431,7 +431,10 @@ def replay(
         def ahead(raw: Tensor) -> tuple[Tensor, State]:
             return block.rule.update(w, g, state, block.values(raw, fixed))
 
-        update = tangents(ahead, raw, g)[0][block.names.index("lr")]
+        # What an lr of 1 would add, since what a large one adds may overflow when it is squared.
+        lr = block.names.index("lr")
+        unit = units(raw)[lr] / block.numbers(raw)[lr]
+        (update,), _ = tangents(ahead, raw, g, [unit])
         least = SMALL**2 * len(w)
         rows += [
             (update * update).sum().expand(len(raw)),
@@ -443,15 +446,19 @@ def replay(
 
 
 def tangents(
-    move: Callable[[Tensor], tuple[Tensor, State]], raw: Tensor, like: Tensor
+    move: Callable[[Tensor], tuple[Tensor, State]],
+    raw: Tensor,
+    like: Tensor,
+    directions: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], State]:
-    """The derivatives of the weights that a move leads to, [n] for each raw value, and its state.
+    """The derivatives of the weights that a move leads to, [n] for each direction, and its state.
 
     A row of the Jacobian's transpose is reverse mode's derivative of reverse mode, which is linear
     in what it is given; forward mode itself cannot be traced without traces of its bookkeeping.
 
     Args:
         like: a vector of the weights' kind, [n].
+        directions: in which ``raw`` changes, each like it; by default one for each raw value.
     """
 
     def pullback(vector: Tensor) -> tuple[Tensor, State]:
@@ -459,8 +466,12 @@ def tangents(
         return back(vector)[0], state
 
     _, forward, state = torch.func.vjp(pullback, like, has_aux=True)  # type: ignore[misc]
-    units = torch.eye(len(raw), dtype=raw.dtype, device=raw.device)
-    return [forward(unit)[0] for unit in units.unbind()], state
+    return [forward(d)[0] for d in (units(raw) if directions is None else directions)], state
+
+
+def units(raw: Tensor) -> Sequence[Tensor]:
+    """The unit vectors, one for each raw value."""
+    return torch.eye(len(raw), dtype=raw.dtype, device=raw.device).unbind()
 
 
 def judge(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -479,9 +490,9 @@ def judge(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, Tensor | Non
         hypergradient = cosine(hypergradient, *rows[:2])
     if not block.bounded:
         return hypergradient, None
-    # What lr adds to the weights is proportional to it: the derivative by log lr is that itself.
+    # What lr adds to the weights is proportional to it, and its raw value is its logarithm.
     update, weights = rows[-2:]
-    room = raw + torch.log(torch.sqrt(weights / update))
+    room = torch.log(torch.sqrt(weights / update))
     names = [slot.name for slot in block.tuned]
     first, end = names.index("lr"), names.index("lr") + names.count("lr")
     free = torch.full_like(raw, math.inf)

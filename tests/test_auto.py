@@ -229,6 +229,15 @@ def test_the_bound_is_one_number_among_the_hyperparameters_and_constant_unless_i
     assert "trust" not in RULES["SGD"].hypers
 
 
+@pytest.mark.parametrize("rule", ["Adam", "SGD"])
+def test_an_update_whose_square_overflows_is_bounded_like_any_other(rule):
+    g, w = [step.float() for step in gradients(5)], torch.linspace(-1, 2, 6)
+    stack = rule + "({})[lr: log] / SGD(0.1, trust=0.1)"
+    large, larger = (run(stack.format(lr), g, w) for lr in (1e3, 1e30))
+    assert large[1][1:] == larger[1][1:]
+    assert torch.equal(torch.stack(large[0]), torch.stack(larger[0]))
+
+
 def test_weights_of_zero_can_be_moved_all_the_same():
     w = torch.zeros(4, dtype=torch.float64)
     weights, _ = run("Adam(100.0)[lr: log] / SGD(0, trust=0.1)", gradients(3, 4), w)
@@ -298,7 +307,8 @@ def test_auto_is_a_stack_like_others():
     w = torch.ones(3, requires_grad=True)
     optimizer = Auto([w], compile=False)
     assert parse(str(optimizer.stack)) == optimizer.stack
-    assert Auto([w], lr=0.5, compile=False).hyperparameters()[0]["lr"] == pytest.approx(0.5)
+    decayed = Auto([w], lr=0.5, weight_decay=0.1, compile=False).hyperparameters()[0]
+    assert decayed["lr"] == pytest.approx(0.5) and decayed["weight_decay"] == pytest.approx(0.1)
     assert RULES.keys() >= {type(level).__name__ for level in optimizer.stack.levels}
     w.grad = torch.ones(3)
     optimizer.step()
