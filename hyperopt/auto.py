@@ -26,12 +26,21 @@ class Auto(HyperOptimizer):
         lr: where the learning rate starts. The default does no harm to weights that were trained
             before; from 1.0 the first update is as large as it may be, which saves new weights some
             ten steps in which lr only grows.
+        weight_decay: decoupled from the gradient, as that of AdamW and Schedule-Free AdamW. Param
+            groups may have one of their own.
         compile: as in `HyperOptimizer`.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-5, *, compile: bool = True) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-5,
+        *,
+        weight_decay: float = 0.0,
+        compile: bool = True,
+    ) -> None:
         above = AdaGrad(
             1.0, initial_accumulator_value=0.1, horizon=float("inf"), normalize=True, trust=0.1
         )
-        lowest = ScheduleFreeAdam(lr, r=8)["lr: log"]
+        lowest = ScheduleFreeAdam(lr, weight_decay=weight_decay, r=8)["lr: log"]
         super().__init__(params, lowest / above, compile=compile)
