@@ -36,7 +36,8 @@ Kernel = Callable[..., Any]
 TOGETHER = 4
 
 # Inductor writes to memory what is read twice and itself reads more than four things. To compute it
-# twice saves a pass over memory; in a graph of more nodes than this there would be no end to it.
+# twice saves a pass over memory where no move is run again: there the state that it leads to has to
+# be written in any case. In a graph of more nodes than this there would be no end to it.
 FEW = 500
 
 FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler its -O3
@@ -80,8 +81,10 @@ def _all_at_once(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Ste
     halves = [layout.tune, layout.move] if layout.blocks[0].tuned else [layout.move]
     vectors = [tensor for shard in shards for tensor in shard.flat()]
     name = _structure(layout), layout.owners, layout.sizes
+    again = not layout.blocks[0].reruns
     kernels = [
-        _kernel((do.__name__, *name), functools.partial(half, do), leaves, vectors) for do in halves
+        _kernel((do.__name__, *name), functools.partial(half, do), leaves, vectors, again)
+        for do in halves
     ]
 
     def step(shards: Sequence[Vectors]) -> None:
@@ -97,6 +100,7 @@ def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
     raw, fixed, last_fixed = parts.raw[0][0], parts.fixed[0][0], parts.last_fixed
     of_raw = _Gather(layout.tuned, raw, lowest.sums)
     of_fixed = _Gather(layout.fixed, fixed)
+    again = not lowest.reruns
     replays, advances = [], []
     everything = zip(of_raw(raw), of_fixed(fixed), parts.small, shards, strict=True)
     for own, constant, small, shard in everything:
@@ -116,9 +120,9 @@ def _by_shard(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step:
         kind = structure[0][:5], bool(lowest.tuned), len(shard.w)
         if lowest.tuned:
             numbers = [own, constant, small]
-            replays.append(_kernel(("replay", *kind), replay, numbers, shard.flat()))
+            replays.append(_kernel(("replay", *kind), replay, numbers, shard.flat(), again))
         numbers = [own, constant, parts.going, small]
-        advances.append(_kernel(("advance", *kind), advance, numbers, shard.flat()))
+        advances.append(_kernel(("advance", *kind), advance, numbers, shard.flat(), again))
 
     leaves, tree = tree_flatten(parts._replace(small=[]))
 
@@ -199,26 +203,28 @@ def _kernel(
     function: Callable[..., Any],
     small: Sequence[Tensor],
     vectors: Sequence[Tensor] = (),
+    again: bool = False,
 ) -> Kernel:
     """A function of tensors, compiled once in this process for each name and kind of them.
 
     Args:
         small: its first arguments.
         vectors: the others, which it is given twice: to read, and to write.
+        again: whether it may compute something twice rather than keep it.
     """
     vectors = [*vectors]
     kinds = tuple((tensor.dtype, tensor.device) for tensor in (*small, *vectors))
     key = (*name, kinds, torch.get_num_threads() if small[0].device.type == "cpu" else None)
     if key not in _compiled:
-        _compiled[key] = run = _compile(function, [*small, *vectors, *vectors])
+        _compiled[key] = run = _compile(function, [*small, *vectors, *vectors], again)
         if vectors and not _works_in_place(run, small, vectors):
             n = len(small)
-            careful = _compile(lambda *t: function(*t, *t[n:]), [*small, *vectors])
+            careful = _compile(lambda *t: function(*t, *t[n:]), [*small, *vectors], again)
             _compiled[key] = lambda *tensors: careful(*tensors[: n + len(vectors)])
     return _compiled[key]
 
 
-def _compile(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Kernel:
+def _compile(function: Callable[..., Any], arguments: Sequence[Tensor], again: bool) -> Kernel:
     from torch._functorch.compile_utils import fx_graph_cse
 
     # Clones, since arguments that are views, or are given twice, would be taken for one memory.
@@ -227,7 +233,8 @@ def _compile(function: Callable[..., Any], arguments: Sequence[Tensor]) -> Kerne
     # What is there twice is, for the most part, a move beside its own derivative.
     graph.graph = fx_graph_cse(graph.graph)
     _realize_scalars(graph)
-    options = {"realize_reads_threshold": 16} if len(graph.graph.nodes) < FEW else {}
+    again = again and len(graph.graph.nodes) < FEW
+    options = {"realize_reads_threshold": 16} if again else {}
     return compile_graph(graph, arguments, **options)
 
 
