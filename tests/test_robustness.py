@@ -390,6 +390,9 @@ def test_the_page_says_what_was_found() -> None:
         "On softmax regression Schedule-Free AdamW, from its best start, still ends lower" in words
     )
     assert best["softmax", "ScheduleFree"] < best["softmax", "Auto"]
+    assert "So does D-Adapt Adam on ResNet-20, with one seed; on the RNN it diverges" in words
+    assert best["resnet", "DAdaptAdam"] < best["resnet", "Auto"]
+    assert best["char_rnn", "DAdaptAdam"] == math.inf
     errors = found[(found.task == "char_rnn") & (found.method == "Auto")].set_index("start").error
     assert "it still ends higher from there than from 1e-3 and more" in words
     assert errors[1e-7] > errors[1e-3:].max()
