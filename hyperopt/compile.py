@@ -36,8 +36,8 @@ Kernel = Callable[..., Any]
 TOGETHER = 4
 
 # Inductor writes to memory what is read twice and itself reads more than four things. To compute it
-# twice saves a pass over memory where no move is run again: there the state that it leads to has to
-# be written in any case. In a graph of more nodes than this there would be no end to it.
+# twice saves a pass over memory, but not where a move is run again: the state that it leads to is
+# written there in any case. In a graph of more nodes than this there would be no end to it.
 FEW = 500
 
 FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler its -O3
