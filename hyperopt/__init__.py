@@ -11,7 +11,19 @@ from .auto import Auto
 from .domains import DOMAINS, Domain
 from .optimizer import HyperOptimizer
 from .rule import RULES, Hyper, Option, Rule, Tuning
-from .rules import SGD, Adadelta, AdaGrad, Adam, Adamax, AdamW, Lion, NAdam, RAdam, RMSProp
+from .rules import (
+    SGD,
+    Adadelta,
+    AdaGrad,
+    Adam,
+    Adamax,
+    AdamW,
+    Lion,
+    NAdam,
+    RAdam,
+    RMSProp,
+    ScheduleFreeAdam,
+)
 from .schedule import Replay, Schedule
 from .stack import Stack, parse
 
@@ -36,6 +48,7 @@ __all__ = [
     "Replay",
     "Rule",
     "Schedule",
+    "ScheduleFreeAdam",
     "Stack",
     "Tuning",
     "parse",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from .optimizer import HyperOptimizer
 from .rules import AdaGrad, ScheduleFreeAdam
+
+# The squares of what a smaller lr adds to the weights are 0 in float32, so that it would stay.
+LEAST = 1e-20
 
 
 class Auto(HyperOptimizer):
@@ -29,6 +33,9 @@ class Auto(HyperOptimizer):
         weight_decay: decoupled from the gradient, as that of AdamW and Schedule-Free AdamW. Param
             groups may have one of their own.
         compile: as in `HyperOptimizer`.
+
+    Raises:
+        ValueError, TypeError: an ``lr`` that is not above `LEAST`, and as `HyperOptimizer` does.
     """
 
     def __init__(
@@ -39,6 +46,11 @@ class Auto(HyperOptimizer):
         weight_decay: float = 0.0,
         compile: bool = True,
     ) -> None:
+        if not LEAST <= lr < math.inf:
+            raise ValueError(
+                f"Auto: lr must be a number from {LEAST:g} up, but is {lr!r}; where none is known, "
+                "leave it out"
+            )
         above = AdaGrad(
             1.0, initial_accumulator_value=0.1, horizon=float("inf"), normalize=True, trust=0.1
         )

@@ -65,7 +65,7 @@ class Shown:
         """Take over the numbers that have been set in the param groups.
 
         Raises:
-            ValueError: one that is tuned was set, or one that does not take part.
+            ValueError: one that is tuned was set, one that does not take part, or to no number.
         """
         if self._packed._version != self._version:
             self._check_tuned()
@@ -83,7 +83,12 @@ class Shown:
             return
         if isinstance(seen, Tensor):
             raise ValueError(self._refusal(name))
-        number = float(group[name])
+        try:
+            number = float(group[name])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{name} was set to {group[name]!r} in a param group; it must be a number"
+            ) from None
         if number != 0 and not self._layout.blocks[0].rule.on(name):
             raise ValueError(
                 f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
@@ -109,5 +114,6 @@ class Shown:
         instead = f"{rule[others]} / ..." if others else type(rule)(**rule.values, **rule.settings)
         return (
             f"{name} was set from outside, but {above} moves it; to set it yourself or by a "
-            f"scheduler, leave it out of what is tuned, as in {instead}"
+            f"scheduler, leave it out of what is tuned, as in {instead}; where a loop asks for a "
+            "scheduler in any case, MultiplicativeLR(optimizer, lambda step: 1.0) changes nothing"
         )

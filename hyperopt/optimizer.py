@@ -35,8 +35,10 @@ class HyperOptimizer(torch.optim.Optimizer):
     hyperparameters are moved by their hypergradients (Chandra et al. 2022), which need no second
     derivative of the model: a plain ``loss.backward()`` is all.
 
-    ``param_groups[i]["lr"]`` reads as the current value: a 0-dim tensor for a hyperparameter that
-    is tuned, and otherwise a number, which may be set between steps, by hand or by a scheduler.
+    ``param_groups[i]["lr"]`` reads as the current value. For a hyperparameter that is tuned this is
+    a 0-dim tensor that later steps change, so that a log keeps ``float(...)`` of it, or what
+    `hyperparameters` or `snapshot` return. Otherwise it is a number, which may be set between
+    steps, by hand or by a scheduler.
 
     ``state[p]`` is what the rule keeps of a parameter, in views that may be written to. It is what
     the rule read at the last step; on a stack of height 0, where nobody asks for that again, what
@@ -111,7 +113,8 @@ class HyperOptimizer(torch.optim.Optimizer):
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
-                        f"{name} = {value} in a new group, but no group had {name} so far"
+                        f"{name} = {value} in a new group, but no group had {name} so far; give "
+                        "the groups to one optimizer when it is made"
                     )
         super().add_param_group(param_group)
         try:
@@ -438,20 +441,29 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Go on from where `state_dict` was taken.
 
         Raises:
-            ValueError: it is not the state of such a stack, or its parameters are not of the number
-                and shapes of these, or not divided over processes as these are.
+            ValueError: it is not the state of such a stack, or not a whole one, or its parameters
+                are not of the number and shapes of these, or not divided over processes as these
+                are. Nothing is changed then.
         """
+        expected = {"state", "param_groups"}
+        if not isinstance(state_dict, dict) or not expected <= state_dict.keys():
+            found = [*state_dict] if isinstance(state_dict, dict) else type(state_dict).__name__
+            raise ValueError(f"expected a dict with state and param_groups, found {found}")
         state_dict = state_dict.copy()  # as a hook of torch may expect
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         params = [group["params"] for group in self.param_groups]
         check(state_dict, self.stack, self._on(), params)
+        try:
+            shards = load_shards(by_number(state_dict), params, self._layout.blocks[0])
+        except KeyError as missing:
+            raise ValueError(
+                f"this state is not a whole one: a parameter has no {missing}"
+            ) from None
+        self._shards, self._parked = shards
         self._overrides = [frozenset(group.get("own", ())) for group in state_dict["param_groups"]]
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({name: saved[name] for name in saved.keys() - {"own", "params", "tower"}})
-        self._shards, self._parked = load_shards(
-            by_number(state_dict), params, self._layout.blocks[0]
-        )
         self._lay_out(state_dict["param_groups"][0]["tower"]["levels"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

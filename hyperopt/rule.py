@@ -131,9 +131,15 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Option:
-    """Declares a constant of a rule that no level moves: a switch, or how the state starts."""
+    """Declares a constant of a rule that no level moves: a switch, or how the state starts.
+
+    Attributes:
+        default: its value where none is given; others are of its type.
+        low: the lowest legal value, of a number.
+    """
 
     default: Any
+    low: float = -math.inf
     name: str = ""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -180,13 +186,13 @@ class Rule:
     # by value and by norm, in every so many steps, until so many steps were made; and to what share
     # of the weights, by norms, it lets the lowest rule's updates grow. Where that is given, it is
     # one of the rule's hyperparameters.
-    horizon = Option(1.0)
+    horizon = Option(1.0, low=1)
     normalize = Option(False)
     trust = Hyper(math.inf, LOG, tuned=False)
-    clip_value = Option(math.inf)
-    clip_norm = Option(math.inf)
-    every = Option(1)
-    until = Option(math.inf)
+    clip_value = Option(math.inf, low=0)
+    clip_norm = Option(math.inf, low=0)
+    every = Option(1, low=1)
+    until = Option(math.inf, low=0)
 
     def __init_subclass__(cls, known: bool = True) -> None:
         members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
@@ -235,12 +241,14 @@ class Rule:
                 raise ValueError(
                     f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
                 )
-        leasts = {"horizon": 1, "clip_value": 0, "clip_norm": 0, "every": 1, "until": 0}
-        for name, least in leasts.items():
-            if not self.settings[name] >= least:
+        for name, option in self.options.items():
+            if option.low > -math.inf and not self.settings[name] >= option.low:
                 raise ValueError(
-                    f"{self.name}: {name} must be {least} or more, but is {self.settings[name]!r}"
+                    f"{self.name}: {name} must be {option.low:g} or more, but is "
+                    f"{self.settings[name]!r}"
                 )
+        if self.values.get("trust") == 0:
+            raise ValueError(f"{self.name}: trust must be above 0; with 0 no weight could move")
         self.subset: dict[str, Tuning] | None = None
         self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)
 
@@ -258,7 +266,11 @@ class Rule:
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Rule:
         subset = {}
-        for item in (names,) if isinstance(names, str) else names:
+        items = names if isinstance(names, tuple) else (names,)
+        for item in items:
+            if not isinstance(item, str):
+                known = ", ".join(map(repr, self.hypers))
+                raise TypeError(f"{self.name}[...] takes the names {known}, not {item!r}")
             name, _, how = (part.strip() for part in item.partition(":"))
             if name not in self.hypers:
                 raise ValueError(

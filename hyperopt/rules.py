@@ -100,7 +100,7 @@ class AdaGrad(Rule):
     eps = Hyper(1e-10, LOG, tuned=False)
     weight_decay = Hyper(0.0, LOG, tuned=False)
     lr_decay = Hyper(0.0, LOG, tuned=False)
-    initial_accumulator_value = Option(0.0)
+    initial_accumulator_value = Option(0.0, low=0)
     eps_inside = Option(False)
 
     def init(self, w: Tensor) -> State:
@@ -186,7 +186,7 @@ class Adam(Rule):
     beta2 = Hyper(0.999, UNIT, high=1.0)
     eps = Hyper(1e-8, LOG, tuned=False)
     weight_decay = Hyper(0.0, LOG, tuned=False)
-    v0 = Option(0.0)
+    v0 = Option(0.0, low=0)
     amsgrad = Option(False)
 
     def init(self, w: Tensor) -> State:
@@ -369,7 +369,7 @@ class ScheduleFreeAdam(Rule):
     beta2 = Hyper(0.999, UNIT, high=1.0)
     eps = Hyper(1e-8, LOG, tuned=False)
     weight_decay = Hyper(0.0, LOG, tuned=False)
-    r = Option(0.0)
+    r = Option(0.0, low=0)
 
     def init(self, w: Tensor) -> State:
         return {

@@ -63,7 +63,14 @@ class Schedule:
                 raise ValueError(f"{name} has {len(each)} values for {len(self._steps)} steps")
 
     def append(self, optimizer: HyperOptimizer) -> None:
-        """Keep what the optimizer's last step was made with; nothing waits for the device."""
+        """Keep what the optimizer's last step was made with; nothing waits for the device.
+
+        Raises:
+            TypeError: it is no `HyperOptimizer`.
+        """
+        if not isinstance(optimizer, HyperOptimizer):
+            kind = type(optimizer).__name__
+            raise TypeError(f"a schedule is learned from a HyperOptimizer, not from {kind}")
         if not self._names:
             self._names = [
                 (name.removeprefix("0."), place)
@@ -106,7 +113,15 @@ class Schedule:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it, as JSON if the name ends so, and else as CSV with one line for each step."""
+        """Write it, as JSON if the name ends so, and else as CSV with one line for each step.
+
+        Raises:
+            ValueError: it has no steps.
+        """
+        if not self.steps:
+            raise ValueError(
+                f"the schedule has no steps to write to {path}; append the optimizer after each"
+            )
         columns = {"step": self.steps, **self.values}
         if Path(path).suffix == ".json":
             text = json.dumps(columns)
@@ -148,8 +163,8 @@ class Replay:
     one's. What the optimizer does not have, and what was 0 throughout, is left out.
 
     Raises:
-        ValueError: a hyperparameter that the optimizer does not have, or that each tensor has to
-            itself.
+        ValueError: a hyperparameter that the optimizer does not have, that a level of it moves, or
+            that each tensor has to itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
@@ -187,6 +202,12 @@ class Replay:
                 key, place = "betas", int(key[-1]) - 1
         if key not in groups[0]:
             raise ValueError(f"{type(self.optimizer).__name__} has no hyperparameter {name!r}")
+        if isinstance(groups[0][key], Tensor) and isinstance(self.optimizer, HyperOptimizer):
+            stack = self.optimizer.stack
+            raise ValueError(
+                f"{name} cannot be replayed, since {stack.levels[1]} moves it; make the optimizer "
+                f"of {stack.levels[0].name} alone"
+            )
         chosen = groups if match[2] is None else [groups[int(match[2])]]
         return [(group, key, place) for group in chosen]
 

@@ -3,7 +3,7 @@
 stack = level ("/" level)*                 lowest level first
 level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
-value = number | True | False | {hyperparameter: number, ...}
+value = number | True | False | {hyperparameter: number, ...} | (number, ...), which betas takes
 moved = hyperparameters that the level above moves, each as name or name: how
 how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor)]
 
@@ -29,7 +29,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .domains import LOG
+from .domains import LOG, SQUARE
 from .rule import RULES, Rule, near
 
 
@@ -59,6 +59,11 @@ class Stack:
                             f"{how.domain.name} domain, which is ({how.domain.low:g}, "
                             f"{how.domain.high:g}); start it inside, or name another domain, as in "
                             f"[{name}: real]"
+                        )
+                    if number == 0 and how.domain is SQUARE:
+                        raise ValueError(
+                            f"{below}: {name} = 0 would stay 0, since the derivative of a square "
+                            f"is 0 there; start it above, or leave it out of what is tuned"
                         )
                     if number not in how:
                         raise ValueError(
@@ -138,7 +143,8 @@ def parse(text: str | Rule | Stack, rules: Mapping[str, type[Rule]] = RULES) -> 
     if isinstance(text, Rule):
         return Stack(text)
     if not isinstance(text, str):
-        raise TypeError(f"a stack is a notation, a Rule or a Stack, not {text!r}")
+        hint = f"; write {text.__name__}(...)" if isinstance(text, type) else ""
+        raise TypeError(f"a stack is a notation, a Rule or a Stack, not {text!r}{hint}")
     return _Parser(text, rules).stack()
 
 
@@ -226,6 +232,8 @@ class _Parser:
     def value(self) -> Any:
         if self.token in ("True", "False"):
             return self.advance() == "True"
+        if self.took("("):
+            return self.numbers()
         if not self.took("{"):
             return float(self.expect("number", "a number"))
         numbers: dict[str, float] = {}
@@ -239,6 +247,14 @@ class _Parser:
             if self.token != "}":
                 self.expect(",", "',' or '}'")
         return numbers
+
+    def numbers(self) -> tuple[float, ...]:
+        found: list[float] = []
+        while not self.took(")"):
+            found.append(float(self.expect("number", "a number")))
+            if self.token != ")":
+                self.expect(",", "',' or ')'")
+        return tuple(found)
 
     def moved(self, rule: Rule) -> Rule:
         items: list[str] = []

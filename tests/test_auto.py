@@ -292,6 +292,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ("SGD(0.1, momentum=0.9)[momentum] / SGD(0.1, trust=0.1)", "moved in the log domain"),
         ("SGD(0.1, trust=0.1)", "trust is for a level that moves hyperparameters"),
         ("SGD(0.1)[lr: log] / SGD(0.1, trust=-1)", r"trust must lie in \[0, inf\), but is -1"),
+        ("SGD(0.1)[lr: log] / SGD(0.1, trust=0)", "trust must be above 0"),
         ("SGD(0.1)[lr: log] / SGD(0.1)[trust] / SGD(1)", "no hyperparameter 'trust'"),
         ("SGD(0.1) / SGD(0.1, horizon=0.5)", "horizon must be 1 or more, but is 0.5"),
         ("SGD(0.1, normalize=True)", "normalize is for a level that moves hyperparameters"),
@@ -315,6 +316,14 @@ def test_auto_is_a_stack_like_others():
     kept = optimizer.state_dict()["state"][0]
     vectors = {name for name, value in kept.items() if isinstance(value, Tensor) and value.ndim}
     assert vectors == {"ahead", "exp_avg_sq", "path_lr"}  # no more than one beyond Adam's
+
+
+@pytest.mark.parametrize("lr", [0, -1, 1e-21, math.inf, math.nan])
+def test_auto_starts_from_where_lr_can_move(lr):
+    w = torch.ones(3, requires_grad=True)
+    Auto([w], 1e-20)
+    with pytest.raises(ValueError, match=f"^Auto: lr must be a number from 1e-20 up, but is {lr}"):
+        Auto([w], lr)
 
 
 def test_auto_learns_from_any_start(mnist):

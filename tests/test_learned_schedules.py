@@ -108,6 +108,13 @@ def test_what_cannot_be_replayed(tmp_path):
     for name in ("lr[1]", "lr[hidden.weight]"):
         with pytest.raises(ValueError, match=r"has no param group in this optimizer; give"):
             Replay(torch.optim.SGD([p], 0.1), Schedule([1], {name: [0.9]}))
+    tower = HyperOptimizer([p], "SGD(0.1) / SGD(0.2)", compile=False)
+    with pytest.raises(ValueError, match=r"lr cannot be replayed, since SGD\(0.2\) moves it"):
+        Replay(tower, Schedule([1], {"lr": [0.1]}))
+    with pytest.raises(TypeError, match="learned from a HyperOptimizer, not from SGD"):
+        Schedule().append(torch.optim.SGD([p], 0.1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"no steps to write to .*none.csv; append the optimizer"):
+        Schedule().save(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="steps of a schedule must increase"):
         Schedule([2, 1], {"lr": [0.1, 0.2]})
     with pytest.raises(ValueError, match="lr has 1 values for 2 steps"):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import hyperopt
 from hyperopt import DOMAINS, RULES, SGD, AdaGrad, Adam, AdamW, RMSProp, Rule, Stack, parse
 from hyperopt.domains import LOG
 
@@ -195,6 +196,13 @@ def test_what_the_level_above_moves():
             "lr must have one value for each of lr, the hyperparameters that it moves",
         ),
         ("SGD({lr: 1})", "lr must be one number on the lowest level"),
+        ("SGD(lr=(1, 2))", "SGD: lr must be a number, not (1.0, 2.0) (column 1"),
+        ("Adam(1, betas=(0.9, 0.99)", "expected ',' or ')', found 'the end' (column 26"),
+        ("RMSProp(0) / SGD(1)", "RMSProp(0.0): lr = 0 would stay 0, since the derivative"),
+        ("Adam(1, v0=-1)", "Adam: v0 must be 0 or more, but is -1.0 (column 1"),
+        ("Adam(1, v0=nan)", "Adam: v0 must be 0 or more, but is nan (column 1"),
+        ("AdaGrad(1, initial_accumulator_value=-1)", "must be 0 or more, but is -1.0 (column 1"),
+        ("ScheduleFreeAdam(1, r=-1)", "ScheduleFreeAdam: r must be 0 or more, but is -1.0"),
     ],
 )
 def test_what_is_wrong_and_where(text, message):
@@ -203,6 +211,11 @@ def test_what_is_wrong_and_where(text, message):
     assert message in str(caught.value)
     assert repr(text) in str(caught.value), "the message shows the stack"
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_the_notation_knows_can_be_imported():
+    known = {name for name, rule in RULES.items() if rule.__module__ == "hyperopt.rules"}
+    assert known <= {*hyperopt.__all__} and all(hasattr(hyperopt, name) for name in known)
 
 
 def test_python_errors_say_the_same_without_a_column():
@@ -214,12 +227,15 @@ def test_python_errors_say_the_same_without_a_column():
         SGD("fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has nothing to move"):
         SGD(0.1)[()] / SGD(0.1)
-    with pytest.raises(TypeError, match=r"^a stack is a notation, a Rule or a Stack, not <class "):
+    with pytest.raises(TypeError, match=r"^a stack is a notation, .* not <class .*; write SGD\("):
         parse(SGD)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^SGD\[...\] takes the names 'lr', 'momentum', .* not 0$"):
+        SGD(0.1)[0]  # type: ignore[index]
 
 
 def test_betas_as_torch_writes_them():
     assert AdamW(1e-3, betas=(0.8, 0.95)) == AdamW(1e-3, 0.8, 0.95)
+    assert parse("AdamW(1e-3, betas=(0.8, 0.95))") == Stack(AdamW(1e-3, 0.8, 0.95))
     with pytest.raises(TypeError, match=r"^Adam got beta1 twice$"):
         Adam(beta1=0.8, betas=(0.8, 0.95))
     for wrong in (0.9, (0.9, 0.99, 0.999)):

@@ -328,12 +328,15 @@ def test_a_tuned_value_that_is_set_from_outside():
             optimizer.step()
 
 
-def test_what_was_off_cannot_be_switched_on():
+def test_what_cannot_be_set_between_steps():
     w = weights((3,))
     optimizer = HyperOptimizer(w, "SGD(0.1)", compile=False)
     give_gradients(w, 0)
     optimizer.step()
-    optimizer.param_groups[0]["momentum"] = 0.9
+    optimizer.param_groups[0]["lr"] = None
+    with refused(ValueError, "lr was set to None in a param group; it must be a number"):
+        optimizer.step()
+    optimizer.param_groups[0].update(lr=0.1, momentum=0.9)
     with refused(ValueError, "momentum was 0 when the optimizer was made", "give it a value then"):
         optimizer.step()
 
@@ -418,6 +421,15 @@ def test_states_that_do_not_fit():
         other.load_state_dict(trained(stack, [{"params": p} for p in w], w))
     with refused(ValueError, "another optimizer", "HyperOptimizer"):
         other.load_state_dict(torch.optim.Adam(weights((3,), (4,))).state_dict())
+    for wrong, words in ((None, ["NoneType"]), ({"param_groups": []}, ["['param_groups']"])):
+        with refused(ValueError, "expected a dict with state and param_groups, found", *words):
+            other.load_state_dict(wrong)
+    before, state = other.state_dict(), trained(stack, w, w)
+    state["param_groups"][0]["lr"] = 0.7
+    del state["state"][1]["exp_avg"]
+    with refused(ValueError, "not a whole one", "a parameter has no 'exp_avg'"):
+        other.load_state_dict(state)
+    assert str(other.state_dict()) == str(before)
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compiler)])

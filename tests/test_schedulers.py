@@ -133,8 +133,16 @@ def test_one_cycle_moves_the_betas_that_nobody_tunes():
             "StepLR",
             r"lr was .* SGD\(0.1\) moves it.* Adam\(0.05\)\[",
         ),
-        ("Adam(0.05)[lr] / SGD(0.1)", "LambdaLR", r"lr was .* leave it out .* as in Adam\(0.05\)$"),
-        ("Adam(0.05)[lr, beta1] / SGD(0.1)", "SWALR", r"as in Adam\(0.05\)\[beta1\] / \.\.\.$"),
+        (
+            "Adam(0.05)[lr] / SGD(0.1)",
+            "LambdaLR",
+            r"lr was .* leave it out .* as in Adam\(0.05\); where",
+        ),
+        (
+            "Adam(0.05)[lr, beta1] / SGD(0.1)",
+            "SWALR",
+            r"as in Adam\(0.05\)\[beta1\] / \.\.\.; where",
+        ),
         ("SGD(0.1, momentum=0.9)[momentum] / SGD(0.1)", "OneCycleLR", "momentum was set"),
         ("Adam(0.05)[beta1] / SGD(0.1)", "OneCycleLR", "beta1 was set from outside"),
         ("SGD(0.1)", "OneCycleLR", "momentum was 0 when the optimizer was made.*give it a value"),
