@@ -21,7 +21,9 @@ PY := .venv/bin/python
 STAMP := .venv/.setup-done
 VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
 RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER))
-TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(RUN_OPTIONS) $(if $(START),start=$(START))
+# A command says so itself if it does not know one.
+TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(RUN_OPTIONS) $(if $(START),start=$(START)) \
+	$(if $(SEEDS),seeds=$(SEEDS))
 
 PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.push_wandb,:)
 
@@ -65,20 +67,20 @@ reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PR
 	@$(PY) -m experiments.table1 $(TABLE_OPTIONS)
 
 reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw it (PRESET=cpu or paper)
-	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
+	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS)
 
 reproduce-figure3: setup ## train towers from 21 initial step sizes and draw Figure 3 (PRESET=cpu, paper or quick)
-	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
+	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS)
 
 reproduce-char-rnn: setup ## train the character RNN from all starts and draw it (PRESET=cpu or paper)
-	@$(PY) -m experiments.char_rnn $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS))
+	@$(PY) -m experiments.char_rnn $(TABLE_OPTIONS)
 
 reproduce-robustness: setup ## train from many initial lrs, beside the learning-rate-free (PRESET=cpu or paper)
-	@$(PY) -m experiments.robustness $(TABLE_OPTIONS) $(if $(SEEDS),seeds=$(SEEDS)) \
+	@$(PY) -m experiments.robustness $(TABLE_OPTIONS) \
 		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS)) $(if $(LRS),lrs=$(LRS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
-	@$(PY) -m experiments.tables_v1 $(RUN_OPTIONS)
+	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)
 
 check-figure3: setup ## print what the paper says of taller towers, in numbers of ours
 	@$(PY) -m scripts.figure3

@@ -89,12 +89,12 @@ def _decades_below(starts: pd.Series, lr: float) -> float:
 # The check.
 
 
-MEASURES = {
-    "decades": "decades of robustness, of all starts",
-    "below": "the same, of starts that are too small",
-    "reach": "decades from the best plain start down to the least near one",
-    "own_decades": "decades within 1.5 times the best of the same height",
-    "own_reach": "decades from the best plain start down to the least of these",
+MEASURES = {  # by the names that the table has for them
+    "decades": ("Decades", "of starts near the plain rule's best error"),
+    "below": ("Too small", "decades of those that are too small"),
+    "reach": ("Reach", "decades down to the least of those"),
+    "own_decades": ("Own decades", "of starts near the height's best error"),
+    "own_reach": ("Own reach", "decades down to the least of those"),
 }
 CLAIMED = ("below", "reach", "own_reach")  # what is not to shrink with height
 
@@ -141,11 +141,11 @@ def check(folder: Path) -> bool:
             print(f"  towers of {rule}")
             print(f"    {'height':62}", *(f"{height:5d}" for height in own.height))
             for measure, words in MEASURES.items():
-                print(f"    {words:62}", *(f"{value:5.1f}" for value in own[measure]))
+                print(f"    {', '.join(words):62}", *(f"{value:5.1f}" for value in own[measure]))
             print(f"    {'runs that diverged':62}", *(f"{count:5d}" for count in own.diverged))
         for (rule, measure), verdict in claim(robust).items():
-            answer = "never shrink" if verdict else "SHRINK"
-            print(f"  {rule}, {MEASURES[measure]}: {answer} with height")
+            answer = "never shrinks" if verdict else "SHRINKS"
+            print(f"  {rule}, {MEASURES[measure][0]}: {answer} with height")
             holds &= verdict
         if is_of_reference(runs):
             both = beside_published(table, pd.read_csv(REFERENCE))
@@ -206,10 +206,10 @@ def markdown(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame, name
             f"{line.reach:.1f} | {line.own_decades:.1f} | {line.own_reach:.1f} | "
             f"{line.best_error:.2f} | {line.best_lr:g} | {line.diverged} | {line.runs} |"
         )
-    lines += ["", "With height, for starts that are too small:", ""]
+    lines += ["", "With height:", ""]
     for (rule, measure), verdict in claim(robust).items():
-        answer = "never shrink" if verdict else "shrink somewhere"
-        lines.append(f"- towers of {rule}: {MEASURES[measure]} {answer}.")
+        answer = "never shrinks" if verdict else "shrinks somewhere"
+        lines.append(f"- towers of {rule}: *{MEASURES[measure][0]}* {answer}.")
     for rule, own in table.groupby("rule", sort=False):
         heights = list(own.height.unique())
         lines += [

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
 def summarize(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """One line for each row of the published table that was run, ours beside the published values.
 
-    Ours are the mean and the sample standard deviation over seeds, in percent, and the means of the
+    Ours are the mean and the sample standard deviation over seeds, in percent, and the same of the
     learned hyperparameters. `agrees`: the means differ by no more than twice the pooled standard
     deviation or 0.3 points, whichever is larger; it stays empty for runs that are not in the
     published setting.
@@ -61,6 +62,7 @@ def summarize(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
         }
         for hyper in LEARNED:
             line[f"learned_{hyper}"] = own[f"learned_{hyper}"].mean()
+            line[f"learned_{hyper}_sd"] = own[f"learned_{hyper}"].std(ddof=1)
         if is_published_setting(runs, reference):
             pooled = math.sqrt((row.published_sd**2 + sd**2) / 2)
             line["agrees"] = bool(abs(error - row.published_error) <= max(2 * pooled, 0.3))
@@ -95,8 +97,13 @@ def error_text(mean: float, sd: float) -> str:
 
 
 def learned_text(line: pd.Series) -> str:
-    values = {name: line[f"learned_{name}"] for name in LEARNED}
-    return ", ".join(f"{n} = {v:.4g}" for n, v in values.items() if not math.isnan(v))
+    """As in "lr = 0.06958 ± 0.0043"; without a standard deviation where there is none."""
+    texts = []
+    for name in LEARNED:
+        mean, sd = line[f"learned_{name}"], line[f"learned_{name}_sd"]
+        if not math.isnan(mean):
+            texts.append(f"{name} = {mean:.4g}" + ("" if math.isnan(sd) else f" ± {sd:.2g}"))
+    return ", ".join(texts)
 
 
 def verdict(line: pd.Series) -> str:
@@ -111,7 +118,7 @@ def markdown(table: pd.DataFrame, own: pd.DataFrame | None, words: str, own_word
         "Test error in percent after the last epoch, mean ± standard deviation over seeds. "
         "*Published* is the paper, *its code, rerun* the published package on the same data. "
         "*Relearned* is the plain optimizer started at the hyperparameters that the tower above it "
-        "learned in the paper. *Learned* are our towers' final values, mean over seeds. "
+        "learned in the paper. *Learned* are our towers' final values, in the same way. "
         "*Agrees*: ours is within twice the pooled standard deviation of the published mean, or "
         "0.3 points, whichever is larger.",
         "",
@@ -180,7 +187,7 @@ def latex(table: pd.DataFrame, words: str) -> str:
         for _, line in rows.iterrows():
             cells = [
                 f"\\texttt{{{line.row}}}",
-                learned_text(line).replace("beta", "$\\beta_").replace("_1", "_1$"),
+                re.sub(r"beta(\d)", r"$\\beta_\1$", learned_text(line)),
                 error_text(line.published_error, line.published_sd),
                 error_text(line.our_error, line.our_sd) + _diverged(line),
                 verdict(line),

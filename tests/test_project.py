@@ -61,6 +61,9 @@ def test_choices_reach_the_command() -> None:
     command = " ".join(make("-n", "reproduce-robustness", *few).stdout.replace("\\\n", "").split())
     assert "experiments.robustness seeds=0 tasks=mlp,softmax methods=Auto,Adam/SGD" in command
 
+    for target in ("table1", "v1"):  # which have no choice of them, and say so
+        assert "seeds=0" in make("-n", f"reproduce-{target}", "SEEDS=0").stdout
+
     choices = ("PRESET=paper", "WORKERS=3", "START=records", "SEEDS=0,1")
     command = " ".join(make("-n", "reproduce-figure2", *choices).stdout.split())
     assert "experiments.figure2 preset=paper workers=3 start=records seeds=0,1" in command
