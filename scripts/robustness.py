@@ -117,7 +117,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """A line for each task, method and start: mean and sample standard deviation over seeds.
+    """A line for each task, method and start: mean, sample standard deviation and range over seeds.
 
     `ratio` is the mean by that of the best fixed lr on the task, where there is one.
     """
@@ -126,6 +126,8 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
         n=("seed", "size"),
         error=("error", "mean"),
         sd=("error", "std"),
+        least=("error", "min"),
+        most=("error", "max"),
         diverged=("diverged", "sum"),
     ).reset_index()
     best = {task: best_fixed(own) for task, own in table.groupby("task")}
@@ -477,9 +479,7 @@ def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(0.75 * style.WIDTH, 2.3))
     for (method, (label, colour)), marker in zip(SHORT.items(), style.MARKERS, strict=False):
         mine = own[own.method == method].sort_values("start")
-        sd = mine.sd.fillna(0)
-        low, high = (mine.error - sd).clip(lower=0.1), mine.error + sd
-        axis.fill_between(mine.start, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.fill_between(mine.start, mine.least, mine.most, color=colour, alpha=0.2, linewidth=0)
         axis.plot(mine.start, mine.error, color=colour, marker=marker, label=label)
     axis.set_ylim(0.8 * own.error.min(), 1.2 * own.error.max())
     axis.set_xscale("log")
@@ -489,7 +489,7 @@ def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
     axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("initial learning rate")
     axis.set_ylabel(TASKS[task].unit)
-    axis.set_title(f"{title(preset, task)}; {count(own)}, mean ± standard deviation")
+    axis.set_title(f"{title(preset, task)}; {count(own)}, mean and range")
     figure.legend(loc="outside right center")
     return figure
 

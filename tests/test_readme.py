@@ -185,10 +185,12 @@ def test_the_errors_of_taller_towers_are_those_of_the_committed_figure() -> None
     points = pd.read_csv(ROOT / "results" / "figure3_cpu.csv")
     errors = points.set_index(["rule", "height", "lr"]).test_error
     plain, tall = re.findall(
-        r"gets ([\d.]+) % of the test digits.*?ends at ([\d.]+) %", README, re.S
+        r"gets ([\d.]+) % of the\s+test digits.*?ends at ([\d.]+) %", README, re.S
     )[0]
     assert float(plain) == round(errors["Adam", 0, 1e-8], 1)
     assert float(tall) == round(errors["Adam", 5, 1e-8], 1)
+    (low, high) = re.findall(r"heights 2 and 5\s+end at ([\d.]+) and ([\d.]+) %", README)[0]
+    assert [float(low), float(high)] == [round(errors["Adam", k, 1e-4], 1) for k in (2, 5)]
     (best,) = re.findall(r"step size of ([\d.]+) with which plain SGD does best", README)
     assert float(best) == float(f"{errors['SGD', 0].idxmin():.3g}")
 
@@ -212,7 +214,7 @@ def test_the_perplexities_are_those_of_the_committed_table() -> None:
     cells = pd.read_csv(ROOT / "results" / "char_rnn_cpu.csv").set_index(["kind", "lr"])
     section = README.partition("## A character RNN")[2].partition("\n## ")[0]
     found = re.findall(r"\b\d+\.\d\d\b", section)
-    runs = [(kind, lr) for lr in (1e-4, 1e-2) for kind in ("plain", "tower")]
+    runs = [(kind, lr) for lr in (1e-4, 1e-2) for kind in ("plain", "tower")] + [("free", 1e-4)]
     assert found == [f"{cells.test_perplexity[run]:.2f}" for run in runs]
 
 
