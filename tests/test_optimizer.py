@@ -1,6 +1,7 @@
 """`HyperOptimizer` as an optimizer: what it is like from outside, and what it refuses."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -421,8 +422,9 @@ def test_states_that_do_not_fit():
         other.load_state_dict(trained(stack, [{"params": p} for p in w], w))
     with refused(ValueError, "another optimizer", "HyperOptimizer"):
         other.load_state_dict(torch.optim.Adam(weights((3,), (4,))).state_dict())
-    for wrong, words in ((None, ["NoneType"]), ({"param_groups": []}, ["['param_groups']"])):
-        with refused(ValueError, "expected a dict with state and param_groups, found", *words):
+    wrong: Any
+    for wrong, found in ((None, "NoneType"), ({"param_groups": []}, "['param_groups']")):
+        with refused(ValueError, "expected a dict with state and param_groups, found", found):
             other.load_state_dict(wrong)
     before, state = other.state_dict(), trained(stack, w, w)
     state["param_groups"][0]["lr"] = 0.7
