@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections import defaultdict
@@ -445,13 +446,13 @@ class HyperOptimizer(torch.optim.Optimizer):
                 are not of the number and shapes of these, or not divided over processes as these
                 are. Nothing is changed then.
         """
+        state_dict = copy.copy(state_dict)  # as a hook of torch may expect
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         expected = {"state", "param_groups"}
         if not isinstance(state_dict, dict) or not expected <= state_dict.keys():
             found = [*state_dict] if isinstance(state_dict, dict) else type(state_dict).__name__
             raise ValueError(f"expected a dict with state and param_groups, found {found}")
-        state_dict = state_dict.copy()  # as a hook of torch may expect
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         params = [group["params"] for group in self.param_groups]
         check(state_dict, self.stack, self._on(), params)
         try:
