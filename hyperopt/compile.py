@@ -273,7 +273,32 @@ def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Graph
     from torch._inductor.decomposition import select_decomp_table
 
     pure = torch.func.functionalize(function, remove="mutations")
-    return make_fx(pure, select_decomp_table(), tracing_mode="fake")(*arguments)
+    graph = make_fx(pure, select_decomp_table(), tracing_mode="fake")(*arguments)
+    _read_first(graph)
+    return graph
+
+
+def _read_first(graph: fx.GraphModule) -> None:
+    """Let what is kept of an argument as it was be copied before the argument is written to.
+
+    At its end the graph writes to the arguments in their order. Inductor reads what is a mere copy
+    of one only there.
+    """
+    aten = torch.ops.aten
+
+    def memory(node: Any) -> int:
+        while node.target is aten.copy.default:
+            node = node.args[1]
+        return node.meta["val"].untyped_storage()._cdata
+
+    copies = [node for node in graph.graph.nodes if node.target is aten.copy_.default]
+    written: dict[int, fx.Node] = {}
+    for node in copies:
+        target, source = node.args
+        if memory(source) in written:
+            written[memory(source)].prepend(node)
+        written.setdefault(memory(target), node)
+    graph.recompile()
 
 
 @_uncollected()

@@ -213,6 +213,26 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
     assert torch.equal(vector, expected * 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", ["AdamW(0.01) / SGD(1e-3)", STACKS[5][0]])
+@pytest.mark.parametrize("sizes", [(1,), (300,), (300, 600, 700, 800, 900)])
+def test_what_is_kept_of_a_weight_is_what_it_was(stack, sizes, compiler, compilations, monkeypatch):
+    """Where no kernel works in place, among them those for one weight."""
+    monkeypatch.setattr(hyperopt.compile, "_works_in_place", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes]
+    theirs = [w.clone() for w in ours]
+    fast, slow = HyperOptimizer(ours, stack), HyperOptimizer(theirs, stack, compile=False)
+    for t in range(4):
+        for w, v in zip(ours, theirs, strict=True):
+            w.grad = v.grad = torch.randn(w.shape, generator=generator, dtype=w.dtype)
+        fast.step()
+        slow.step()
+        torch.testing.assert_close(fast.hypergradients(), slow.hypergradients(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert fast.compiled and bool(fast.hypergradients().any())
+
+
 def backwards_eagerly(small: Tensor, old: Tensor, new: Tensor) -> None:
     for i in range(len(old)):
         new[i] = old[len(old) - 1 - i] * small
