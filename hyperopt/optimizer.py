@@ -62,7 +62,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     _layout: Layout
     _packed: Tensor
     _parts: Parts
-    _active: list[int]  # the ids of the parameters that the last step moved
+    _active: list[list[int]]  # per group, the ids of the parameters that the last step moved
     _run: Step | None
 
     def __init__(
@@ -185,10 +185,10 @@ class HyperOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._shown.follow()
         active = [
-            id(p) for group in self.param_groups for p in group["params"] if p.grad is not None
+            [id(p) for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
         if active != self._active or any(shard.astray for shard in self._shards):
-            self._arrange()
+            self._arrange(lambda p: p.grad is not None)
         if not self._shards:
             return loss
         vectors = [shard.read() for shard in self._shards]
@@ -271,10 +271,13 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # What the step relies on: the layout of the parameters.
 
-    def _arrange(self) -> None:
+    def _arrange(self, active: Callable[[Tensor], bool]) -> None:
         """Lay the shards out anew, after other parameters than before have received a gradient.
 
         The same is due where parameters have changed their device, their precision or their group.
+
+        Args:
+            active: whether the next step moves a parameter.
         """
         if len(self.param_groups) != self._laid_groups:
             raise ValueError("a param group was taken away; make a new optimizer of the others")
@@ -293,11 +296,11 @@ class HyperOptimizer(torch.optim.Optimizer):
             pieces: dict[tuple[int, bool, torch.dtype], list[Tensor]] = {}
             for p in shard.params:
                 if p in numbers:
-                    key = numbers[p], p.grad is not None, precision(p)
+                    key = numbers[p], active(p), precision(p)
                     pieces.setdefault(key, []).append(p)
-            for (number, active, _), params in pieces.items():
+            for (number, moving, _), params in pieces.items():
                 piece = shard.part(params)
-                if not active or number != shard.owner.group:
+                if not moving or number != shard.owner.group:
                     self._settle(piece)
                 piece.owner = self._owner(params[0], number)
                 if piece.owner.parameter != shard.owner.parameter:
@@ -306,15 +309,22 @@ class HyperOptimizer(torch.optim.Optimizer):
                         "the others; replace parameters where they are, or make a new optimizer"
                     )
                 piece.follow()
-                (shards if active else parked).append(piece)
+                (shards if moving else parked).append(piece)
         known = {p for shard in shards + parked for p in shard.params}
         for number, group in enumerate(self.param_groups):
-            new = [p for p in group["params"] if p not in known and p.grad is not None]
+            new = [p for p in group["params"] if p not in known and active(p)]
             shards += self._new_shards(new, number)
         place = {p: i for i, p in enumerate(numbers)}
         self._shards = sorted(shards, key=lambda shard: place[shard.params[0]])
         self._parked = parked
         self._lay_out(exported)
+
+    @property
+    def _regrouped(self) -> bool:
+        """Whether a parameter is now in another param group than when it was moved."""
+        groups = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        shards = self._shards + self._parked
+        return any(groups.get(p, s.owner.group) != s.owner.group for s in shards for p in s.params)
 
     def _new_shards(self, params: Sequence[Tensor], group: int) -> list[Shard]:
         lowest = self._layout.blocks[0]
@@ -387,8 +397,11 @@ class HyperOptimizer(torch.optim.Optimizer):
             for name in self._layout.names
         )
         self._shown = Shown(self.param_groups, stack, self._layout, self._packed)
-        active = {p for shard in self._shards for p in shard.params}
-        self._active = [id(p) for g in self.param_groups for p in g["params"] if p in active]
+        group_of = {p: shard.owner.group for shard in self._shards for p in shard.params}
+        self._active = [
+            [id(p) for p in group["params"] if group_of.get(p) == i]
+            for i, group in enumerate(self.param_groups)
+        ]
         self._state = defaultdict(dict)
         for shard in self._shards + self._parked:
             self._state.update(shard.by_parameter())
@@ -416,6 +429,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._shown.follow()
+        if self._regrouped:
+            self._arrange({p for shard in self._shards for p in shard.params}.__contains__)
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         told = {*self._rule.hypers, "betas", "params"}
         state_dict: dict[str, Any] = {

@@ -37,7 +37,7 @@ class Shard:
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
         self._in_place = False
-        self._dtype, self._device = params[0].dtype, params[0].device
+        self._kinds = [(p.dtype, p.device) for p in params]
         self._divided = local(params[0]) is not params[0]
         self._here: list[Tensor]
 
@@ -136,8 +136,7 @@ class Shard:
     @property
     def astray(self) -> bool:
         """Whether the parameters are now of another dtype or on another device."""
-        first = self.params[0]
-        return first.dtype is not self._dtype or first.device != self._device
+        return [(p.dtype, p.device) for p in self.params] != self._kinds
 
     def follow(self) -> None:
         """Go to the device of the parameters, and to the dtype in which they are moved now."""

@@ -442,7 +442,8 @@ def test_parameters_that_are_replaced_in_their_group(memory, stack):
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_parameters_that_move_to_another_group(memory, stack):
+@pytest.mark.parametrize(("taken", "put"), [(0, 1), (-1, 0)], ids=["anywhere", "next to it"])
+def test_parameters_that_move_to_another_group(memory, stack, taken, put):
     """They keep what the rule knows of them, and go on with the other group's values."""
     own = {"momentum": 0.5} if "momentum" in stack else {"betas": (0.5, 0.6)}
 
@@ -451,9 +452,40 @@ def test_parameters_that_move_to_another_group(memory, stack):
             optimizer.add_param_group({"params": model.last.parameters(), **own})
         if t == 7:
             first, second = (group["params"] for group in optimizer.param_groups)
-            second.insert(1, first.pop(0))
+            second.insert(put, first.pop(taken))
 
     beside_torch(stack, change)
+
+
+@pytest.mark.parametrize("between", ["nothing", "a copy", "a new group"])
+def test_a_run_that_is_saved_after_a_move_to_another_group(memory, between):
+    def pair() -> Pair:
+        model = Net()
+        groups = [{"params": layer.parameters()} for layer in (model.first, model.last)]
+        groups[1]["lr"] = 0.3
+        return model, HyperOptimizer(groups, "Adam(0.05) / SGD(1e-2)", compile=False)
+
+    def move(optimizer: HyperOptimizer) -> None:
+        first, second = (group["params"] for group in optimizer.param_groups)
+        second.insert(0, first.pop())
+
+    model, optimizer = pair()
+    train(model, optimizer, range(4))
+    move(optimizer)
+    if between == "a copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    fresh, other = pair()
+    move(other)
+    if between == "a new group":
+        for o in (optimizer, other):
+            o.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    fresh.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, range(4, 9))
+    train(fresh, other, range(4, 9))
+    same((model, optimizer), (fresh, other))
+    kept = [entry["shard"] for entry in optimizer.state_dict()["state"].values()]
+    assert kept[0] != kept[1], "weight and bias are now moved by hyperparameters of their own"
 
 
 def test_a_parameter_that_was_taken_out_is_not_saved():
@@ -527,6 +559,19 @@ def test_a_part_of_a_model_that_changes_its_dtype():
         for layer in (net.first, net.last):
             kept = o.state[layer.weight].values()
             assert {v.dtype for v in kept if v.ndim} == {layer.weight.dtype}
+
+
+def test_a_single_parameter_that_changes_its_dtype():
+    """Not the first of those that are moved together."""
+    model, optimizer = made(dtype=torch.float32)
+    train(model, optimizer, range(4))
+    model.first.bias.data = model.first.bias.data.double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    for p in model.parameters():
+        assert {v.dtype for v in optimizer.state[p].values() if v.ndim} == {p.dtype}
+    assert not torch.equal(model.first.bias, model.first.bias.float().double())
 
 
 def test_a_state_is_loaded_where_the_precisions_differ():
