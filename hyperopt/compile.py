@@ -32,7 +32,8 @@ Step = Callable[[Sequence[Vectors]], Any]
 Kernel = Callable[..., Any]
 
 # Up to this many shards a step is two kernels; with more of them, each shard has two of its own,
-# which shards of the same size share. That costs a few calls more, and compiles much faster.
+# which shards of the same size share. That costs a few calls more, and compiles much faster. So
+# it is, too, where not always the same shards are moved: each set of them would have its own.
 TOGETHER = 4
 
 # Inductor writes to memory what is read twice and itself reads more than four things. To compute it
@@ -46,17 +47,22 @@ _compiled: dict[tuple, Kernel] = {}
 _broken: list[str] = []  # why compiling failed, once it has
 
 
-def compiled(layout: Layout, parts: Parts, shards: Sequence[Vectors]) -> Step | None:
+def compiled(
+    layout: Layout, parts: Parts, shards: Sequence[Vectors], always: bool = True
+) -> Step | None:
     """`Layout.step` of these parts, compiled, or None where no compiler works.
 
     The first failure is a warning; after it, this process does not try again.
+
+    Args:
+        always: whether these are all shards that were ever moved.
     """
     if _broken:
         return None
     try:
         with torch.no_grad():
             # The trial of a kernel must not call other processes, which may not be trying theirs.
-            together = len(shards) <= TOGETHER and not layout.processes
+            together = len(shards) <= TOGETHER and always and not layout.processes
             return (_all_at_once if together else _by_shard)(layout, parts, shards)
     except Exception as error:  # whatever a missing or broken compiler raises
         reason = next((line for line in str(error).splitlines() if line.strip()), "")

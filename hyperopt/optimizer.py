@@ -194,7 +194,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         vectors = [shard.read() for shard in self._shards]
         if self._run is None:
             if self.compile:
-                self._run = compiled(self._layout, self._parts, vectors)
+                self._run = compiled(self._layout, self._parts, vectors, not self._parked)
             self.compiled = self._run is not None
             self._run = self._run or functools.partial(self._layout.step, self._parts)
         self._run(vectors)

@@ -166,6 +166,31 @@ def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
 
 
 @pytest.mark.slow
+def test_sets_of_parameters_that_change_share_kernels(compiler, compilations):
+    """As of experts, of which each step moves some: each set has had its own kernels once."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, 20, 300, 300)]
+    theirs = [w.clone() for w in ours]
+    stack = "Adam(0.01, eps=0.1) / SGD(1e-3)"
+    fast, slow = HyperOptimizer(ours, stack), HyperOptimizer(theirs, stack, compile=False)
+    everyone = (0, 1, 2, 3)
+    sets = [everyone, (0, 1), (2, 3), (1, 2), (0, 3), everyone]
+    sets += [(0, 2), (1, 3), (0, 1, 2), (3,), everyone, (1, 2, 3)]
+    for t, moved in enumerate(sets):
+        for i, (w, v) in enumerate(zip(ours, theirs, strict=True)):
+            g = torch.randn(w.shape, generator=generator, dtype=w.dtype)
+            w.grad = v.grad = g if i in moved else None
+        fast.step()
+        slow.step()
+        assert fast.compiled
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=1e-9, atol=0)
+        if t == 5:  # by now each has been moved without each other, and once more with all
+            done = len(compilations)
+    assert len(compilations) == done
+
+
+@pytest.mark.slow
 def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compiler, compilations):
     for seed in range(2):
         torch.manual_seed(seed)
@@ -223,12 +248,14 @@ def test_what_is_kept_of_a_weight_is_what_it_was(stack, sizes, compiler, compila
     ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes]
     theirs = [w.clone() for w in ours]
     fast, slow = HyperOptimizer(ours, stack), HyperOptimizer(theirs, stack, compile=False)
-    for t in range(4):
+    for _ in range(4):
         for w, v in zip(ours, theirs, strict=True):
             w.grad = v.grad = torch.randn(w.shape, generator=generator, dtype=w.dtype)
         fast.step()
         slow.step()
-        torch.testing.assert_close(fast.hypergradients(), slow.hypergradients(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            fast.hypergradients(), slow.hypergradients(), rtol=1e-9, atol=1e-12
+        )
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert fast.compiled and bool(fast.hypergradients().any())
 
