@@ -533,7 +533,11 @@ def climb(
         after, jacobians, missed = differentiate(block, tower.raw[b], tower.fixed[b], last)
         states.append(after)
         skipped.append(missed)
-        for jacobian in jacobians:
+        for i, jacobian in enumerate(jacobians, len(hypergradients) - 1):
+            # What a bound holds back does not depend on the level that would move it.
+            low, high = bounds[i]
+            free = (low < raws[i]) & (raws[i] < high)
+            jacobian = torch.where(free[:, None], jacobian, 0.0)
             hypergradients[-1] = clipped(block.rule, hypergradients[-1])
             product = (hypergradients[-1][:, None] * jacobian).sum(0)
             if block.normalize:

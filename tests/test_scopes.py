@@ -155,6 +155,29 @@ def test_bounds_hold(how, sign):
         assert lr == pytest.approx(edge), "and are reached"
 
 
+@pytest.mark.parametrize("high", [0.2, 0.101])
+@pytest.mark.parametrize("tail", ["", " / SGD(1e-3)"], ids=["alone", "in a block"])
+def test_what_a_bound_holds_back_has_no_hypergradient(high, tail):
+    """By central differences of the loss after the first move of lr, which the bound may end."""
+
+    def run(size: float, steps: int) -> tuple[float, HyperOptimizer]:
+        w = torch.linspace(1, 2, 4, dtype=torch.float64).requires_grad_()
+        stack = f"SGD(0.1)[lr: from 0.05 to {high}] / SGD({size!r}) / SGD(1e-3){tail}"
+        optimizer = HyperOptimizer([w], stack, compile=False)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            w.square().sum().backward()
+            optimizer.step()
+        return float(w.detach().square().sum()), optimizer
+
+    d = 1e-7
+    expected = (run(1e-3 + d, 2)[0] - run(1e-3 - d, 2)[0]) / (2 * d)
+    optimizer = run(1e-3, 3)[1]
+    found = dict(zip(optimizer.names, optimizer.hypergradients().tolist(), strict=False))
+    assert found["1.lr"] == pytest.approx(expected, rel=1e-6)
+    assert (found["1.lr"] == 0) is (high == 0.101)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
