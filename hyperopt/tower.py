@@ -436,10 +436,12 @@ def replay(
         unit = units(raw)[lr] / block.numbers(raw)[lr]
         (update,), _ = tangents(ahead, raw, g, [unit])
         least = SMALL**2 * len(w)
-        rows += [
-            (update * update).sum().expand(len(raw)),
-            ((w * w).sum() + least).expand(len(raw)),
-        ]
+        squares = (update * update).sum().to(raw.dtype)
+        # What these are at most, where they overflow or vanish and the update itself does not.
+        largest = (update.abs().amax() if len(update) else update.sum()).to(raw.dtype)
+        sound = squares.isfinite() & (squares > 0)
+        squares = torch.where(sound, squares, len(update) * largest * largest)
+        rows += [squares.expand(len(raw)), ((w * w).sum() + least).expand(len(raw))]
     largest = g.abs().amax(0, keepdim=True) if len(g) else g.new_zeros(1)
     rows = [*rows, largest * largest]
     return state, torch.cat([row.to(raw.dtype) for row in rows])

@@ -238,6 +238,21 @@ def test_an_update_whose_square_overflows_is_bounded_like_any_other(rule):
     assert torch.equal(torch.stack(large[0]), torch.stack(larger[0]))
 
 
+@pytest.mark.parametrize("size", [1e18, 1e-30])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_updates_whose_squares_have_no_sum_are_bounded(size, compile):
+    """In float32 it would be infinite, or 0."""
+    w = torch.full((10_000,), 0.5, requires_grad=True)
+    optimizer = HyperOptimizer([w], "SGD(1e32)[lr: log] / SGD(0.1, trust=0.1)", compile=compile)
+    g = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * size
+    for _ in range(3):
+        before, w.grad = w.detach().double(), g.clone()
+        optimizer.step()
+        share = float((w.detach().double() - before).norm() / before.norm())
+        assert 0.05 < share < 0.1 * (1 + 1e-5)
+    assert optimizer.skipped[0] == 0
+
+
 def test_weights_of_zero_can_be_moved_all_the_same():
     w = torch.zeros(4, dtype=torch.float64)
     weights, _ = run("Adam(100.0)[lr: log] / SGD(0, trust=0.1)", gradients(3, 4), w)
