@@ -249,7 +249,10 @@ def _works_in_place(run: Kernel, small: Sequence[Tensor], vectors: Sequence[Tens
 
     They are compared with those of writing to others, which hold something else.
     """
-    old, other = ([torch.rand_like(t) for t in vectors] for _ in range(2))
+    generator = torch.Generator(small[0].device).manual_seed(0)  # the user's is left alone
+    old, other = (
+        [torch.empty_like(t).uniform_(generator=generator) for t in vectors] for _ in range(2)
+    )
     new, same = ([t.clone() for t in each] for each in (other, old))
     ones, also = ([torch.ones_like(t) for t in small] for _ in range(2))
     run(*ones, *old, *new)

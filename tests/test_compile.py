@@ -191,6 +191,18 @@ def test_sets_of_parameters_that_change_share_kernels(compiler, compilations):
 
 
 @pytest.mark.slow
+def test_compiling_draws_none_of_the_user_s_random_numbers(compiler, compilations):
+    """So a run does not depend on whether it, or another one before it, was compiled."""
+    w, groups = made(torch.float32, {})
+    step(w, HyperOptimizer(groups, "AdamW(0.01)", compile=False), 0)
+    before = torch.get_rng_state()
+    optimizer = HyperOptimizer(groups, STACKS[4][0])
+    step(w, optimizer, 1)
+    assert optimizer.compiled and len(compilations) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
 def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compiler, compilations):
     for seed in range(2):
         torch.manual_seed(seed)
