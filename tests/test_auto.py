@@ -117,6 +117,29 @@ def test_normalized_it_is_the_cosine_with_the_derivative_of_the_weights(lowest):
         _, state = update(h)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("horizon", ["", ", horizon=inf"])
+@pytest.mark.parametrize("rule", ["Adam", "Adamax", "RAdam", "ScheduleFreeAdam"])
+def test_what_rounding_has_left_of_a_derivative_has_no_cosine(rule, horizon, dtype):
+    """The betas do not matter to Adam's first step, and do to the second."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(100, generator=generator).to(dtype).requires_grad_()
+    stack = f"{rule}(0.01)[lr: log, beta1, beta2] / SGD(0.1, normalize=True{horizon})"
+    optimizer = HyperOptimizer([w], stack, compile=False)
+    seen = []
+    g = torch.randn(100, generator=generator).to(dtype)
+    for t in range(3):
+        w.grad = g * (1 + t * torch.linspace(0, 0.1, 100))
+        optimizer.step()
+        seen.append(optimizer.hypergradients().tolist())
+    lr, *betas = seen[1]
+    assert lr < -0.5, "the loss goes on falling"
+    assert betas == [0, 0]
+    # RAdam's first steps know no second moment, and Adamax's maximum is the new gradient.
+    flat = rule in ("RAdam", "Adamax")
+    assert [beta != 0 for beta in seen[2][1:]] == [True, not flat]
+
+
 def test_a_normalized_level_on_a_level_sees_signs():
     """The cosine of two numbers is a sign, and 0 in the first two steps, when there is nothing."""
     numbers = run(

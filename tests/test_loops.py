@@ -461,8 +461,10 @@ def test_parameters_that_move_to_another_group(memory, stack, taken, put):
 def test_a_run_that_is_saved_after_a_move_to_another_group(memory, between):
     def pair() -> Pair:
         model = Net()
-        groups = [{"params": layer.parameters()} for layer in (model.first, model.last)]
-        groups[1]["lr"] = 0.3
+        groups = [
+            {"params": model.first.parameters()},
+            {"params": model.last.parameters(), "lr": 0.3},
+        ]
         return model, HyperOptimizer(groups, "Adam(0.05) / SGD(1e-2)", compile=False)
 
     def move(optimizer: HyperOptimizer) -> None:
