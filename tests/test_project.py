@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import distribution, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -126,7 +126,7 @@ def test_conda_installs_what_make_setup_does() -> None:
         re.findall(rf"^.*{option} '?\.\[(\S+?)\]", (ROOT / name).read_text(), re.MULTILINE)
         for name, option in (("Makefile", "-e"), ("environment.yml", "--editable"))
     ]
-    assert extras[0] == extras[1] == ["dev,peers,scaleout"]
+    assert extras[0] == extras[1] == ["experiments,dev,peers,scaleout"]
 
 
 # Imports.
@@ -172,7 +172,7 @@ def third_party(package: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
-    always = requirements(extra=None)
+    always = requirements(extra=None) | requirements(extra="experiments")
     imported = set().union(*(third_party(package) for package in MAY_IMPORT))
     assert imported - always - requirements(extra="peers") - requirements(extra="scaleout") == set()
     assert always - imported == set()
@@ -181,6 +181,12 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
 
 
 # Dependencies.
+
+
+def test_the_library_installs_itself_and_torch_alone() -> None:
+    """No package of the experiments, as `models`, comes into somebody's environment with it."""
+    assert requirements(extra=None) == {"torch"}
+    assert (distribution(DISTRIBUTION).read_text("top_level.txt") or "").split() == ["hyperopt"]
 
 
 def normalized(name: str) -> str:
@@ -198,7 +204,7 @@ def requirements(extra: str | None) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("extra", [None, "dev", "peers", "scaleout"])
+@pytest.mark.parametrize("extra", [None, "experiments", "dev", "peers", "scaleout"])
 def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {normalized(line.partition("==")[0]) for line in lines if not line.startswith("#")}
