@@ -242,7 +242,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
 
 
 EAGER = ("trainer.compile=false", "trainer.compile_model=false", "data=mnist-5k", "device=cpu")
@@ -334,7 +334,7 @@ def test_wandb_never_asks_and_never_fails_a_run(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "test error" in done.stdout and "wandb failed" not in done.stderr
