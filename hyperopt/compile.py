@@ -247,20 +247,22 @@ def _compile(function: Callable[..., Any], arguments: Sequence[Tensor], again: b
 def _works_in_place(run: Kernel, small: Sequence[Tensor], vectors: Sequence[Tensor]) -> bool:
     """Whether writing to the vectors that are read gives the same results, bit by bit.
 
-    They are compared with those of writing to others, which hold something else.
+    They are compared with those of writing to others, which hold something else. All numbers are
+    such that the result depends on each; with a beta of 1 Adam would not move anything.
     """
     generator = torch.Generator(small[0].device).manual_seed(0)  # the user's is left alone
-    old, other = (
-        [torch.empty_like(t).uniform_(generator=generator) for t in vectors] for _ in range(2)
-    )
-    new, same = ([t.clone() for t in each] for each in (other, old))
-    ones, also = ([torch.ones_like(t) for t in small] for _ in range(2))
-    run(*ones, *old, *new)
+
+    def draw(like: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.empty_like(t).uniform_(0.1, 0.9, generator=generator) for t in like]
+
+    old, other, numbers = draw(vectors), draw(vectors), draw(small)
+    new, same, also = ([t.clone() for t in each] for each in (other, old, numbers))
+    run(*numbers, *old, *new)
     run(*also, *same, *same)
     written = [(a, b) for a, b, before in zip(new, same, other, strict=True) if a.ne(before).any()]
     return all(
-        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-        for a, b in [*written, *zip(ones, also, strict=True)]
+        torch.allclose(a, b, rtol=0, atol=0)  # and neither is NaN
+        for a, b in [*written, *zip(numbers, also, strict=True)]
     )
 
 

@@ -272,6 +272,24 @@ def test_what_is_kept_of_a_weight_is_what_it_was(stack, sizes, compiler, compila
     assert fast.compiled and bool(fast.hypergradients().any())
 
 
+@pytest.mark.slow
+def test_a_kernel_for_a_single_weight_among_others(compiler, compilations):
+    """It does not work in place, which with betas of 1 would not show."""
+    stack = "Adam(0.05)[lr: log, beta1] / SGD(0.1, horizon=3, normalize=True)"
+    ends = []
+    for compile in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        w = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((21,), (), (300,))]
+        optimizer = HyperOptimizer([{"params": [p]} for p in w], stack, compile=compile)
+        for _ in range(3):
+            for p in w:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            optimizer.step()
+        ends.append(w)
+        assert optimizer.compiled is compile
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
+
+
 def backwards_eagerly(small: Tensor, old: Tensor, new: Tensor) -> None:
     for i in range(len(old)):
         new[i] = old[len(old) - 1 - i] * small
