@@ -55,7 +55,7 @@ class Schedule:
         self._steps = list(steps)
         self._values = {name: list(each) for name, each in (values or {}).items()}
         self._snapshots: list[Tensor] = []  # not read from the device yet
-        self._names: list[tuple[str, int]] = []  # with their places in a snapshot
+        self._names: tuple[str, ...] = ()  # of what the snapshots hold
         if any(a >= b for a, b in zip(self._steps, self._steps[1:], strict=False)):
             raise ValueError("the steps of a schedule must increase")
         for name, each in self._values.items():
@@ -67,23 +67,26 @@ class Schedule:
 
         Raises:
             TypeError: it is no `HyperOptimizer`.
+            ValueError: it has other hyperparameters than at earlier steps.
         """
         if not isinstance(optimizer, HyperOptimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"a schedule is learned from a HyperOptimizer, not from {kind}")
-        if not self._names:
-            self._names = [
-                (name.removeprefix("0."), place)
-                for place, name in enumerate(optimizer.names)
-                if name.startswith("0.")
-            ]
+        if optimizer.names != self._names:
+            known, new = [*self.values], [*_lowest(optimizer.names)]
+            if known and known != new:
+                raise ValueError(
+                    f"the schedule so far is of {', '.join(known)}, and the optimizer now has "
+                    f"{', '.join(new)}; begin a new one where param groups are added"
+                )
+            self._names = optimizer.names
         self._snapshots.append(optimizer.snapshot())
 
     def _read(self) -> None:
         if self._snapshots:
             start = self._steps[-1] if self._steps else 0
             self._steps += range(start + 1, start + 1 + len(self._snapshots))
-            for name, place in self._names:
+            for name, place in _lowest(self._names).items():
                 column = torch.stack([snapshot[place] for snapshot in self._snapshots])
                 self._values.setdefault(name, []).extend(column.tolist())
             self._snapshots = []
@@ -145,22 +148,28 @@ class Schedule:
                 with open(path, newline="") as file:
                     rows = list(csv.DictReader(file))
                 columns = {name: [float(row[name]) for row in rows] for name in rows[0]}
-            steps = [int(step) for step in columns.pop("step")]
-            if not steps:
-                raise ValueError("it has no steps")
-            return cls(steps, columns)
-        except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
+            columns = {name: [float(number) for number in each] for name, each in columns.items()}
+            steps = columns.pop("step")
+            if not steps or not all(step.is_integer() for step in steps):
+                raise ValueError("step must be a whole number in each line, of which one is needed")
+            return cls([int(step) for step in steps], columns)
+        except (OSError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be replayed ({type(error).__name__}: {error}); expected a CSV or "
                 "JSON of numbers with a column step and one for each hyperparameter"
             ) from None
 
 
+def _lowest(names: Sequence[str]) -> dict[str, int]:
+    """The places, in a snapshot, of the lowest level's hyperparameters."""
+    return {n.removeprefix("0."): place for place, n in enumerate(names) if n.startswith("0.")}
+
+
 class Replay:
     """Sets the hyperparameters of a plain optimizer, ours or one of ``torch.optim``, by a schedule.
 
     The first step's are set at once; ``step()``, after each step of the optimizer, sets the next
-    one's. What the optimizer does not have, and what was 0 throughout, is left out.
+    one's. What the optimizer does not have is left out, if it was 0 throughout.
 
     Raises:
         ValueError: a hyperparameter that the optimizer does not have, that a level of it moves, or
@@ -171,7 +180,7 @@ class Replay:
         self.optimizer, self.schedule = optimizer, schedule
         self.last_step = 0
         self._targets = {
-            name: self._find(name) for name, each in schedule.values.items() if any(each)
+            name: self._find(name, needed=any(each)) for name, each in schedule.values.items()
         }
         self.step()
 
@@ -186,7 +195,7 @@ class Replay:
                 else:
                     group[key] = (*group[key][:place], values[name], *group[key][place + 1 :])
 
-    def _find(self, name: str) -> list[tuple[dict[str, Any], str, int | None]]:
+    def _find(self, name: str, needed: bool) -> list[tuple[dict[str, Any], str, int | None]]:
         """The param groups that a hyperparameter is set in, its key there, and its place."""
         match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name)
         groups = self.optimizer.param_groups
@@ -200,6 +209,8 @@ class Replay:
             key = IN_TORCH.get((type(self.optimizer).__name__, key), key)
             if key in ("beta1", "beta2") and "betas" in groups[0]:
                 key, place = "betas", int(key[-1]) - 1
+        if key not in groups[0] and not needed:
+            return []
         if key not in groups[0]:
             raise ValueError(f"{type(self.optimizer).__name__} has no hyperparameter {name!r}")
         if isinstance(groups[0][key], Tensor) and isinstance(self.optimizer, HyperOptimizer):

@@ -101,6 +101,36 @@ def test_what_was_0_throughout_need_not_be_there():
     assert adam.param_groups[0]["betas"] == (0.5, 0.999)
 
 
+def test_a_group_without_what_the_optimizer_would_have():
+    """What was 0 throughout is set where it would not be 0 otherwise."""
+    p, q = (torch.ones(1, requires_grad=True) for _ in range(2))
+    groups = [{"params": [p]}, {"params": [q], "weight_decay": 0.0, "lr": 0.0}]
+    learner = HyperOptimizer(groups, "AdamW(0.01, weight_decay=0.1)", compile=False)
+    p.grad, q.grad = torch.ones(1), torch.ones(1)
+    learner.step()
+    schedule = Schedule()
+    schedule.append(learner)
+    plain = torch.optim.AdamW([{"params": [p]}, {"params": [q]}])
+    Replay(plain, schedule)
+    assert [group["weight_decay"] for group in plain.param_groups] == [0.1, 0.0]
+    assert [group["lr"] for group in plain.param_groups] == [0.01, 0.0]
+
+
+def test_a_schedule_of_an_optimizer_that_gets_another_group():
+    p, q = (torch.ones(1, requires_grad=True) for _ in range(2))
+    optimizer, schedule = HyperOptimizer([p], "SGD(0.1) / SGD(0.01)", compile=False), Schedule()
+    p.grad, q.grad = torch.ones(1), torch.ones(1)
+    optimizer.step()
+    schedule.append(optimizer)
+    optimizer.add_param_group({"params": [q], "lr": 0.5})
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"is of lr, .*now has lr, lr\[1\].*; begin a new one"):
+        schedule.append(optimizer)
+    assert schedule.steps == [1]
+    with pytest.raises(ValueError, match=r"so far is of lr, and the optimizer now has"):
+        Schedule([1], {"lr": [0.1]}).append(optimizer)
+
+
 def test_what_cannot_be_replayed(tmp_path):
     p = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="SGD has no hyperparameter 'gamma'"):
@@ -119,9 +149,13 @@ def test_what_cannot_be_replayed(tmp_path):
         Schedule([2, 1], {"lr": [0.1, 0.2]})
     with pytest.raises(ValueError, match="lr has 1 values for 2 steps"):
         Schedule([1, 2], {"lr": [0.1]})
-    for text in ("", "lr\n0.1\n", "step,lr\n1,x\n", "step,lr\n"):
+    for text in ("", "lr\n0.1\n", "step,lr\n1,x\n", "step,lr\n", "step,lr\n1.5,0.1\n"):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=r"bad.csv cannot be replayed .*; expected a CSV"):
             Schedule.load(tmp_path / "bad.csv")
+    for text in ("5", '"x"', '{"step": [1], "lr": ["a"]}', '{"step": [1], "lr": 0.1}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad.json cannot be replayed .*; expected a CSV"):
+            Schedule.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match=r"none.json cannot be replayed \(FileNotFoundError"):
         Schedule.load(tmp_path / "none.json")
