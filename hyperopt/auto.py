@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 from .optimizer import HyperOptimizer
@@ -46,13 +47,23 @@ class Auto(HyperOptimizer):
         weight_decay: float = 0.0,
         compile: bool = True,
     ) -> None:
-        if not LEAST <= lr < math.inf:
-            raise ValueError(
-                f"Auto: lr must be a number from {LEAST:g} up, but is {lr!r}; where none is known, "
-                "leave it out"
-            )
+        _check(lr)
         above = AdaGrad(
             1.0, initial_accumulator_value=0.1, horizon=float("inf"), normalize=True, trust=0.1
         )
         lowest = ScheduleFreeAdam(lr, weight_decay=weight_decay, r=8)["lr: log"]
         super().__init__(params, lowest / above, compile=compile)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `HyperOptimizer`; an ``lr`` of its own is held to what is said of `Auto`'s."""
+        if isinstance(param_group, dict):
+            _check(param_group.get("lr", LEAST))
+        super().add_param_group(param_group)
+
+
+def _check(lr: Any) -> None:
+    if not isinstance(lr, Real) or not LEAST <= float(lr) < math.inf:
+        raise ValueError(
+            f"Auto: lr must be a number from {LEAST:g} up, but is {lr!r}; where none is known, "
+            "leave it out"
+        )

@@ -247,7 +247,8 @@ class Rule:
                     f"{self.name}: {name} must be {option.low:g} or more, but is "
                     f"{self.settings[name]!r}"
                 )
-        if self.values.get("trust") == 0:
+        trust = self.values.get("trust", math.inf)
+        if 0 in (trust.values() if isinstance(trust, dict) else (trust,)):
             raise ValueError(f"{self.name}: trust must be above 0; with 0 no weight could move")
         self.subset: dict[str, Tuning] | None = None
         self.used = frozenset(n for n, h in self.hypers.items() if h.default or self.values[n] != 0)
@@ -276,6 +277,8 @@ class Rule:
                 raise ValueError(
                     f"{self.name} has no hyperparameter {name!r}; {near(name, self.hypers)}"
                 )
+            if name in subset:
+                raise ValueError(f"{self.name}: {name} is named twice")
             subset[name] = Tuning.parse(how, self.hypers[name].domain)
         chosen = self._copy()
         chosen.subset = {name: subset[name] for name in self.hypers if name in subset}

@@ -77,9 +77,10 @@ class Stack:
                     )
         for name in vars(Rule).keys() & {*levels[0].arguments}:
             if getattr(levels[0], name) != getattr(Rule, name).default:
+                hint = "; the weights' gradients are clipped by torch.nn.utils.clip_grad_norm_"
                 raise ValueError(
-                    f"{levels[0]}: {name} is for a level that moves hyperparameters; the weights' "
-                    "gradients are clipped by torch.nn.utils.clip_grad_norm_ and the like"
+                    f"{levels[0]}: {name} is for a level that moves hyperparameters"
+                    + hint * name.startswith("clip")
                 )
         for k, above in enumerate(levels[2:], 2):
             for name in ("horizon", "trust"):

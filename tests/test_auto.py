@@ -331,6 +331,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
         ("SGD(0.1, trust=0.1)", "trust is for a level that moves hyperparameters"),
         ("SGD(0.1)[lr: log] / SGD(0.1, trust=-1)", r"trust must lie in \[0, inf\), but is -1"),
         ("SGD(0.1)[lr: log] / SGD(0.1, trust=0)", "trust must be above 0"),
+        ("SGD(0.1)[lr: log] / SGD(0.1, trust={lr: 0})", "trust must be above 0"),
         ("SGD(0.1)[lr: log] / SGD(0.1)[trust] / SGD(1)", "no hyperparameter 'trust'"),
         ("SGD(0.1) / SGD(0.1, horizon=0.5)", "horizon must be 1 or more, but is 0.5"),
         ("SGD(0.1, normalize=True)", "normalize is for a level that moves hyperparameters"),
@@ -362,6 +363,14 @@ def test_auto_starts_from_where_lr_can_move(lr):
     Auto([w], 1e-20)
     with pytest.raises(ValueError, match=f"^Auto: lr must be a number from 1e-20 up, but is {lr}"):
         Auto([w], lr)
+    with pytest.raises(ValueError, match=f"^Auto: lr must be a number from 1e-20 up, but is {lr}"):
+        Auto([{"params": [w], "lr": lr}])
+
+
+@pytest.mark.parametrize("lr", ["0.1", None])
+def test_auto_starts_from_a_number(lr):
+    with pytest.raises(ValueError, match=f"^Auto: lr must be a number .*, but is {lr!r}"):
+        Auto([torch.ones(3, requires_grad=True)], lr)
 
 
 def test_auto_learns_from_any_start(mnist):
