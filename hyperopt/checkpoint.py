@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .layout import Layout
+from .rule import RULES
 from .shard import Shard, local, precision
 from .stack import Stack, parse
 from .tower import Block, Move, Owner, Slot, TowerState
@@ -237,8 +239,13 @@ def check(
     if tower is None:
         raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
     theirs = tower["stack"]
-    if _kind(parse(theirs)) != _kind(stack):
-        raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
+    # What is the same to the letter need not be parsed: not all options can be.
+    if theirs != str(stack):
+        known = {**RULES, **{rule.name: type(rule) for rule in stack.levels}}
+        if _kind(parse(theirs, known)) != _kind(stack):
+            raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
+    if len(tower.get("levels", ())) != len(stack.levels):
+        raise ValueError(f"this state is not a whole one: it has not all levels of {stack}")
     if tower["on"] != on:
         raise ValueError(
             f"this is the state of the stack {theirs} with {', '.join(tower['on'])} in "
@@ -250,6 +257,17 @@ def check(
         raise ValueError(
             f"this is the state of param groups with {counts} parameters, not with {ours}"
         )
+    raws = tower["levels"][0].get("tuned", {})
+    for number, group in enumerate(groups):
+        for name, how in stack.levels[0].tuned.items():
+            raw, shown = raws.get(f"{name}[{number}]", raws.get(name)), group.get(name)
+            if raw is None or not isinstance(shown, float):
+                continue
+            if not math.isclose(float(how.domain.value(torch.as_tensor(raw))), shown, rel_tol=1e-6):
+                raise ValueError(
+                    f"{name} was set to {shown:g} in this state, but {stack.levels[1]} moves it; "
+                    "make an optimizer that starts there"
+                )
     everyone = [p for group in params for p in group]
     for i, entry in by_number(state_dict).items():
         p = everyone[i]
@@ -259,6 +277,10 @@ def check(
                 f"{tuple(p.shape)} here and {tuple(there)} there"
             )
         kept = [value for value in entry.values() if isinstance(value, Tensor) and value.ndim]
+        if any(value.shape != p.shape for value in kept):
+            raise ValueError(
+                f"this state is not a whole one: number {i} has tensors of {[*p.shape]} and others"
+            )
         if any(_division(value) != _division(p) for value in kept):
             raise ValueError(
                 f"this is the state of parameters that are divided over processes in another way: "

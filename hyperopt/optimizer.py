@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -92,6 +92,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         rule = self.stack.levels[0]
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with params, not {param_group!r}")
+        if "params" not in param_group:
+            raise ValueError(f"a param group needs params, and has {', '.join(param_group)} alone")
         if self._betas and "betas" in param_group:
             param_group.update(split(self._betas, param_group.pop("betas")))
         own = {name: value for name, value in param_group.items() if name in rule.hypers}
@@ -176,14 +178,16 @@ class HyperOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: a sparse gradient.
             ValueError: a tuned hyperparameter was set in a param group, parameters were moved to
-                several devices, a param group was taken away, or a parameter that has
-                hyperparameters to itself changed its place among the others.
+                several devices, a param group was taken away, a parameter changed its shape, or one
+                that has hyperparameters to itself its place among the others.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._shown.follow()
+        if not self._state:
+            self._forget()
         active = [
             [id(p) for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
@@ -208,9 +212,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         """What the rule keeps of each parameter; before the first step, what it will start from.
 
         A state that is loaded in place, as `torch.distributed.checkpoint` does, needs a place then
-        already.
+        already. Where it is cleared, or replaced by an empty one, the rule starts anew from the
+        weights and hyperparameters as they are.
         """
         if self._laid_groups and not self._state:
+            self._forget()
             for number, group in enumerate(self.param_groups):
                 params = [p for p in group["params"] if p.requires_grad]
                 self._parked += self._new_shards(params, number)
@@ -220,6 +226,11 @@ class HyperOptimizer(torch.optim.Optimizer):
     @state.setter
     def state(self, state: defaultdict[Tensor, State]) -> None:
         self._state = state
+
+    def _forget(self) -> None:
+        if self._shards or self._parked:
+            self._shards, self._parked = [], []
+            self._lay_out(self._export())
 
     # Reading the hyperparameters.
 
@@ -279,9 +290,13 @@ class HyperOptimizer(torch.optim.Optimizer):
         Args:
             active: whether the next step moves a parameter.
         """
-        if len(self.param_groups) != self._laid_groups:
+        if len(self.param_groups) < self._laid_groups:
             raise ValueError("a param group was taken away; make a new optimizer of the others")
+        if len(self.param_groups) > self._laid_groups:
+            raise ValueError("a param group was put in by hand; use add_param_group")
         self._check_params([p for group in self.param_groups for p in group["params"]])
+        for shard in self._shards + self._parked:
+            shard.check_shapes()
         exported = self._export()
         numbers = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         for p in numbers:
@@ -391,7 +406,9 @@ class HyperOptimizer(torch.optim.Optimizer):
             shard.last = self._layout.last(own, shard.last.w, shard.last.g, shard.last.state)
         self._laid_groups = len(self.param_groups)
         called = [name for g in self.param_groups for name in g.get("param_names", [])]
-        by_place = {f"[p{i}]": f"[{name}]" for i, name in enumerate(called)}
+        # A name that is given twice would not tell its owner.
+        times = Counter(called)
+        by_place = {f"[p{i}]": f"[{name}]" for i, name in enumerate(called) if times[name] == 1}
         self._names = tuple(
             re.sub(r"\[p\d+\]$", lambda place: by_place.get(place[0], place[0]), name)
             for name in self._layout.names
@@ -429,7 +446,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._shown.follow()
-        if self._regrouped:
+        if self._regrouped or any(shard.astray for shard in self._shards + self._parked):
             self._arrange({p for shard in self._shards for p in shard.params}.__contains__)
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         told = {*self._rule.hypers, "betas", "params"}
@@ -478,9 +495,13 @@ class HyperOptimizer(torch.optim.Optimizer):
             ) from None
         self._shards, self._parked = shards
         self._overrides = [frozenset(group.get("own", ())) for group in state_dict["param_groups"]]
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+        both = [*zip(self.param_groups, state_dict["param_groups"], strict=True)]
+        for group, saved in both:
             group.update({name: saved[name] for name in saved.keys() - {"own", "params", "tower"}})
         self._lay_out(state_dict["param_groups"][0]["tower"]["levels"])
+        for group, saved in both:  # what was set in the state, as one does to go on with another lr
+            group.update({n: saved[n] for n in self._rule.hypers if isinstance(group[n], float)})
+        self._shown.follow()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

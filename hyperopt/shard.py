@@ -37,7 +37,7 @@ class Shard:
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
         self._in_place = False
-        self._kinds = [(p.dtype, p.device) for p in params]
+        self._kinds = [_kind(p) for p in params]
         self._divided = local(params[0]) is not params[0]
         self._here: list[Tensor]
 
@@ -48,13 +48,13 @@ class Shard:
         Args:
             block: the lowest level.
         """
-        n = sum(local(p).numel() for p in params)
-        blank = torch.zeros(n, dtype=precision(params[0]), device=params[0].device)
-        w = blank.clone() if block.depends_on_weights else None
-        g = blank.clone() if block.reruns else None
-        with blank.device:
-            state = block.init(blank)
-        moved = torch.zeros((), dtype=torch.float64, device=blank.device)
+        flat = [local(p).detach().reshape(-1).to(precision(p)) for p in params]
+        weights = torch.cat(flat)  # a copy, even of one
+        w = torch.zeros_like(weights) if block.depends_on_weights else None
+        g = torch.zeros_like(weights) if block.reruns else None
+        with weights.device:
+            state = block.init(weights)
+        moved = torch.zeros((), dtype=torch.float64, device=weights.device)
         return cls(params, owner, Move(w, g, state, moved))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,8 +135,21 @@ class Shard:
 
     @property
     def astray(self) -> bool:
-        """Whether the parameters are now of another dtype or on another device."""
-        return [(p.dtype, p.device) for p in self.params] != self._kinds
+        """Whether parameters are now of another dtype or shape or on another device."""
+        return [_kind(p) for p in self.params] != self._kinds
+
+    def check_shapes(self) -> None:
+        """Raise if a parameter is not of the shape that is known of it.
+
+        Raises:
+            ValueError: it has another one.
+        """
+        for p, (shape, *_) in zip(self.params, self._kinds, strict=True):
+            if p.shape != shape:
+                raise ValueError(
+                    f"a parameter of shape {tuple(shape)} has become one of {tuple(p.shape)}; put "
+                    "a new parameter into its param group, or make a new optimizer"
+                )
 
     def follow(self) -> None:
         """Go to the device of the parameters, and to the dtype in which they are moved now."""
@@ -150,6 +163,10 @@ class Shard:
 
         first = self.params[0]
         self.last = tree_map(to, self.last)
+
+
+def _kind(p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return p.shape, p.dtype, p.device
 
 
 def precision(p: Tensor) -> torch.dtype:

@@ -50,6 +50,9 @@ SMALL = 1e-3
 # were found to be below 1, and other derivatives of betas, in float32, above 5000.
 ROUNDING = 16
 
+# What else is kept beside a rule's state, there or in a state_dict, and so cannot be its name.
+RESERVED = {"w", "g", "moved", "room", "shape", "shard", "active", "last_grad", "last_weight"}
+
 # A raw value that none is bounded by. All that is kept has to be finite.
 ROOMY = 1e300
 
@@ -293,11 +296,20 @@ def build(
             value of its own. One that is tuned and not overridden is shared by the groups, unless
             its tuning says otherwise.
         counts: for each param group, the number of its parameters.
+
+    Raises:
+        ValueError: a rule's state has a name that means something else.
     """
     groups = range(len(overrides))
     blocks: list[Block] = []
     for k, rule in enumerate(stack.levels):
         top = k == stack.height
+        for name in rule.init(torch.empty(0)):
+            if name in RESERVED or name.startswith("path_"):
+                raise ValueError(
+                    f"{rule.name}: its state cannot have the name {name!r}; taken are path_... and "
+                    f"{', '.join(sorted(RESERVED))}"
+                )
         tuned: list[Slot] = []
         fixed: list[Slot] = []
         for name in rule.hypers:

@@ -576,6 +576,21 @@ def test_a_single_parameter_that_changes_its_dtype():
     assert not torch.equal(model.first.bias, model.first.bias.float().double())
 
 
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, 9])
+@pytest.mark.parametrize("stack", ["Adam(0.1)", "Adam(0.1) / SGD(1e-3)"])
+def test_a_parameter_that_changes_its_shape(stack, size, compile):
+    w, around = nn.Parameter(torch.ones(4)), torch.zeros(12)
+    optimizer = HyperOptimizer([w], stack, compile=compile)
+    w.grad = torch.ones(4)
+    optimizer.step()
+    w.grad, w.data = None, around[:size]
+    w.grad = torch.ones(size)
+    with pytest.raises(ValueError, match=rf"of shape \(4,\) has become one of \({size},\)"):
+        optimizer.step()
+    assert not around.any()
+
+
 def test_a_state_is_loaded_where_the_precisions_differ():
     """Parameters that were moved together there need not be of one precision here."""
     model, optimizer = trained(4)

@@ -1,5 +1,6 @@
 """`HyperOptimizer` as an optimizer: what it is like from outside, and what it refuses."""
 
+import collections
 import re
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperopt import HyperOptimizer, parse
+from hyperopt import SGD, Hyper, HyperOptimizer, Option, Rule, parse
 
 
 def weights(*shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -395,6 +396,91 @@ def test_the_state_of_the_same_stack_with_other_numbers_is_taken():
     assert other.hyperparameters() == optimizer.hyperparameters()
 
 
+def test_what_was_set_in_a_state_holds():
+    """As in torch.optim, where one goes on with another lr."""
+    w = weights((3,))
+    give_gradients(w, 0)
+    for stack in ("Adam(0.1)", "Adam(0.1)[beta1] / SGD(0.01)"):
+        optimizer = HyperOptimizer(w, stack, compile=False)
+        optimizer.step()
+        state = optimizer.state_dict()
+        state["param_groups"][0]["lr"] = 0.001
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == 0.001
+        before = w[0].detach().clone()
+        optimizer.step()
+        assert (w[0] - before).abs().max() < 0.002
+    state["param_groups"][0]["beta1"] = 0.5
+    with refused(ValueError, "beta1 was set to 0.5 in this state, but SGD(0.01) moves it; make"):
+        optimizer.load_state_dict(state)
+    assert float(optimizer.param_groups[0]["beta1"]) != 0.5
+
+
+@pytest.mark.parametrize("way", ["replaced", "cleared"])
+def test_a_state_that_is_cleared_starts_anew(way):
+    w, fresh = weights((3,), (2,)), weights((3,), (2,))
+    stack = "Adam(0.1)[beta1] / SGD(0)"
+    optimizer = HyperOptimizer(w, stack, compile=False)
+    for t in range(3):
+        give_gradients(w, t)
+        optimizer.step()
+    if way == "replaced":
+        optimizer.state = collections.defaultdict(dict)
+        assert float(optimizer.state[w[0]]["step"]) == 0
+    else:
+        optimizer.state.clear()
+    with torch.no_grad():
+        for p, q in zip(w, fresh, strict=True):
+            q.copy_(p)
+    other = HyperOptimizer(fresh, stack, compile=False)
+    for t in range(3, 6):
+        for params in (w, fresh):
+            give_gradients(params, t)
+            if t == 4:
+                params[0].grad = None
+        optimizer.step()
+        other.step()
+        assert all(torch.equal(p, q) for p, q in zip(w, fresh, strict=True))
+
+
+def test_a_state_of_names_that_are_taken_is_refused():
+    class Taken(Rule, known=False):
+        lr = Hyper(0.1)
+
+        def init(self, w):
+            return {"last_grad": torch.zeros_like(w)}
+
+        def update(self, w, g, s, h):
+            return w - h.lr * g, {"last_grad": g}
+
+    with refused(ValueError, "Taken: its state cannot have the name 'last_grad'; taken are"):
+        HyperOptimizer(weights((3,)), Taken() / SGD(0.1))
+
+
+def test_rules_that_the_notation_does_not_know_are_resumed():
+    class Own(Rule, known=False):
+        """It starts from where the weights are, and has an option that no notation can write."""
+
+        lr = Hyper(0.1)
+        mode = Option("abs")
+
+        def init(self, w):
+            return {"start": w}
+
+        def update(self, w, g, s, h):
+            return w - h.lr * (g + w - s["start"]), s
+
+    w, start = weights((3,), (2,)), weights((3,), (2,))
+    optimizer = HyperOptimizer(w, Own(0.1, mode="sq") / SGD(0.01), compile=False)
+    give_gradients(w, 0)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    for p, q in zip(w, start, strict=True):
+        assert torch.equal(optimizer.state[p]["start"], q)
+        assert p.grad is not None
+        torch.testing.assert_close(p, q - 0.1 * p.grad)
+
+
 def test_states_that_do_not_fit():
     def trained(stack: str, params: list, some: list[Tensor]) -> dict:
         optimizer = HyperOptimizer(params, stack, compile=False)
@@ -427,9 +513,17 @@ def test_states_that_do_not_fit():
         with refused(ValueError, "expected a dict with state and param_groups, found", found):
             other.load_state_dict(wrong)
     before, state = other.state_dict(), trained(stack, w, w)
-    state["param_groups"][0]["lr"] = 0.7
+    state["param_groups"][0]["eps"] = 0.7
     del state["state"][1]["exp_avg"]
     with refused(ValueError, "not a whole one", "a parameter has no 'exp_avg'"):
+        other.load_state_dict(state)
+    state = trained(stack, w, w)
+    state["state"][1]["exp_avg"] = torch.zeros(3, dtype=torch.float64)
+    with refused(ValueError, "not a whole one: number 1 has tensors of [4] and others"):
+        other.load_state_dict(state)
+    state = trained(stack, w, w)
+    del state["param_groups"][0]["tower"]["levels"][1]
+    with refused(ValueError, "not a whole one: it has not all levels of Adam(0.1) / SGD(0.01)"):
         other.load_state_dict(state)
     assert str(other.state_dict()) == str(before)
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from hyperopt import HyperOptimizer, parse
 
@@ -153,6 +154,14 @@ def test_bounds_hold(how, sign):
     edge = 0.2 if sign > 0 else 0.05
     if how != "unit to 0.2":
         assert lr == pytest.approx(edge), "and are reached"
+
+
+def test_names_that_are_given_twice_do_not_name_a_tensor():
+    nets = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    groups = [{"params": [*net.named_parameters()]} for net in nets]
+    groups.append({"params": [("other", nn.Parameter(torch.zeros(1)))]})
+    optimizer = HyperOptimizer(groups, "SGD(0.1)[lr: per tensor] / SGD(0.01)", compile=False)
+    assert optimizer.names[:3] == ("0.lr[p0]", "0.lr[p1]", "0.lr[other]")
 
 
 @pytest.mark.parametrize("high", [0.2, 0.101])
