@@ -117,9 +117,12 @@ def choose(name: str, value: str, known: Sequence[str]) -> str:
 def seed_list(text: str) -> list[int]:
     """The seeds in a text as "0,1,2"."""
     try:
-        return [int(seed) for seed in text.split(",")]
+        seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
         raise ValueError(f"seeds={text!r} is no list of numbers as in 0,1,2") from None
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds={text!r} has a seed twice, which would be counted as two runs")
+    return seeds
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,8 @@ def do_in_waves(waves: Sequence[Sequence[Config]], records: Path, start: str) ->
     """
     store = RunStore(waves[0][0].store)
     if start == "records":
+        if not records.exists():
+            print(f"there is no {records} yet; all runs are to be done", file=sys.stderr)
         import_runs(records, store)
     done = True
     for configs in waves:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -206,10 +207,16 @@ def resolve(config: Config, data: str) -> Config:
     for name in ("steps", "checkpoint_every"):
         if (value := getattr(config.trainer, name)) is not None and value < 1:
             raise ValueError(f"trainer.{name}={value} must be 1 or more, or null")
-    if (clip := config.trainer.clip_value) is not None and not clip > 0:
-        raise ValueError(f"trainer.clip_value={clip} must be above 0, or null")
-    if (l2 := config.trainer.l2) is not None and (not l2 > 0 or is_book(data)):
-        raise ValueError(f"trainer.l2={l2} must be above 0, or null, as it is for a text")
+    for name in ("clip_value", "l2"):
+        value = getattr(config.trainer, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"trainer.{name}={value} must be a number above 0, or null for none")
+    if config.trainer.l2 is not None and is_book(data):
+        raise ValueError(f"trainer.l2={config.trainer.l2} is for images; of a text it must be null")
+    if config.workers is not None and config.workers < 1:
+        raise ValueError(
+            f"workers={config.workers} must be 1 or more, or null for one for each core"
+        )
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be 0 or more")
     stack = notation(config.stack)

@@ -75,6 +75,8 @@ def main() -> int:
         return 0
     options, _ = split(sys.argv[1:], Options, ())
     store = RunStore(options.store)
+    if not store.root.exists() and options.store != Options.store:
+        raise ValueError(f"there is no store={options.store}; give the folder of the runs")
     hashes = [summary["hash"] for summary in read_summaries(store.root)]
     pushed = push_all(store, hashes, options.project)
     artifacts = push_results(Path(options.results), store.root, options.project)

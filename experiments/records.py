@@ -90,9 +90,13 @@ def main() -> int:
         return 0 if set(sys.argv[1:]) & {"-h", "--help"} else 2
     path, store = Path(sys.argv[2]), RunStore(sys.argv[3])
     if sys.argv[1] == "import":
+        if not path.exists():
+            raise ValueError(f"there is no {path}; give the records that export has written")
         print(f"{import_runs(path, store)} runs are new in {store.root}")
     else:
         finished = [run.parent.name for run in store.root.glob("*/summary.json")]
+        if not finished:
+            raise ValueError(f"there is no finished run in {store.root}; give the store of some")
         print(f"{export_runs(store, finished, path)} runs are in {path}")
     return 0
 

@@ -44,8 +44,9 @@ def sample(options: Options) -> str:
     length, seed = number(options, "length"), number(options, "seed")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={options.temperature} must be above 0")
-    if min(length, seed) < 0:
-        raise ValueError(f"length={length} and seed={seed} must be 0 or more")
+    for name, value in (("length", length), ("seed", seed)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must be 0 or more")
     if not options.run:
         raise ValueError("run= is not set; give the hash of a finished run of experiment=char_rnn")
     store = RunStore(options.store)

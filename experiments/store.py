@@ -96,8 +96,8 @@ class RunDirectory:
             summary = json.loads((self.path / "summary.json").read_text())
         except (OSError, ValueError):
             return None
-        whole = isinstance(summary, dict) and summary.get("hash") == self.hash
-        return summary if whole else None
+        whole = isinstance(summary, dict) and summary.keys() >= {"stack", "seed", "hyperparameters"}
+        return summary if whole and summary.get("hash") == self.hash else None
 
     def checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, tensors on the CPU, or None where there is none.

@@ -105,6 +105,16 @@ def select(table: pd.DataFrame, wanted: dict[str, list[str]]) -> pd.DataFrame:
     return table
 
 
+def _known(summary: dict[str, Any]) -> bool:
+    """Whether this version knows a run's rules; one that it does not is named on standard error."""
+    try:
+        parse(summary["stack"])
+    except ValueError as error:
+        print(f"run {summary['hash']} is left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _canonical(value: Any) -> Any:
     try:
         return float(value)
@@ -164,7 +174,9 @@ def main() -> int:
     if asked_for_help(__doc__, Options):
         return 0
     options, wanted = _arguments(sys.argv[1:])
-    summaries = read_summaries(Path(options.store))
+    if Path(options.csv).suffix == ".json":
+        raise ValueError(f"csv={options.csv} is the name of what goes beside a CSV; give another")
+    summaries = [*filter(_known, read_summaries(Path(options.store)))]
     if not summaries:
         raise ValueError(f"there is no finished run in store={options.store}")
     text = tidy_csv(summaries)

@@ -269,7 +269,7 @@ def test_a_trained_model_writes_its_text(lines: Path, tmp_path: Path) -> None:
         ({"temperature": "0"}, "temperature=0 must be above 0"),
         ({"temperature": "warm"}, "temperature='warm' is not a number"),
         ({"length": "1.5"}, "length='1.5' is not a whole number"),
-        ({"seed": "-1"}, "must be 0 or more"),
+        ({"seed": "-1"}, "seed=-1 must be 0 or more"),
         ({"start": "to é"}, "start='to é' has 'é'; give one or more of the characters"),
         ({"start": ""}, "start='' is empty; give one or more"),
     ],

@@ -82,6 +82,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
         ("preset=quick", "preset='quick' is not one of paper, cpu"),
         ("start=own", "start='own' is not one of scratch, records"),
         ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
+        ("seeds=0,0", "seeds='0,0' has a seed twice"),
         ("seed=1", "did you mean seeds"),
         ("trainer.epochs=1", "is not an option of this command"),
     ],

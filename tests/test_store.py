@@ -73,6 +73,8 @@ def test_folders_loggers_and_the_like_do_not_change_the_hash(tmp_path: Path) -> 
 
 # When it is finished.
 
+SUMMARY = {"stack": "SGD(0.1)", "seed": 0, "hyperparameters": [{"lr": 0.1}], "test_error": 1.5}
+
 
 def test_a_run_is_finished_once_its_summary_is_whole(tmp_path: Path) -> None:
     run = RunStore(tmp_path).run("0123456789abcdef")
@@ -81,22 +83,29 @@ def test_a_run_is_finished_once_its_summary_is_whole(tmp_path: Path) -> None:
     run.save_checkpoint({"epoch": 1})
     run.save_curves("curves", ["epoch"], [[1]])
     assert run.summary() is None
-    run.finish({"test_error": 1.5})
-    assert run.summary() == {"hash": "0123456789abcdef", "test_error": 1.5}
+    run.finish(SUMMARY)
+    assert run.summary() == {"hash": "0123456789abcdef", **SUMMARY}
     assert not (run.path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("keep", [0, 1, 20])
 def test_a_half_written_summary_is_not_a_finished_run(tmp_path: Path, keep: int) -> None:
     run = RunDirectory(tmp_path / "0123456789abcdef")
-    run.finish({"test_error": 1.5})
+    run.finish(SUMMARY)
     whole = (run.path / "summary.json").read_text()
     (run.path / "summary.json").write_text(whole[:keep])
     assert run.summary() is None
 
 
+@pytest.mark.parametrize("missing", ["stack", "seed", "hyperparameters"])
+def test_a_summary_that_lacks_something_is_not_read(tmp_path: Path, missing: str) -> None:
+    run = RunDirectory(tmp_path / "0123456789abcdef")
+    run.finish({name: value for name, value in SUMMARY.items() if name != missing})
+    assert run.summary() is None
+
+
 def test_a_summary_of_another_run_is_not_read(tmp_path: Path) -> None:
-    RunDirectory(tmp_path / "one").finish({"test_error": 1.5})
+    RunDirectory(tmp_path / "one").finish(SUMMARY)
     (tmp_path / "one").rename(tmp_path / "two")
     assert RunDirectory(tmp_path / "two").summary() is None
 
@@ -177,7 +186,7 @@ def test_a_run_that_someone_else_does_is_waited_for_and_then_read(tmp_path: Path
         other.join(timeout=3)
         assert other.is_alive()
         assert [path.name for path in run.path.iterdir()] == ["lock"]
-        run.finish({"test_error": 12.34})
+        run.finish({**SUMMARY, "test_error": 12.34})
     other.join(timeout=60)
-    assert found == [{"hash": run.hash, "test_error": 12.34}]
+    assert found == [{"hash": run.hash, **SUMMARY, "test_error": 12.34}]
     assert sorted(path.name for path in run.path.iterdir()) == ["lock", "summary.json"]

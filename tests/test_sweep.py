@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,9 +23,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT
 from test_readme import SUMMARISE
 
-from experiments import run, summarise
+from experiments import records, run, summarise
 from experiments.config import compose, protect_notation, resolve, run_hash
 from experiments.pool import use_gpu
+from experiments.store import RunDirectory
 from experiments.summarise import read_summaries, tidy_csv
 from experiments.train import train
 
@@ -226,6 +228,7 @@ def test_the_readmes_means(
         (["seed=7"], "of 6 runs in {store} none has seed=7"),
         (["seed"], "'seed' is not of the form column=value"),
         (["store=nowhere"], "there is no finished run in store=nowhere"),
+        (["csv=tidy.json"], "csv=tidy.json is the name of what goes beside a CSV; give another"),
     ],
 )
 def test_a_bad_question_gets_one_clear_line(
@@ -238,6 +241,47 @@ def test_a_bad_question_gets_one_clear_line(
     assert command(summarise.main, f"store={store}", *arguments) == 2
     said = capsys.readouterr().err
     assert message.format(store=store) in said and said.count("\n") == 1
+
+
+def test_a_run_of_an_unknown_rule_does_not_hide_the_others(
+    store: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(store, tmp_path / "runs")
+    stray = {"stack": "QHM(1.0)", "seed": 0, "hyperparameters": []}
+    RunDirectory(tmp_path / "runs" / "stray").finish(stray)
+    assert command(summarise.main, f"store={store}") == 0
+    expected = capsys.readouterr().out
+    assert command(summarise.main, f"store={tmp_path / 'runs'}") == 0
+    said = capsys.readouterr()
+    assert said.out == expected
+    assert "run stray is left out: there is no rule 'QHM'" in said.err
+
+
+def test_a_folder_that_cannot_be_written_to_gets_one_line(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ("data=mnist-5k", "device=cpu", "trainer.epochs=1", "progress=false")
+    assert command(run.main, "store=/dev/null", *tiny) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and "/dev/null/" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["import", "{0}/none.jsonl.gz", "{0}"], "none.jsonl.gz; give the records that export has"),
+        (["export", "{0}/new.jsonl.gz", "{0}"], "there is no finished run in"),
+    ],
+)
+def test_records_of_nothing_get_one_line(
+    tmp_path: Path,
+    command: Command,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    assert command(records.main, *(word.format(tmp_path) for word in words)) == 2
+    assert message in capsys.readouterr().err
 
 
 def entry_points() -> list[str]:

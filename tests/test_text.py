@@ -365,7 +365,7 @@ def test_a_run_that_diverges_is_a_result(tiny: Path, tmp_path: Path) -> None:
         (["trainer.sequence_length=null"], "trainer.sequence_length=None must be 1 or more for"),
         (["model.hidden=0"], "model.hidden=0 must be 1 or more for a text"),
         (["trainer.compile_model=true"], "leaves an LSTM as it is; give trainer.compile_model=fa"),
-        (["trainer.clip_value=0"], "trainer.clip_value=0.0 must be above 0, or null"),
+        (["trainer.clip_value=0"], "trainer.clip_value=0.0 must be a number above 0, or null"),
         (["trainer.checkpoint_every=0"], "trainer.checkpoint_every=0 must be 1 or more, or null"),
         (["data.augment=true"], "data.augment=true is for images in colour, not for war_and_pe"),
     ],
