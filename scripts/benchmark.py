@@ -619,7 +619,7 @@ def draw_peers(times: pd.DataFrame, about: str) -> None:
         axis.set_yticks(range(len(shown)), names, fontsize=6)
     axes[0][0].invert_yaxis()
     figure.supxlabel(
-        f"{about}. Medians with quartiles. Of the published package only whole "
+        f"{about}. Medians with quartiles.\nOf the published package only whole "
         "steps are timed, as its backward pass is a part of the price.",
         fontsize=5,
         color="#555555",
