@@ -502,7 +502,10 @@ def test_groups_cannot_be_taken_away():
     groups = [{"params": layer.parameters()} for layer in (model.first, model.last)]
     optimizer = HyperOptimizer(groups, TALL, compile=False)
     train(model, optimizer, range(2))
-    del optimizer.param_groups[1]
+    optimizer.param_groups.append({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="group was put in by hand; use add_param_group"):
+        train(model, optimizer, range(1))
+    del optimizer.param_groups[1:]
     with pytest.raises(ValueError, match="group was taken away; make a new optimizer"):
         train(model, optimizer, range(1))
 
