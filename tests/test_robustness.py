@@ -394,9 +394,10 @@ def test_the_page_says_what_was_found() -> None:
         ("mlp30", "SGD-HD"),
         ("resnet", "Adam"),
         ("resnet", "DAdaptAdam"),
+        ("resnet", "ScheduleFree"),
         ("softmax", "ScheduleFree"),
     ]
-    assert "Schedule-Free AdamW on softmax regression and, with one seed, on the RNN" in words
+    assert "on softmax regression and, with one seed, on the RNN and on ResNet-20;" in words
     assert "SGD, with and without momentum, and SGD-HD on the MLP after 30 epochs" in words
     assert "Adam on ResNet-20, and D-Adapt Adam, with one seed, which diverges on the RNN" in words
     assert best["char_rnn", "DAdaptAdam"] == math.inf
