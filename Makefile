@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt $(OTHER_PYTHON)
 	@touch $@
 
 test: lint ## lint, then run the tests
-	@$(PY) -m pytest -n $(or $(WORKERS),2) $(ARGS)
+	@$(PY) -m pytest -n $(or $(WORKERS),2) --dist worksteal $(ARGS)
 
 lint: setup ## check style (ruff) and types (mypy)
 	@$(PY) -m ruff check --quiet .

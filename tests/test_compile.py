@@ -130,19 +130,18 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    # Two for each of the three sizes, and the one of the upper levels; or one for each.
+    # Two for each of the two sizes, and the one of the upper levels; or one for each.
     ("stack", "kernels"),
     [
-        ("AdamW(0.01) / SGD(1e-3)", 7),
-        ("AdamW(0.01)", 3),
-        ("Adam(0.01)[lr: log] / SGD(0.1, horizon=inf, normalize=True, trust=0.1)", 7),
+        ("AdamW(0.01)", 2),
+        ("AdamW(0.01)[lr: log] / SGD(0.1, horizon=inf, normalize=True, trust=0.1)", 5),
     ],
 )
 def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
 
     def many() -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        shapes = [(40, 20), (20, 40), (600,), (800,), (600,), (7,), ()]
+        shapes = [(40, 20), (20, 40), (800,), (800,), (7,), ()]
         return [
             torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_()
             for s in shapes
@@ -160,8 +159,8 @@ def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
         if t == 0:
             done = len(compilations)
     assert fast.compiled
-    assert len(fast.state_dict()["state"]) == 7
-    assert len({entry["shard"] for entry in fast.state_dict()["state"].values()}) == 6
+    assert len(fast.state_dict()["state"]) == 6
+    assert len({entry["shard"] for entry in fast.state_dict()["state"].values()}) == 5
     assert len(compilations) == done == kernels
 
 
@@ -169,13 +168,12 @@ def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
 def test_sets_of_parameters_that_change_share_kernels(compiler, compilations):
     """As of experts, of which each step moves some: each set has had its own kernels once."""
     generator = torch.Generator().manual_seed(0)
-    ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, 20, 300, 300)]
+    ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (300,) * 3]
     theirs = [w.clone() for w in ours]
-    stack = "Adam(0.01, eps=0.1) / SGD(1e-3)"
+    stack = "SGD(0.1, momentum=0.9) / SGD(1e-3)"
     fast, slow = HyperOptimizer(ours, stack), HyperOptimizer(theirs, stack, compile=False)
-    everyone = (0, 1, 2, 3)
-    sets = [everyone, (0, 1), (2, 3), (1, 2), (0, 3), everyone]
-    sets += [(0, 2), (1, 3), (0, 1, 2), (3,), everyone, (1, 2, 3)]
+    everyone = (0, 1, 2)
+    sets = [everyone, (0,), (1, 2), (1,), everyone, (0, 2), (2,), (0, 1), everyone, (1, 2)]
     for t, moved in enumerate(sets):
         for i, (w, v) in enumerate(zip(ours, theirs, strict=True)):
             g = torch.randn(w.shape, generator=generator, dtype=w.dtype)
@@ -185,7 +183,7 @@ def test_sets_of_parameters_that_change_share_kernels(compiler, compilations):
         assert fast.compiled
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=1e-9, atol=0)
-        if t == 5:  # by now each has been moved without each other, and once more with all
+        if t == 4:  # by now each has been moved without each other, and once more with all
             done = len(compilations)
     assert len(compilations) == done
 
@@ -196,7 +194,7 @@ def test_compiling_draws_none_of_the_user_s_random_numbers(compiler, compilation
     w, groups = made(torch.float32, {})
     step(w, HyperOptimizer(groups, "AdamW(0.01)", compile=False), 0)
     before = torch.get_rng_state()
-    optimizer = HyperOptimizer(groups, STACKS[4][0])
+    optimizer = HyperOptimizer(groups, "AdamW(0.01)")
     step(w, optimizer, 1)
     assert optimizer.compiled and len(compilations) > 0
     assert torch.equal(torch.get_rng_state(), before)
@@ -252,7 +250,7 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stack", ["AdamW(0.01) / SGD(1e-3)", STACKS[5][0]])
-@pytest.mark.parametrize("sizes", [(1,), (300,), (300, 600, 700, 800, 900)])
+@pytest.mark.parametrize("sizes", [(1,), (600,) * 5])
 def test_what_is_kept_of_a_weight_is_what_it_was(stack, sizes, compiler, compilations, monkeypatch):
     """Where no kernel works in place, among them those for one weight."""
     monkeypatch.setattr(hyperopt.compile, "_works_in_place", lambda *_: False)

@@ -353,3 +353,10 @@ def test_a_group_that_is_added_goes_on_as_one_that_waited(memory, own):
     (ours, learned), (theirs, expected) = train(True), train(False)
     assert learned == expected
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_nesterov_without_a_momentum_is_refused():
+    w = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="nesterov=True needs a momentum"):
+        HyperOptimizer([w], "SGD(0.1, nesterov=True)")
+    HyperOptimizer([w], "SGD(0.1, nesterov=True)[lr, momentum] / SGD(1e-3)")
