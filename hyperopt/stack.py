@@ -16,10 +16,12 @@ Two more are for the level above the lowest. horizon=n judges a hyperparameter b
 last n steps, and not in the last one alone: the derivatives d of the weights are gathered, at the
 t-th step as D <- (1 - 1/min(t, n)) D + d. For an lr in the log domain and n = inf, and a rule whose
 updates are proportional to lr, D is the way from the mean of all earlier weights to the present
-ones. trust=0.1 lets what lr adds to the weights in one step, with most rules the whole update, be
-no larger than a tenth of them, by their norms: lr, which must be in the log domain, is pulled down
-to that. Where it is given, trust is a hyperparameter of its level: a further level moves it where
-it is named, as in SGD(0.1)[lr: log] / SGD(0.2, trust=0.1)[lr, trust] / SGD(1e-3).
+ones. Where a hyperparameter falls to a thousandth of the most that it has been on the way, D and t
+begin anew: what it added while it was large would else outweigh whatever it can add now. trust=0.1
+lets what lr adds to the weights in one step, with most rules the whole update, be no larger than a
+tenth of them, by their norms: lr, which must be in the log domain, is pulled down to that. Where it
+is given, trust is a hyperparameter of its level: a further level moves it where it is named, as in
+SGD(0.1)[lr: log] / SGD(0.2, trust=0.1)[lr, trust] / SGD(1e-3).
 """
 
 from __future__ import annotations

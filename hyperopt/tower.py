@@ -50,6 +50,11 @@ SMALL = 1e-3
 # were found to be below 1, and other derivatives of betas, in float32, above 5000.
 ROUNDING = 16
 
+# Where a hyperparameter has fallen to this share of the most that it has been on the way over which
+# its derivatives are added up, the way begins anew. What was added while it was larger would decide
+# for ever which sign the hypergradient has, and no further fall could change that.
+ANEW = 1e-3
+
 # What else is kept beside a rule's state, there or in a state_dict, and so cannot be its name.
 RESERVED = {"w", "g", "moved", "room", "shape", "shard", "active", "last_grad", "last_weight"}
 
@@ -170,7 +175,8 @@ class Block:
             state["room"] = torch.zeros_like(w)
         if self.horizon > 1:
             state |= {f"path_{name}": torch.zeros_like(w) for name in self.names}
-            state["path_length"] = torch.zeros((), dtype=torch.float64)
+            numbers = ("path_length", *(f"path_most_{name}" for name in self.names))
+            state |= {name: torch.zeros((), dtype=torch.float64) for name in numbers}
         return state
 
     @property
@@ -666,11 +672,15 @@ def advance(
         derivatives, _ = tangents(move, raw, g)
         if block.normalize:
             derivatives = cleared(block, raw, derivatives, new - w)
-        length = state["path_length"] + 1
+        values = dict(zip(block.names, block.numbers(raw).abs().unbind(), strict=True))
+        most = {name: state[f"path_most_{name}"].maximum(value) for name, value in values.items()}
+        anew = torch.stack([values[name] < ANEW * most[name] for name in values]).any()
+        length = torch.where(anew, 1.0, state["path_length"] + 1)
         kept = 1 - 1 / length.clamp(max=block.horizon)
-        named = [f"path_{name}" for name in block.names]
-        paths = {n: kept * state[n] + d for n, d in zip(named, derivatives, strict=True)}
-        after = {**after, **paths, "path_length": length}
+        after = {**after, "path_length": length}
+        for (name, value), derivative in zip(values.items(), derivatives, strict=True):
+            after[f"path_{name}"] = kept * state[f"path_{name}"] + derivative
+            after[f"path_most_{name}"] = torch.where(anew, value, most[name])
         after = {name: torch.where(going > 0, after[name], old) for name, old in state.items()}
     return torch.where(going > 0, new, w) if block.tuned else new, after
 

@@ -75,6 +75,40 @@ def test_a_gradient_that_is_not_finite_leaves_the_way_as_it_is(rule):
     assert with_it[1][6:] == numbers[5:] and lrs(numbers)[5] != lrs(numbers)[6]
 
 
+@pytest.mark.parametrize("horizon", ["inf", "4"])
+def test_a_way_begins_anew_where_its_hyperparameter_has_fallen_to_a_thousandth(horizon):
+    g = [1.0, *[-1.0] * 9]  # what the first step has added outweighs what the smaller ones can
+    stack = f"SGD(0.1)[lr: log] / SGD(2, horizon={horizon}, normalize=True)"
+    lr = lrs(run(stack, [torch.tensor([each], dtype=torch.float64) for each in g])[1])
+    expected, path, most, length = [0.1], 0.0, 0.0, 0
+    for gradient in g:
+        # The cosine of two numbers is a sign.
+        way = gradient * path
+        expected.append(expected[-1] * math.exp(-2 * math.copysign(1, way) if way else 0))
+        most, length = max(most, expected[-1]), length + 1
+        if expected[-1] < 1e-3 * most:
+            most, length = expected[-1], 1
+        path = (1 - 1 / min(length, float(horizon))) * path - expected[-1] * gradient
+    assert lr == pytest.approx(expected)
+    assert min(lr) < 1e-4 < lr[-1]  # without that it would fall on
+
+
+def test_auto_goes_on_where_gradients_have_no_noise():
+    generator = torch.Generator().manual_seed(1)
+    inputs, first, second = (torch.randn(n, 8, generator=generator) for n in (64, 1, 1))
+    w = torch.zeros(8, requires_grad=True)
+    optimizer, losses = Auto([w], compile=False), []
+    for target in (first, second):
+        for _ in range(500):
+            optimizer.zero_grad()
+            loss = (inputs @ (w - target[0])).square().mean()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] < 1e-4  # 9e-3 if the way never began anew
+    assert losses[1] < 2  # and 20
+
+
 def test_a_horizon_of_one_step_is_the_paper_s_hypergradient():
     g = gradients(8)
     plain = run("Adam(0.01) / SGD(1e-3)", g)[1]
