@@ -62,8 +62,14 @@ def tidy(summary: dict[str, Any]) -> dict[str, Any]:
     line |= dict(_flat({str(k): level.values for k, level in enumerate(levels)}))
     line |= {name: summary[name] for name in RESULTS if name in summary}
     for k, (level, values) in enumerate(zip(levels, summary["hyperparameters"], strict=True)):
-        constant = level.hypers.keys() - level.tuned.keys() if k < len(levels) - 1 else values
+        constant = (
+            level.hypers.keys() - level.tuned.keys() if k < len(levels) - 1 else values.keys()
+        )
         line |= {f"learned.{k}.{n}": v for n, v in values.items() if n not in constant}
+        # The notation leaves out what was at its default, which may have become another since.
+        if k or "schedule" not in summary:
+            kept = {f"{k}.{n}": values[n] for n in constant & values.keys()}
+            line |= {name: v for name, v in kept.items() if name in line and v is not None}
     return line
 
 

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from experiments import records, run, summarise
 from experiments.config import compose, protect_notation, resolve, run_hash
 from experiments.pool import use_gpu
 from experiments.store import RunDirectory
-from experiments.summarise import read_summaries, tidy_csv
+from experiments.summarise import read_summaries, tidy, tidy_csv
 from experiments.train import train
+from hyperopt import Adam, parse
 
 EAGER = ("trainer.compile=false", "trainer.compile_model=false", "trainer.epochs=1")
 FIXED = (*EAGER, "data=mnist-5k", "device=cpu", "progress=false", "workers=2")
@@ -181,6 +182,22 @@ def test_the_tidy_csv_has_a_line_for_each_run(store: Path) -> None:
     assert learned == {"learned.0.lr"} and float(tower["learned.0.lr"]) != 0.1
     (wild, _) = [line for line in found.values() if line["stack.rule"] == "Adam"]
     assert wild["diverged"] == "True" and wild["train_loss"] == wild["1.lr"] == ""
+
+
+def test_the_tidy_csv_has_the_constants_that_a_run_was_done_with(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their defaults have become since; a schedule's values at the end are no start."""
+    before = tidy_csv(summaries := read_summaries(store))
+    for name, default in (("eps", 1e-3), ("weight_decay", 0.5)):
+        changed = replace(Adam.hypers[name], default=default)
+        monkeypatch.setattr(Adam, name, changed)
+        monkeypatch.setattr(Adam, "hypers", {**Adam.hypers, name: changed})
+    assert parse("Adam(1.0)").levels[0].values["eps"] == 1e-3
+    assert tidy_csv(summaries) == before
+    (summary, *_) = (s for s in summaries if s["stack"] == "SGD(0.1)")
+    scheduled = {**summary, "schedule": {"name": "cosine"}, "hyperparameters": [{"lr": 0.0}]}
+    assert tidy(scheduled)["0.lr"] == 0.1
 
 
 def test_means_are_over_what_is_not_named(
