@@ -4,8 +4,9 @@
     python -m experiments.summarise stack.rule=SGD stack.height=0,1,2 by=stack.height,0.lr
     python -m experiments.summarise data=mnist show=test_error,learned.0.lr csv=tidy.csv store=runs
 
-prints, of the runs in the store that have one of the given values in each of the given columns, the
-mean ± standard deviation of what `show` names (by default the test error in percent or the test
+prints, of the runs in the store that have one of the given values in each of the given columns (as
+diverged=false, or schedule.name=null where it is empty; a column may be given twice), the mean ±
+standard deviation of what `show` names (by default the test error in percent or the test
 perplexity, and train_loss in nats) over all that `by` does not name (by default it names every
 setting in which the runs differ, but the seed). `csv` names a file for the selected runs
 themselves, a line each; where they come from is written beside it, as .json.
@@ -105,7 +106,7 @@ def read_summaries(store: Path) -> list[dict[str, Any]]:
 
 
 def select(table: pd.DataFrame, wanted: dict[str, list[str]]) -> pd.DataFrame:
-    """The lines that have, in each of the columns, one of the values; 1e-2 is 0.01."""
+    """The lines that have, in each of the columns, one of the values; 1e-2 is 0.01, null empty."""
     for column, values in wanted.items():
         table = table[table[column].map(_canonical).isin([_canonical(value) for value in values])]
     return table
@@ -121,11 +122,14 @@ def _known(summary: dict[str, Any]) -> bool:
     return True
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Any) -> str:
+    text = str(value).lower()
+    if text in ("nan", "none", "null"):
+        return "null"
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        return str(value).lower()
+        return str(float(text))  # which a bool's text is not
+    except ValueError:
+        return text
 
 
 def settings_that_differ(table: pd.DataFrame) -> list[str]:
@@ -170,9 +174,9 @@ def _arguments(arguments: Sequence[str]) -> tuple[Options, dict[str, list[str]]]
         if key in known:
             own[key] = value
         elif key == "stack":  # which has commas of its own
-            wanted[key] = [str(parse(value))]
+            wanted.setdefault(key, []).append(str(parse(value)))
         else:
-            wanted[key] = value.split(",")
+            wanted.setdefault(key, []).extend(value.split(","))
     return Options(**own), wanted
 
 

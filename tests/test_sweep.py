@@ -226,6 +226,19 @@ def test_runs_are_chosen_by_the_values_of_columns(
     assert len(capsys.readouterr().out.splitlines()) == 4
     assert command(summarise.main, "stack=SGD(1e-1)/SGD(.01)", *options) == 0
     assert [line["stack.height"] for line in lines(chosen.read_text())] == ["1", "1"]
+    asked: dict[tuple[str, ...], int] = {
+        ("diverged=false",): 4,
+        ("diverged=True",): 2,
+        ("trainer.compile=false",): 6,
+        ("1.lr=null",): 4,
+        ("1.lr=null,0.01",): 6,
+        ("1.lr=null", "diverged=false"): 2,
+        ("seed=0", "seed=1"): 6,
+        ("stack=SGD(0.1)", "stack=Adam(1e42)"): 4,
+    }
+    for question, runs in asked.items():
+        assert command(summarise.main, *question, *options) == 0
+        assert len(lines(chosen.read_text())) == runs
 
 
 @pytest.mark.parametrize("line", SUMMARISE)
