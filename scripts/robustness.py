@@ -136,8 +136,8 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_fixed(own: pd.DataFrame) -> Any:
-    """Of one task's points, that of the best fixed lr; None where there is none."""
-    fixed = own[own.method.isin(FIXED)]
+    """Of one task's points, that of the best fixed lr; None where there is none that ended well."""
+    fixed = own[own.method.isin(FIXED) & np.isfinite(own.error)]
     return None if fixed.empty else fixed.loc[fixed.error.idxmin()]
 
 
@@ -146,7 +146,7 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
 
     These are how many powers of ten of starts end within 1.1 and within 1.5 times the best fixed
     lr's error: the share of starts that do, of the powers of ten from the first to the last. What
-    has no start is near from all of them, or from none.
+    has no start is near from all of them, or from none. Without a best fixed lr they are NaN.
     """
     lines = []
     for task, setting in PRESETS[preset].items():
@@ -161,12 +161,15 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
             if mine.empty:
                 continue
             worst = mine.loc[mine.error.idxmax()]
+            compared = mine.ratio.notna().all()
             lines.append(
                 {
                     "task": task,
                     "method": method,
                     **{
                         f"decades_{near}": weight * (mine.ratio <= near).sum() * worth
+                        if compared
+                        else math.nan
                         for near in NEAR
                     },
                     "best": mine.error.min(),
@@ -261,6 +264,9 @@ def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: A
                 cells.append("")
                 continue
             line = own.loc[task]
+            if math.isnan(line.worst_ratio):
+                cells.append("-")
+                continue
             decades = (f"{line[f'decades_{near}']:.1f}" for near in NEAR)
             ratio = number(line.worst_ratio)
             missing = f" ({line.starts} of {line.of} starts)" if line.starts < line.of else ""
@@ -287,7 +293,7 @@ OVERVIEW = (
 
 def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, name: str, times: Any) -> str:
     """Everything in words and numbers."""
-    robust = robustness(table, preset)
+    robust, said = robustness(table, preset), verdicts(table, preset)
     missing = [title(preset, task) for task in PRESETS[preset] if not (table.task == task).any()]
     lines = [
         f"# Start anywhere, preset {preset}",
@@ -301,12 +307,13 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, name: str, ti
         "## Decades of robustness",
         "",
         OVERVIEW
-        + (f" *Step*: a whole training step of the MLP, by {REFERENCE}'s (foreach)." * bool(times)),
+        + (f" *Step*: a whole training step of the MLP, by {REFERENCE}'s (foreach)." * bool(times))
+        + " A dash: there is no fixed lr to compare with." * bool(robust.worst_ratio.isna().any()),
         "",
         *overview(robust, preset, MAIN, times),
         "",
-        *(["Auto:", ""] if (table.method == "Auto").any() else []),
-        *(f"- {verdict}" for verdict in verdicts(table, preset)),
+        *(["Auto:", ""] if said else []),
+        *(f"- {verdict}" for verdict in said),
     ]
     if robust.method.isin(ABLATION).any():
         lines += ["", "## Auto without one of its parts", ""]

@@ -290,6 +290,17 @@ def test_verdicts_name_limit_and_peer() -> None:
     assert "1.50 times from the worst, 1e-08; no worse than Prodigy from 1 of 11" in said
 
 
+@pytest.mark.parametrize("fixed", [{}, {"SGD": {1e-2: math.inf}}])
+def test_without_a_fixed_lr_that_ended_well_nothing_is_said_to_be_near_it(fixed) -> None:
+    points = table({"Auto": {1e-2: 2.0}, "Prodigy": {None: 2.0}, **fixed})
+    robust = drawn.robustness(points, "cpu")
+    assert robust[["decades_1.1", "decades_1.5", "worst_ratio"]].isna().all(axis=None)
+    runs = pd.DataFrame({"task": ["mlp"], "data": ["mnist"]})
+    text = drawn.markdown(points, runs, "cpu", "name", None)
+    assert "| Auto | - |" in text and "there is no fixed lr to compare with" in text
+    assert "nan" not in text and "\nAuto:\n" not in text
+
+
 def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
     grid = PRESETS["cpu"]["mlp"].grid
     some = table({"Adam": {1e-8: 9.0, 0.03162: 2.0, 1e-2: 3.0}, "SGD": dict.fromkeys(grid, 4.0)})
