@@ -40,8 +40,13 @@ def setting(runs: list[Run], preset: str) -> str:
     summary = runs[0].summary
     epochs = summary["trainer"]["epochs"]
     text = f"Character RNN on {data_label(summary['data'])}, preset {preset}, {epochs} epochs"
-    whole = epochs == PAPERS_EPOCHS
-    return text if whole else f"{text}; a reduced setting, the paper's is {PAPERS_EPOCHS} epochs"
+    reduced = f"{text}; a reduced setting, the paper's is {PAPERS_EPOCHS} epochs"
+    return text if is_papers(runs) else reduced
+
+
+def is_papers(runs: list[Run]) -> bool:
+    """Whether the runs are as long as the paper's."""
+    return runs[0].summary["trainer"]["epochs"] == PAPERS_EPOCHS
 
 
 def run_table(runs: list[Run]) -> pd.DataFrame:
@@ -85,14 +90,16 @@ def perplexities(runs: list[Run], cell: Cell) -> dict[int, float]:
 def compare(runs: list[Run]) -> dict[float, tuple[float, float]]:
     """For each start, the mean test perplexity of the plain runs and of the towers.
 
-    Only of seeds that all of them have from that start.
+    Only of seeds that all of them have from that start; without those starts from which both have
+    diverged.
     """
     found = {}
     for lr in LRS:
         plain, tower = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
         if both := sorted(plain.keys() & tower.keys()):
             means = [sum(part[seed] for seed in both) / len(both) for part in (plain, tower)]
-            found[lr] = (means[0], means[1])
+            if math.isfinite(min(means)):
+                found[lr] = (means[0], means[1])
     return found
 
 

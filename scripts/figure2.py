@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "he": {"color": style.BLACK, "linestyle": ":"},
     "replay": {"color": style.GREEN, "linestyle": "-."},
 }
+PAPERS_STEPS = 64_000
 GRID = [(lr, momentum) for lr in sorted(LRS) for momentum in sorted(MOMENTA)]
 
 
@@ -49,7 +51,13 @@ def setting(runs: list[Run]) -> str:
     steps = summary["trainer"].get("steps")
     length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
     text = f"ResNet-20 on {data_label(summary['data'])}, {length}"
-    return text if steps == 64_000 else f"{text}; a reduced setting, the paper's is 64,000 steps"
+    reduced = f"{text}; a reduced setting, the paper's is {PAPERS_STEPS:,} steps"
+    return text if is_papers(runs) else reduced
+
+
+def is_papers(runs: list[Run]) -> bool:
+    """Whether the runs are as long as the paper's."""
+    return runs[0].summary["trainer"].get("steps") == PAPERS_STEPS
 
 
 # Tables.
@@ -100,7 +108,7 @@ def cell_text(cells: pd.DataFrame, cell: Cell, what: str, digits: int) -> str:
 def compare(runs: list[Run]) -> dict[tuple[float, float], tuple[float, float]]:
     """For each lr and momentum, the mean training loss of the plain runs and of the towers.
 
-    Only of seeds that both have.
+    Only of seeds that both have; without the starts from which both have diverged.
     """
     found = {}
     for start in GRID:
@@ -109,10 +117,9 @@ def compare(runs: list[Run]) -> dict[tuple[float, float], tuple[float, float]]:
             for kind in ("plain", "tower")
         )
         if both := sorted(plain.keys() & tower.keys()):
-            found[start] = (
-                sum(plain[seed] for seed in both) / len(both),
-                sum(tower[seed] for seed in both) / len(both),
-            )
+            means = [sum(part[seed] for seed in both) / len(both) for part in (plain, tower)]
+            if math.isfinite(min(means)):
+                found[start] = (means[0], means[1])
     return found
 
 

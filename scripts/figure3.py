@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.command import ROOT
 from experiments.data import LABELS
+from experiments.figure3 import PRESETS
 from experiments.store import write_text
 from scripts import style
 from scripts.benchmark import plot_heights
@@ -165,6 +166,11 @@ def check(folder: Path) -> bool:
 def is_of_reference(runs: pd.DataFrame) -> bool:
     """Whether runs are in the setting of the published package's."""
     return bool((runs.data == "mnist").all() and (runs.epochs == 2).all())
+
+
+def is_papers(runs: pd.DataFrame) -> bool:
+    """Whether runs are on the full MNIST and as long as the paper's."""
+    return bool((runs.data == "mnist").all() and (runs.epochs == PRESETS["paper"].epochs).all())
 
 
 # What is said and drawn.

@@ -202,6 +202,8 @@ def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:
     assert len(said) == 3 and "In 1 towers lr was 0 or below" in verdicts(runs)[3]
     runs[place] = replace(tower, summary={**tower.summary, "diverged": True})
     assert "from 1 of 3 starts" in verdicts(runs)[0]
+    runs = [replace(run, summary={**run.summary, "diverged": run.cell.lr == 1e-2}) for run in runs]
+    assert "from 1 of 2 starts" in verdicts(runs)[0]  # from the third both have diverged
 
 
 def test_what_is_finished_is_recorded_and_need_not_be_done_again(

@@ -86,7 +86,17 @@ def page(folder: Path) -> Page:
 
 def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
     heads, *rows = page.tables["Claims"]
-    expected = ["dataset", "setting", "metric", "published", "ours", "n", "verdict", "runs"]
+    expected = [
+        "dataset",
+        "setting",
+        "scale",
+        "metric",
+        "published",
+        "ours",
+        "n",
+        "verdict",
+        "runs",
+    ]
     assert heads == expected
     table = pd.read_csv(ROOT / "results" / "table1.csv")
     runs = pd.read_csv(TABLE1)
@@ -97,6 +107,7 @@ def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
         assert claim["published"] == f"{line.published_error:.2f} ± {line.published_sd:.2f}"
         assert claim["ours"] == f"{line.our_error:.2f} ± {line.our_sd:.2f}"
         assert claim["verdict"] == ("yes" if line.agrees else "no")
+        assert claim["scale"] == "the paper's"
         assert claim["runs"].split() == list(runs[runs.row == line.row].hash)
         assert int(claim["n"]) == len(claim["runs"].split())
 
@@ -128,6 +139,9 @@ def test_the_page_of_what_is_committed_can_be_made(tmp_path: Path) -> None:
     found = report.claims(ROOT / "results")
     assert {claim.verdict for claim in found} <= {"yes", "no", ""}
     assert all(claim.runs.split() for claim in found if "first version" not in claim.setting)
+    assert all(claim.scale == "reduced" for claim in found if "reduced" in claim.setting)
+    figure3 = [claim for claim in found if "Figure 3a" in claim.setting]
+    assert {claim.scale for claim in figure3} == {"reduced"}  # of 2 and of 5 epochs, not 30
 
 
 def run(kind: str, seed: int, train_loss: float, lr: float) -> Run:
@@ -138,7 +152,8 @@ def run(kind: str, seed: int, train_loss: float, lr: float) -> Run:
         "diverged": math.isinf(train_loss),
         "train_loss": train_loss,
         "trainer": {"epochs": 10},
-        "hyperparameters": [{"lr": lr}],
+        "test_error": 10.0,
+        "hyperparameters": [{"lr": lr, "momentum": 0.9}],
     }
     return Run(figure2.Cell(kind, 0.1, 0.9), seed, summary, pd.DataFrame(), pd.DataFrame())
 
@@ -153,6 +168,26 @@ def test_claims_of_figure_2_are_of_the_seeds_that_both_have() -> None:
     better, falls = report.figure2_claims(runs)
     assert (better.ours, better.n, better.verdict) == ("0.650 against 0.600", 2, "no")
     assert (falls.ours, falls.n, falls.verdict) == ("2.5 ± 2.8", 2, "no")
+
+
+def test_runs_that_both_diverged_are_no_claim() -> None:
+    runs = [run("plain", 0, math.inf, 0.1), run("tower", 0, math.inf, 0.1)]
+    assert not [*report.figure2_claims(runs)]
+    cells = figure2.cell_table(figure2.run_table(runs))
+    assert "no worse than the plain run's from 0 of 0" in figure2.markdown(runs, cells, "name", "")
+    (better, _) = report.figure2_claims([runs[0], run("tower", 0, 0.4, 0.05)])
+    assert (better.ours, better.verdict) == ("0.400 against inf", "yes")
+
+
+def test_rows_in_the_papers_setting_and_in_a_reduced_one_are_counted_apart() -> None:
+    runs = [run("plain", 0, 0.5, 0.1), run("tower", 0, 0.4, 0.09)]
+    for each in runs:
+        each.summary["trainer"]["steps"] = figure2.PAPERS_STEPS
+    whole = [*report.figure2_claims(runs)]
+    short = [*report.figure2_claims([run("plain", 0, 0.5, 0.1), run("tower", 0, 0.6, 0.09)])]
+    said, _ = report._claims([*whole, *short])
+    assert "1 of 2 judged rows in the paper's setting" in said
+    assert "0 of 2 judged rows in a reduced one agree" in said
 
 
 def test_the_claim_of_a_levels_time_is_a_share_of_the_step() -> None:
