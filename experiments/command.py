@@ -242,11 +242,18 @@ def results_of(folder: str, configs: Sequence[Config]) -> Path:
 
 
 def draw(results: Path) -> None:
-    """Draw what there is to draw in a folder of results."""
+    """Draw what there is to draw in a folder of results.
+
+    Raises:
+        ValueError: something could not be drawn, of which the drawing has said why.
+    """
     # As a command: drawing is above the experiments, which do not import it.
-    subprocess.run(
-        [sys.executable, "-m", "scripts.tables", str(results.resolve())], check=True, cwd=ROOT
-    )
+    command = [sys.executable, "-m", "scripts.tables", f"results={results.resolve()}"]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise ValueError(
+            f"not all of results={results} could be drawn; the runs are kept, and when what is "
+            f"said above is mended, python -m scripts.tables results={results} draws it"
+        )
 
 
 def publish(results: Path, config: Config) -> None:

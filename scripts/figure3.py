@@ -1,17 +1,18 @@
 """Figure 3: how far towers forgive their initial step sizes, and what each level costs.
 
-    python -m scripts.figure3           # check what the paper says of it against results/
-    python -m scripts.figure3 FOLDER
+    python -m scripts.figure3
+    python -m scripts.figure3 results=results
 
-Prints the decades of robustness of each height, and our test errors beside those of the published
-package. The exit status is 1 where the claim or the agreement does not hold.
+checks what the paper says of it: it prints the decades of robustness of each height, and our test
+errors beside those of the published package. The exit status is 1 where the claim or the agreement
+does not hold.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from experiments.command import ROOT
+from experiments.command import ROOT, asked_for_help, split
 from experiments.data import LABELS
 from experiments.figure3 import PRESETS
+from experiments.run import guarded
 from experiments.store import write_text
 from scripts import style
 from scripts.benchmark import plot_heights
@@ -30,6 +32,13 @@ REFERENCE = ROOT / "results" / "reference" / "figure3_published.csv"
 TIMES = ROOT / "results" / "benchmark.csv"
 NEAR = 1.5  # times the best plain error is near enough
 GUESSING = 80.0  # percent; guessing one of ten digits gets about 90 of them wrong
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    results: str = "results"
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -332,16 +341,12 @@ def draw_figure3(source: Path) -> list[Path]:
     return paths + style.save(figure(runs, table, robust), source.with_name(name))
 
 
-def main(arguments: Sequence[str]) -> int:
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
+def main() -> int:
+    if asked_for_help(__doc__, Options):
         return 0
-    try:
-        return 0 if check(Path(arguments[0]) if arguments else ROOT / "results") else 1
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options, _ = split(sys.argv[1:], Options, ())
+    return 0 if check(Path(options.results)) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(main))

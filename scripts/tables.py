@@ -1,7 +1,7 @@
 """Draw every table and figure from the records of the runs, without training.
 
-    python -m scripts.tables            # those of results/
-    python -m scripts.tables FOLDER     # those of a reduced preset or of MNIST-5k
+    python -m scripts.tables
+    python -m scripts.tables results=results/quick      # those of a reduced preset
 
 The same records give the same files, byte for byte.
 """
@@ -12,14 +12,15 @@ import itertools
 import math
 import re
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from experiments.command import ROOT
+from experiments.command import asked_for_help, split
 from experiments.data import label as data_label
+from experiments.run import guarded
 from experiments.store import write_text
 from experiments.table1 import LEARNED, REFERENCE
 from scripts import style
@@ -32,6 +33,13 @@ from scripts.tables_v1 import draw_tables_v1
 
 BLOCKS = {"a": "SGD", "b": "Adam", "c": "AdaGrad", "d": "RMSProp"}
 KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    results: str = "results"
 
 
 def summarize(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
@@ -273,11 +281,12 @@ def draw_table1(folder: Path) -> list[Path]:
     return paths + style.save(figure(table, words), folder / "table1")
 
 
-def main(arguments: Sequence[str]) -> int:
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
-        return 0
-    folder = Path(arguments[0]) if arguments else ROOT / "results"
+def draw_all(folder: Path) -> list[Path]:
+    """Draw all that a folder has the records of; returns what was written.
+
+    Raises:
+        ValueError: it has none, or some that cannot be read.
+    """
     drawings = {
         "figure2_*.jsonl.gz": draw_figure2,
         "figure3_*_runs.csv": draw_figure3,
@@ -286,22 +295,25 @@ def main(arguments: Sequence[str]) -> int:
         "robustness_*.jsonl.gz": draw_robustness,
         "tables_v1_runs.csv": draw_tables_v1,
     }
-    try:
-        paths = [
-            path
-            for pattern, draw in drawings.items()
-            for source in sorted(folder.glob(pattern))
-            for path in draw(source)
-        ]
-        if not paths or (folder / "table1_runs.csv").exists():
-            paths += draw_table1(folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in paths:
+    paths = [
+        path
+        for pattern, draw in drawings.items()
+        for source in sorted(folder.glob(pattern))
+        for path in draw(source)
+    ]
+    if not paths or (folder / "table1_runs.csv").exists():
+        paths += draw_table1(folder)
+    return paths
+
+
+def main() -> int:
+    if asked_for_help(__doc__, Options):
+        return 0
+    options, _ = split(sys.argv[1:], Options, ())
+    for path in draw_all(Path(options.results)):
         print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(main))

@@ -23,7 +23,7 @@ from experiments.train import train
 from hyperopt import parse
 from scripts import report, style
 from scripts.char_rnn import draw_char_rnn, read_runs, verdicts
-from scripts.tables import main as draw_all
+from scripts.tables import draw_all
 
 LINES = "to be or not to be, that is the question: whether 'tis nobler in the mind. " * 8
 
@@ -108,7 +108,7 @@ def execute(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "cpu", SHORT)
         patch.setattr(command, "run_all", run_all)
-        patch.setattr(char_rnn, "draw", lambda results: draw and draw_all([str(results)]))
+        patch.setattr(char_rnn, "draw", lambda results: draw and draw_all(results))
         places = [f"data.root={lines}", f"store={folder}/runs", f"results={folder}/results"]
         patch.setattr(sys, "argv", ["char_rnn", "preset=cpu", "seeds=0,1", *places, *more])
         try:

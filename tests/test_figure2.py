@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from experiments.train import Progress, train
 from hyperopt import parse
 from scripts import report, style
 from scripts.figure2 import draw_figure2, read_figure2
-from scripts.tables import main as draw_all
+from scripts.tables import draw_all
 
 CIFAR10 = Path(os.environ.get("HYPEROPT_DATA", "data"), "cifar10.npz")
 
@@ -141,7 +142,7 @@ def execute(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "cpu", SHORT)
         patch.setattr(command, "run_all", run_all)
-        patch.setattr(figure2, "draw", lambda results: draw and draw_all([str(results)]))
+        patch.setattr(figure2, "draw", lambda results: draw and draw_all(results))
         places = [f"data.root={cifar}", f"store={folder}/runs", f"results={folder}/results"]
         patch.setattr(sys, "argv", ["figure2", "preset=cpu", "seeds=0", *places, *more])
         try:
@@ -332,7 +333,22 @@ def test_runs_of_several_settings_are_not_mixed(done: Path, cifar: Path, tmp_pat
     export_runs(RunStore(other.store), [run_hash(other)], path)
     with pytest.raises(ValueError, match=r"holds runs of several settings"):
         draw_figure2(path)
-    assert draw_all([str(tmp_path)]) == 2
+
+
+def test_what_cannot_be_drawn_gets_a_line_and_not_a_traceback(
+    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "figure2_cpu.jsonl.gz"
+    damaged.write_text("x")
+    unwritable = tmp_path / "unwritable"
+    shutil.copytree(done / "results", unwritable)
+    (unwritable / "figure2_cpu.md").unlink()
+    (unwritable / "figure2_cpu.md").mkdir()
+    for folder, why in ((tmp_path, f"{damaged} cannot be read"), (unwritable, "Is a directory")):
+        with pytest.raises(ValueError, match=f"not all of results={folder} could be drawn; the ru"):
+            command.draw(folder)
+        said = capfd.readouterr().err
+        assert said.startswith("error: ") and why in said and said.count("\n") == 1
 
 
 # One run.

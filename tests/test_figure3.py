@@ -13,11 +13,12 @@ from experiments import command, figure3
 from experiments.config import Config, resolve, run_hash
 from experiments.figure3 import PRESETS, STARTS, Preset, figure_runs
 from experiments.pool import Outcome, structure
+from experiments.run import guarded
 from experiments.store import RunStore
 from experiments.train import train
 from hyperopt import parse
 from scripts import figure3 as drawn
-from scripts.tables import main as draw_all
+from scripts.tables import draw_all
 
 
 def test_the_runs_are_those_of_the_issue() -> None:
@@ -83,7 +84,7 @@ def execute(folder: Path) -> int:
         patch.setitem(PRESETS, "quick", small)
         patch.setattr(figure3, "HEIGHTS", (0, 1))
         patch.setattr(command, "run_all", run_all)
-        patch.setattr(figure3, "draw", lambda results: draw_all([str(results)]))
+        patch.setattr(figure3, "draw", draw_all)
         # No data but the 5,000 digits.
         places = [f"data.root={folder}", f"store={folder}/runs", f"results={folder}/results"]
         more = ["data.download=false", "trainer.compile=false"]
@@ -177,15 +178,19 @@ def test_the_check_says_what_it_found(
     # One is within 15 %, one within three standard deviations of 1.4 points, one is of guessing.
     near = "rule,height,lr,test_error\nSGD,1,1e-3,13.2\nSGD,1,1e-2,5\nSGD,2,1e-1,80\n"
     published.write_text(near)
-    assert drawn.main([str(tmp_path)]) == 0
+    monkeypatch.setattr(sys, "argv", ["figure3", f"results={tmp_path}"])
+    assert guarded(drawn.main) == 0
     said = capsys.readouterr().out
     assert "3 of 3 agree" in said and "never shrink" in said
     published.write_text(near + "SGD,2,1e-2,4.7\n")
-    assert drawn.main([str(tmp_path)]) == 1
+    assert guarded(drawn.main) == 1
     assert "3 of 4 agree" in capsys.readouterr().out
-    (tmp_path / "empty").mkdir()
-    assert drawn.main([str(tmp_path / "empty")]) == 2
-    assert "make reproduce-figure3" in capsys.readouterr().err
+    (tmp_path / "figure3_a_runs.csv").mkdir()  # which cannot be read
+    for folder, message in (("", "Is a directory"), ("empty", "make reproduce-figure3")):
+        monkeypatch.setattr(sys, "argv", ["figure3", f"results={tmp_path / folder}"])
+        assert guarded(drawn.main) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
 def test_what_is_committed_is_redrawn_from_its_csv(tmp_path: Path) -> None:

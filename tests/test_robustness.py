@@ -40,7 +40,7 @@ from experiments.store import RunStore
 from experiments.train import train
 from hyperopt import Auto
 from scripts import robustness as drawn
-from scripts.tables import main as draw_all
+from scripts.tables import draw_all
 
 RESULTS = command.ROOT / "results"
 DATA = {"char_rnn": "war_and_peace", "resnet": "cifar10"}
@@ -181,7 +181,7 @@ def execute(folder: Path, *arguments: str) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "run_all", run_all)
-        patch.setattr(robustness, "draw", lambda results: draw_all([str(results)]))
+        patch.setattr(robustness, "draw", draw_all)
         fixed = ["preset=cpu", "seeds=0", f"data.root={folder}", "data.download=false"]
         fast = ["trainer.compile=false", "trainer.compile_model=false", "progress=false"]
         patch.setattr(sys, "argv", ["robustness", *fixed, *fast, *arguments])

@@ -19,7 +19,7 @@ from experiments.store import RunStore
 from experiments.train import train
 from models.mlp import MLP
 from scripts.surface import draw_surface
-from scripts.tables import main as draw_all
+from scripts.tables import draw_all
 
 
 def test_the_loss_of_a_step_is_that_of_its_batch_before_it(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_the_whole_command_trains_once_and_draws(
     stacks = (*plain, "SGD(1e38)", *surface.TOWERS)
     monkeypatch.setattr(surface, "STACKS", stacks)
     monkeypatch.setattr(command, "run_all", run_all)
-    monkeypatch.setattr(surface, "draw", lambda results: draw_all([str(results)]))
+    monkeypatch.setattr(surface, "draw", draw_all)
     # No data but the 5,000 digits.
     places = [f"data.root={tmp_path}", f"store={tmp_path}/runs", f"results={tmp_path}/results"]
     more = ["data.download=false", "trainer.compile=false", "trainer.compile_model=false"]
