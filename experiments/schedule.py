@@ -66,6 +66,18 @@ FACTORS: dict[str, tuple[Callable[..., float], tuple[str, ...]]] = {
     "exponential": (_exponential, ("factor", "epochs", "after")),
     "cosine": (_cosine, ("final",)),
 }
+LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "factor": (lambda value: 0 <= value < math.inf, "a number from 0 up"),
+    "milestones": (
+        lambda shares: all(0 < share < 1 for share in shares),
+        "shares of the run between 0 and 1, as in [0.5,0.75]",
+    ),
+    "final": (lambda value: 0 <= value < math.inf, "a share of the lr, from 0 up"),
+    "until": (lambda share: 0 < share <= 1, "a share of the run, above 0 and at most 1"),
+    "epochs": (lambda count: count >= 1, "1 or more"),
+    "after": (lambda count: count >= 1, "1 or more"),
+    "file": (bool, "the name of a file"),
+}
 READS = {"constant": (), **{k: reads for k, (_, reads) in FACTORS.items()}, "replay": ("file",)}
 
 
@@ -97,6 +109,10 @@ def check_schedule(config: ScheduleConfig, stack: Stack) -> None:
         if name != "name" and (value is not None) != (name in READS[config.name]):
             what = "needs" if value is None else "does not read"
             raise ValueError(f"schedule {config.name} {what} schedule.{name}")
+    for name in READS[config.name]:
+        allows, expected = LIMITS[name]
+        if not allows(value := getattr(config, name)):
+            raise ValueError(f"schedule.{name}={value} must be {expected}")
     if config.name == "constant":
         return
     lowest = stack.levels[0]

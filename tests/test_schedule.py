@@ -77,6 +77,25 @@ def test_a_schedule_of_what_a_tower_moves_is_refused() -> None:
     resolve(composed("stack=SGD(0.1, momentum=0.9)[momentum] / SGD(0.01)", "schedule=he"), "mnist")
 
 
+@pytest.mark.parametrize(
+    ("schedule", "value", "expected"),
+    [
+        ("linear", "until=0.0", "a share of the run, above 0 and at most 1"),
+        ("linear", "until=1.5", "a share of the run, above 0 and at most 1"),
+        ("cosine", "final=-3.0", "a share of the lr, from 0 up"),
+        ("cosine", "final=inf", "a share of the lr, from 0 up"),
+        ("he", "factor=nan", "a number from 0 up"),
+        ("he", "milestones=[50.0, 75.0]", "shares of the run between 0 and 1, as in [0.5,0.75]"),
+        ("exponential", "epochs=0", "1 or more"),
+        ("exponential", "after=0", "1 or more"),
+        ("replay", "file=", "the name of a file"),
+    ],
+)
+def test_a_value_out_of_its_limits_is_refused(schedule: str, value: str, expected: str) -> None:
+    said = refused(f"schedule={schedule}", f"schedule.{value}")
+    assert said == f"schedule.{value} must be {expected}"
+
+
 def test_a_schedule_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     assert "did you mean 'cosine'?" in refused("schedule.name=cosin")
     assert refused("schedule.name=cosine") == "schedule cosine needs schedule.final"
