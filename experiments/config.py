@@ -138,7 +138,8 @@ def one_line(error: Exception) -> str:
     _, _, files = str(error).partition("Available options in")
     if files:
         name = text.rpartition("/")[2].strip("'")
-        return f"{text}; {_meant(name, files.split()[1:])}"
+        there, _, _ = files.partition("Config search path")
+        return f"{text}; {_meant(name, there.split()[1:])}"
     return text
 
 

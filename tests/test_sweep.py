@@ -122,6 +122,7 @@ def test_a_search_is_given_the_training_loss(
         ("stack.lr=interval(0.1,1)", "INTERVAL_SWEEP; give hydra/sweeper=optuna"),
         ("stack.height=0,one", "height=one: Value 'one' of type 'str' could not"),
         ("hydra/launcher=jobli", "Could not find 'hydra/launcher/jobli'; did you mean joblib?"),
+        ("stack=", "Could not find 'stack/'; known are notation, tower\n"),
         ("hydra/lancher=joblib", "no config key 'hydra/lancher'; did you mean hydra/launcher"),
         ("hydra.sweeper.max_batch_sise=2", "in 'BasicSweeperConf'; did you mean max_batch_size?"),
     ],
