@@ -77,6 +77,8 @@ def main() -> int:
     store = RunStore(options.store)
     if not store.root.exists() and options.store != Options.store:
         raise ValueError(f"there is no store={options.store}; give the folder of the runs")
+    if not Path(options.results).is_dir() and options.results != Options.results:
+        raise ValueError(f"results={options.results} is no folder; give that of tables and figures")
     hashes = [summary["hash"] for summary in read_summaries(store.root)]
     pushed = push_all(store, hashes, options.project)
     artifacts = push_results(Path(options.results), store.root, options.project)

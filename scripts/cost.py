@@ -1,9 +1,10 @@
 """What a step of Figure 2 costs on one core of this machine, and an estimate for a GPU.
 
     python -m scripts.cost
+    python -m scripts.cost results=results
 
 Measured are a plain run and a tower that take turns in one process; counted are the floating-point
-operations and the calls of operators of a step. It writes `results/figure2_cost.json`.
+operations and the calls of operators of a step. It writes `figure2_cost.json` into `results`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +23,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.command import ROOT
+from experiments.command import asked_for_help, split
 from experiments.data import Dataset
 from experiments.figure2 import CELLS, HE, REPLAYED, Cell
 from experiments.images import Images
+from experiments.run import guarded
 from experiments.store import write_json
 from experiments.train import device_name
 from hyperopt import HyperOptimizer
@@ -35,6 +39,13 @@ RUNS = 3 * (len(CELLS) + 1)  # with its replays
 # What a GPU is taken to do.
 LAUNCH = 20e-6  # seconds for one operator, its share of Python included
 GPU = 10_000  # GFLOP each second
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    results: str = "results"
 
 
 class Run:
@@ -126,15 +137,15 @@ def words(measured: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
-        return
+def main() -> int:
+    if asked_for_help(__doc__, Options):
+        return 0
+    options, _ = split(sys.argv[1:], Options, ())
     measured = measure()
-    path = ROOT / "results" / "figure2_cost.json"
-    write_json(path, measured)
+    write_json(Path(options.results, "figure2_cost.json"), measured)
     print(words(measured))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -297,6 +297,13 @@ def main() -> int:
     if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
+    runs, kills, epochs, seed = (
+        number(options, name) for name in ("runs", "kills", "epochs", "seed")
+    )
+    if runs < 2 or runs % 2:
+        raise ValueError(f"runs={runs} must be an even number above 0")
+    if kills < 1 or epochs < 1:
+        raise ValueError(f"kills={kills} and epochs={epochs} must be 1 or more")
     torch.set_num_threads(1)
     with contextlib.ExitStack() as stack:
         if options.folder:
@@ -305,8 +312,7 @@ def main() -> int:
                 raise ValueError(f"folder={folder} is there already; give one that is not")
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        numbers = (number(options, name) for name in ("runs", "kills", "epochs", "seed"))
-        return 0 if drill(folder, *numbers) else 1
+        return 0 if drill(folder, runs, kills, epochs, seed) else 1
 
 
 if __name__ == "__main__":

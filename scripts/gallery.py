@@ -1,11 +1,11 @@
 """A gallery of paths on surfaces of two dimensions: the methods of the textbooks, and towers.
 
-    python -m scripts.gallery           # into results/
-    python -m scripts.gallery FOLDER
+    python -m scripts.gallery
+    python -m scripts.gallery results=results
 
 All paths on a surface begin at the same point. The step size of each rule, and the hyper-step size
 of each tower, are the best of a grid, by the mean value along the path; the towers' own step size
-begins at a thousandth of plain gradient descent's.
+begins at a thousandth of plain gradient descent's. It is drawn into the folder `results`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from PIL import Image
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from experiments.command import ROOT
+from experiments.command import asked_for_help, split
+from experiments.run import guarded
 from experiments.store import write_bytes, write_text
 from hyperopt import HyperOptimizer
 from scripts import style
@@ -38,6 +39,15 @@ HYPER_GRID = tuple(10.0**k for k in range(-12, -1))  # of the step sizes of step
 TOO_SMALL = 1e-3  # towers begin at this part of plain gradient descent's step size
 
 Function = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    results: str = "results"
+
+
 Walk = Callable[["Surface", float], list[Tensor]]
 
 
@@ -343,11 +353,11 @@ def table(walks: dict[str, dict[str, list[Trail]]]) -> pd.DataFrame:
     )
 
 
-def main(arguments: Sequence[str]) -> int:
-    if set(arguments) & {"-h", "--help"}:
-        print(__doc__)
+def main() -> int:
+    if asked_for_help(__doc__, Options):
         return 0
-    folder = Path(arguments[0]) if arguments else ROOT / "results"
+    options, _ = split(sys.argv[1:], Options, ())
+    folder = Path(options.results)
     torch.set_num_threads(1)
     walks = {surface.name: paths(surface) for surface in SURFACES}
     text = table(walks).to_csv(index=False, lineterminator="\n", float_format="%.4g")
@@ -359,4 +369,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded(main))

@@ -77,8 +77,11 @@ def main() -> int:
     if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
+    count = number(options, "rounds")
+    if count < 1:
+        raise ValueError(f"rounds={count} must be 1 or more")
     found: dict[str, list[tuple[float, float]]] = {"csv": [], "wandb": []}
-    for _ in range(number(options, "rounds") + 1):  # the first compiles, and starts W&B's service
+    for _ in range(count + 1):  # the first compiles, and starts W&B's service
         for logger, measured in found.items():
             measured.append(measure(logger, options.epochs, options.data))
     for logger, (_, *measured) in found.items():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,9 @@ def test_the_best_of_a_grid_is_the_lowest_on_the_whole(short: None) -> None:
     assert chosen.size == 2.0
 
 
-def test_the_files(short: None, tmp_path: Path) -> None:
-    assert gallery.main([str(tmp_path)]) == 0
+def test_the_files(short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gallery", f"results={tmp_path}"])
+    assert gallery.main() == 0
     table = pd.read_csv(tmp_path / "gallery.csv")
     assert len(table) == 4 * (9 + len(TOWERS))
     with Image.open(tmp_path / "gallery.gif") as image:

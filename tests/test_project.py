@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import distribution, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+
+from experiments.run import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "ultimate-hyperoptimizer"
@@ -213,6 +216,39 @@ def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
 
 
 # What is committed.
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("scripts.cost nosuch", "'nosuch' is not an option of this command"),
+        ("scripts.gallery nosuch", "'nosuch' is not an option of this command"),
+        ("scripts.tables nosuch results=more", "'nosuch' is not an option of this command"),
+        ("scripts.tables --nosuch", "'--nosuch' is not an option of this command"),
+        ("scripts.tables results=nosuch", "there is no nosuch/table1_runs.csv"),
+        ("scripts.figure3 nosuch", "'nosuch' is not an option of this command"),
+        ("scripts.drill runs=3", "runs=3 must be an even number above 0"),
+        ("scripts.drill runs=0", "runs=0 must be an even number above 0"),
+        ("scripts.drill epochs=0", "kills=10 and epochs=0 must be 1 or more"),
+        ("scripts.logging_cost rounds=0", "rounds=0 must be 1 or more"),
+        ("experiments.push_wandb store=nosuch", "there is no store=nosuch"),
+        ("experiments.push_wandb results=nosuch", "results=nosuch is no folder"),
+    ],
+)
+def test_a_command_that_is_asked_wrongly_says_so_and_does_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    message: str,
+) -> None:
+    module, *arguments = line.split()
+    monkeypatch.setattr(sys, "argv", [module, *arguments])
+    monkeypatch.chdir(tmp_path)
+    assert guarded(import_module(module).main) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert not any(tmp_path.iterdir())
 
 
 def test_no_tracked_file_names_a_path_of_one_machine() -> None:

@@ -204,7 +204,9 @@ def test_without_a_key_nothing_is_asked_and_nothing_said(
 
 
 def push(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = (f"store={store}", f"results={store / 'none'}")
+    results = store.with_name("none")
+    results.mkdir(exist_ok=True)
+    options = (f"store={store}", f"results={results}")
     monkeypatch.setattr(sys, "argv", ["push_wandb", *options])
     assert guarded(push_wandb.main) == 0
 
