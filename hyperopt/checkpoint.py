@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -238,6 +239,13 @@ def check(
     tower = groups[0].get("tower")
     if tower is None:
         raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
+    levels = tower.get("levels") or [{}]
+    needed = [(tower, ("stack", "on", "levels")), (levels[0], ("steps", "skipped"))]
+    needed += [(group, ("params", *stack.levels[0].hypers)) for group in groups]
+    for mapping, names in needed:
+        for name in names:
+            if name not in mapping:
+                raise ValueError(f"this state is not a whole one: it has no {name!r}")
     theirs = tower["stack"]
     # What is the same to the letter need not be parsed: not all options can be.
     if theirs != str(stack):
@@ -257,8 +265,16 @@ def check(
         raise ValueError(
             f"this is the state of param groups with {counts} parameters, not with {ours}"
         )
-    raws = tower["levels"][0].get("tuned", {})
+    raws = levels[0].get("tuned", {})
     for number, group in enumerate(groups):
+        for name in stack.levels[0].hypers:
+            if not isinstance(group[name], Real | list):
+                raise ValueError(f"{name} is {group[name]!r} in this state; it must be a number")
+            if name not in on and group[name] != 0:
+                raise ValueError(
+                    f"{name} is {group[name]} in this state, but was 0 when this optimizer was "
+                    "made, so that its step leaves it out; make one that has it"
+                )
         for name, how in stack.levels[0].tuned.items():
             raw, shown = raws.get(f"{name}[{number}]", raws.get(name)), group.get(name)
             if raw is None or not isinstance(shown, float):

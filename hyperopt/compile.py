@@ -45,6 +45,16 @@ FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler i
 
 _compiled: dict[tuple, Kernel] = {}
 _broken: list[str] = []  # why compiling failed, once it has
+_untraced: set[tuple] = set()  # the structures of stacks that have a rule which cannot be compiled
+
+
+class Untraced(Exception):
+    """What torch makes a graph of failed, which concerns no other rules than those in it."""
+
+
+def _reason(error: Exception) -> str:
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {next(lines, '')}"
 
 
 def compiled(
@@ -52,21 +62,31 @@ def compiled(
 ) -> Step | None:
     """`Layout.step` of these parts, compiled, or None where no compiler works.
 
-    The first failure is a warning; after it, this process does not try again.
+    The first failure of the compiler is a warning; after it, this process does not try again. Nor
+    does it where a rule cannot be traced, for the stacks that are like it.
 
     Args:
         always: whether these are all shards that were ever moved.
     """
-    if _broken:
+    structure = _structure(layout)
+    if _broken or structure in _untraced:
         return None
     try:
         with torch.no_grad():
             # The trial of a kernel must not call other processes, which may not be trying theirs.
             together = len(shards) <= TOGETHER and always and not layout.processes
             return (_all_at_once if together else _by_shard)(layout, parts, shards)
+    except Untraced as error:
+        _untraced.add(structure)
+        warnings.warn(
+            f"the steps of {layout.blocks[0].rule.name} could not be compiled ({error}); they run "
+            "eagerly, which computes the same and is slower. An update that is compiled may not "
+            "branch on what a tensor holds: write torch.where in place of if.",
+            stacklevel=7,
+        )
+        return None
     except Exception as error:  # whatever a missing or broken compiler raises
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        _broken.append(f"{type(error).__name__}: {reason}")
+        _broken.append(_reason(error))
         warnings.warn(
             f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
             "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
@@ -224,9 +244,9 @@ def _kernel(
     if key not in _compiled:
         _compiled[key] = run = _compile(function, [*small, *vectors, *vectors], again)
         if vectors and not _works_in_place(run, small, vectors):
-            n = len(small)
+            n, once = len(small), len(small) + len(vectors)  # and not the vectors: this is kept
             careful = _compile(lambda *t: function(*t, *t[n:]), [*small, *vectors], again)
-            _compiled[key] = lambda *tensors: careful(*tensors[: n + len(vectors)])
+            _compiled[key] = lambda *tensors: careful(*tensors[:once])
     return _compiled[key]
 
 
@@ -235,7 +255,12 @@ def _compile(function: Callable[..., Any], arguments: Sequence[Tensor], again: b
 
     # Clones, since arguments that are views, or are given twice, would be taken for one memory.
     arguments = [tensor.clone() for tensor in arguments]
-    graph = trace(function, arguments)
+    try:
+        graph = trace(function, arguments)
+    except ImportError:  # of a broken torch
+        raise
+    except Exception as error:
+        raise Untraced(_reason(error)) from error
     # What is there twice is, for the most part, a move beside its own derivative.
     graph.graph = fx_graph_cse(graph.graph)
     _realize_scalars(graph)

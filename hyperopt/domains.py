@@ -19,6 +19,8 @@ from torch import Tensor
 class Domain:
     """A smooth map from the real line onto the legal values of a hyperparameter.
 
+    The notation knows it by its name from when it is made on, and so do copies and pickles.
+
     Attributes:
         name: what the notation calls it, as in ``Adam(0.001)[lr: log]``.
         value: T, elementwise on a tensor of raw values of any shape.
@@ -26,6 +28,9 @@ class Domain:
         low, high: T's image is the open interval (low, high), but for ``square``, which has its 0.
         reach: how far from 0 a raw value may be moved; further out T would round to the border of
             its image, or h or its square would overflow.
+
+    Raises:
+        ValueError: a name that one of those below has.
     """
 
     name: str
@@ -35,12 +40,20 @@ class Domain:
     high: float = math.inf
     reach: float = 1e150
 
+    def __post_init__(self) -> None:
+        if self.name in OURS:
+            raise ValueError(f"there is a domain {self.name!r} already; give this one another name")
+        DOMAINS[self.name] = self
+
     def __reduce__(self) -> tuple:
         return domain, (self.name,)  # copies and pickles are the same object
 
     def __contains__(self, value: float) -> bool:
         return self.low < value < self.high or (self is SQUARE and value == 0)
 
+
+DOMAINS: dict[str, Domain] = {}
+OURS: frozenset[str] = frozenset()
 
 REAL = Domain("real", lambda r: r, lambda h: h)
 UNIT = Domain(
@@ -49,8 +62,15 @@ UNIT = Domain(
 SQUARE = Domain("square", lambda r: r * r, math.sqrt, low=0.0, reach=1e75)
 LOG = Domain("log", torch.exp, math.log, low=0.0, reach=345)
 
-DOMAINS = {each.name: each for each in (REAL, UNIT, SQUARE, LOG)}
+OURS = frozenset(DOMAINS)
 
 
 def domain(name: str) -> Domain:
+    """The domain of that name.
+
+    Raises:
+        ValueError: there is none; what makes it has not been imported.
+    """
+    if name not in DOMAINS:
+        raise ValueError(f"there is no domain {name!r}; import what makes it first")
     return DOMAINS[name]

@@ -33,7 +33,8 @@ class Shown:
         self, groups: Sequence[dict[str, Any]], stack: Stack, layout: Layout, packed: Tensor
     ) -> None:
         self._stack, self._layout, self._packed = stack, layout, packed
-        self._watched: list[list[Any]] = []  # group, name, what it shows, its place in `packed`
+        # The group's number, a name, what it shows, its place in `packed`.
+        self._watched: list[list[Any]] = []
         self._betas = betas(stack.levels[0])
         lowest = layout.blocks[0]
         end = 0
@@ -50,10 +51,10 @@ class Shown:
                 else:
                     shown = packed[place]
                 group[name] = float(shown) if slot in lowest.fixed else shown
-                own.append([group, name, group[name], place])
+                own.append([number, name, group[name], place])
             if self._betas:
                 group["betas"] = tuple(group[beta] for beta in self._betas)
-                own.insert(0, [group, "betas", group["betas"], None])
+                own.insert(0, [number, "betas", group["betas"], None])
             self._watched += own
         self.settle()
 
@@ -61,8 +62,11 @@ class Shown:
         """Take what `packed` holds now for what it should hold."""
         self._version = self._packed._version
 
-    def follow(self) -> None:
+    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take over the numbers that have been set in the param groups.
+
+        Args:
+            groups: the param groups, which may be other dicts by now.
 
         Raises:
             ValueError: one that is tuned was set, one that does not take part, or to no number.
@@ -70,13 +74,14 @@ class Shown:
         if self._packed._version != self._version:
             self._check_tuned()
         for watch in self._watched:
-            group, name, seen, _ = watch
-            if group[name] is not seen:
-                self._take_over(watch)
+            number, name, seen, _ = watch
+            # One that was taken away is found out where groups are laid out anew.
+            if number < len(groups) and groups[number][name] is not seen:
+                self._take_over(watch, groups[number])
         self.settle()
 
-    def _take_over(self, watch: list[Any]) -> None:
-        group, name, seen, place = watch
+    def _take_over(self, watch: list[Any], group: dict[str, Any]) -> None:
+        number, name, seen, place = watch
         if name == "betas":  # each of them is watched too, after it
             group.update(split(self._betas, group[name]))
             watch[2] = group[name]
@@ -84,19 +89,19 @@ class Shown:
         if isinstance(seen, Tensor):
             raise ValueError(self._refusal(name))
         try:
-            number = float(group[name])
+            value = float(group[name])
         except (TypeError, ValueError):
             raise ValueError(
                 f"{name} was set to {group[name]!r} in a param group; it must be a number"
             ) from None
-        if number != 0 and not self._layout.blocks[0].rule.on(name):
+        if value != 0 and not self._layout.blocks[0].rule.on(name):
             raise ValueError(
                 f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
                 f"to set it later, give it a value then"
             )
-        self._packed[place] = watch[2] = group[name] = number
+        self._packed[place] = watch[2] = group[name] = value
         if name in self._betas:
-            (joint,) = (w for w in self._watched if w[0] is group and w[1] == "betas")
+            (joint,) = (w for w in self._watched if w[0] == number and w[1] == "betas")
             joint[2] = group["betas"] = tuple(group[beta] for beta in self._betas)
 
     def _check_tuned(self) -> None:

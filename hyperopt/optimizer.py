@@ -112,7 +112,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 )
         Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
         if self._laid_groups:
-            self._shown.follow()
+            self._shown.follow(self.param_groups)
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
@@ -185,7 +185,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._shown.follow()
+        self._shown.follow(self.param_groups)
         if not self._state:
             self._forget()
         active = [
@@ -250,7 +250,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         It is float64, 1-D, on the parameters' device; nothing waits for that device.
         """
-        self._shown.follow()
+        self._shown.follow(self.param_groups)
         return self._packed[: len(self.names)].clone()
 
     def hyperparameters(self) -> list[dict[str, float]]:
@@ -428,7 +428,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay behind, as in torch.optim, and so does the `step` that a scheduler puts in
         # front of ours, which would move the original.
-        self._shown.follow()
+        self._shown.follow(self.param_groups)
         return {name: self.__dict__[name] for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -445,7 +445,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._shown.follow()
+        self._shown.follow(self.param_groups)
         if self._regrouped or any(shard.astray for shard in self._shards + self._parked):
             self._arrange({p for shard in self._shards for p in shard.params}.__contains__)
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
@@ -501,7 +501,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._lay_out(state_dict["param_groups"][0]["tower"]["levels"])
         for group, saved in both:  # what was set in the state, as one does to go on with another lr
             group.update({n: saved[n] for n in self._rule.hypers if isinstance(group[n], float)})
-        self._shown.follow()
+        self._shown.follow(self.param_groups)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

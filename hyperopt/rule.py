@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, overload
 
@@ -201,7 +202,23 @@ class Rule:
         cls.hypers = {n: m for n, m in own.items() if n not in vars(Rule)}
         others = (n for n in members if n in {**own, **cls.options} and n not in cls.hypers)
         cls.arguments = [*cls.hypers, *others]
+        for name in vars(cls):
+            if name in (*own, *cls.options) and hasattr(Rule, name):
+                raise TypeError(
+                    f"{cls.__name__}: a hyperparameter or option cannot be called {name!r}, which "
+                    "every rule has already"
+                )
         if known:
+            ours = vars(Rule)["__module__"].replace(".rule", ".rules")
+            if (
+                cls.__module__ != ours
+                and getattr(RULES.get(cls.__name__), "__module__", "") == ours
+            ):
+                raise TypeError(
+                    f"there is a rule {cls.__name__} already, which the notation means by this "
+                    f"name; call yours otherwise, or declare it as class {cls.__name__}(Rule, "
+                    "known=False)"
+                )
             RULES[cls.__name__] = cls
 
     def __init__(self, *args: Number, **kwargs: Any) -> None:
@@ -233,14 +250,13 @@ class Rule:
         for name, setting in self.settings.items():
             expected = type(self.options[name].default)
             # The notation has one kind of number.
-            if expected is int and isinstance(setting, float) and setting.is_integer():
-                self.settings[name] = int(setting)
-            elif expected is float and type(setting) is int:
-                self.settings[name] = float(setting)
-            elif not isinstance(setting, (int, float) if expected is float else expected):
-                raise ValueError(
-                    f"{self.name}: {name} must be a {expected.__name__}, not {setting!r}"
-                )
+            number = isinstance(setting, Real) and not isinstance(setting, bool)
+            whole = number and float(setting).is_integer()
+            if (number and expected is float) or (whole and expected is int):
+                self.settings[name] = expected(setting)
+            elif expected in (int, float) or not isinstance(setting, expected):
+                kind = "an int" if expected is int else f"a {expected.__name__}"
+                raise ValueError(f"{self.name}: {name} must be {kind}, not {setting!r}")
         for name, option in self.options.items():
             if option.low > -math.inf and not self.settings[name] >= option.low:
                 raise ValueError(

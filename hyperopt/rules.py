@@ -5,8 +5,11 @@ checkpoints and speed follow from its ``update``; no derivative is written by ha
 
 What ``update`` may rely on:
 
-* ``w`` and ``g`` are 1-D tensors of one floating dtype: all the weights that one rule moves and
-  their gradient. (On an upper level, the "weights" are the hyperparameters of the level below.)
+* ``w`` and ``g`` are 1-D tensors of one floating dtype: some of the weights that the rule moves,
+  and their gradient. Which weights come together is not for ``update`` to know: a large tensor
+  comes by itself, small ones come joined, and there may be none. So each weight's update depends on
+  what is known of that weight alone, and on no norm or mean. (On an upper level, the "weights" are
+  the hyperparameters of the level below.)
 * ``h.lr``, ``h.beta1``, ... are the hyperparameters' values, as float64 tensors that broadcast
   against ``w``; a 0-dim one does not change its dtype. They are differentiated.
 * ``s["..."]`` is the state that ``init`` or the last ``update`` returned, always with the same

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import bisect
 import csv
+import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -129,9 +130,11 @@ class Schedule:
         if Path(path).suffix == ".json":
             text = json.dumps(columns)
         else:
-            rows = zip(*columns.values(), strict=True)
-            lines = [columns.keys(), *([repr(number) for number in row] for row in rows)]
-            text = "".join(",".join(line) + "\n" for line in lines)
+            file = io.StringIO()
+            lines = csv.writer(file, lineterminator="\n")
+            lines.writerow(columns)
+            lines.writerows(zip(*columns.values(), strict=True))
+            text = file.getvalue()
         Path(path).write_text(text)
 
     @classmethod
@@ -172,11 +175,13 @@ class Replay:
     one's. What the optimizer does not have is left out, if it was 0 throughout.
 
     Raises:
-        ValueError: a hyperparameter that the optimizer does not have, that a level of it moves, or
-            that each tensor has to itself.
+        ValueError: a schedule without steps, or a hyperparameter that the optimizer does not have,
+            that a level of it moves, or that each tensor has to itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+        if not schedule.steps:
+            raise ValueError("the schedule has no steps to replay; append the optimizer after each")
         self.optimizer, self.schedule = optimizer, schedule
         self.last_step = 0
         self._targets = {
@@ -199,10 +204,15 @@ class Replay:
         """The param groups that a hyperparameter is set in, its key there, and its place."""
         match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name)
         groups = self.optimizer.param_groups
-        if match is None or int(match[2] or 0) >= len(groups):
+        if match is None:
+            raise ValueError(
+                f"{name} is of one tensor, and a replay sets param groups; learn the schedule with "
+                "each tensor in a group of its own, and per group"
+            )
+        if int(match[2] or 0) >= len(groups):
             raise ValueError(
                 f"{name} has no param group in this optimizer; give it groups like those of the "
-                "optimizer that learned the schedule, one for each tensor that has its own"
+                "optimizer that learned the schedule"
             )
         key, place = match[1], None
         if not isinstance(self.optimizer, HyperOptimizer):

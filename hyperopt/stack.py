@@ -117,7 +117,7 @@ class Stack:
             return Stack(*self.levels, above)
         if isinstance(above, Stack):
             return Stack(*self.levels, *above.levels)
-        return NotImplemented
+        raise TypeError(f"a level is a rule, as in {self} / SGD(1e-5), not {above!r}")
 
     def __str__(self) -> str:
         return " / ".join(map(str, self.levels))

@@ -28,6 +28,7 @@ what `torch.optim` does, and passes it on.)
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -304,18 +305,13 @@ def build(
         counts: for each param group, the number of its parameters.
 
     Raises:
-        ValueError: a rule's state has a name that means something else.
+        ValueError, TypeError: as `check` does.
     """
     groups = range(len(overrides))
     blocks: list[Block] = []
     for k, rule in enumerate(stack.levels):
         top = k == stack.height
-        for name in rule.init(torch.empty(0)):
-            if name in RESERVED or name.startswith("path_"):
-                raise ValueError(
-                    f"{rule.name}: its state cannot have the name {name!r}; taken are path_... and "
-                    f"{', '.join(sorted(RESERVED))}"
-                )
+        check(rule)
         tuned: list[Slot] = []
         fixed: list[Slot] = []
         for name in rule.hypers:
@@ -345,6 +341,46 @@ def build(
         else:
             blocks.append(block)
     return tuple(blocks)
+
+
+@functools.lru_cache(256)
+def check(rule: Rule) -> None:
+    """Try a rule out on three weights.
+
+    Raises:
+        ValueError: its state is not such as can be kept, or has a name that means something else;
+            or an update does not return what it should.
+        TypeError: it has attributes beside its hyperparameters and options.
+    """
+    for name in vars(rule).keys() - vars(Rule()).keys() - {"hypers"}:
+        raise TypeError(
+            f"{rule.name}: {name} is an attribute of this one object, of which neither the "
+            f"notation nor a compiled step knows; declare it in the class, as {name} = Option(...)"
+        )
+    with torch.device("cpu"):
+        w = torch.linspace(0.1, 0.9, 3)
+        state = rule.init(w)
+        for name, value in state.items():
+            if name in RESERVED or name.startswith("path_"):
+                raise ValueError(
+                    f"{rule.name}: its state cannot have the name {name!r}; taken are path_... and "
+                    f"{', '.join(sorted(RESERVED))}"
+                )
+            if not value.is_floating_point() or value.shape not in (w.shape, ()):
+                raise ValueError(
+                    f"{rule.name}: its state's {name!r} must be a floating-point tensor of the "
+                    f"weights' shape, or 0-dim, not {value.dtype} of {[*value.shape]} for 3 weights"
+                )
+        half = {name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
+        result = rule.update(w, w.clone(), state, SimpleNamespace(**half))
+    expected = f"the new weights and a state of {', '.join(map(repr, state)) or 'no entries'}"
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        raise ValueError(f"{rule.name}: update must return {expected}, as a tuple of two")
+    if result[0].shape != w.shape or result[1].keys() != state.keys():
+        raise ValueError(
+            f"{rule.name}: update must return {expected}, not weights of {[*result[0].shape]} for "
+            f"those of [3] and a state of {', '.join(map(repr, result[1])) or 'no entries'}"
+        )
 
 
 def depends_on_weights(rule: Rule) -> bool:

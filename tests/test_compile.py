@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hyperopt.compile
 import hyperopt.shard
-from hyperopt import HyperOptimizer
+from hyperopt import SGD, Hyper, HyperOptimizer, Rule, Stack
+from hyperopt.rule import State, Values
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +231,7 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
 ):
     """Both ways compute the same, and the trial tells a kernel that does not work in place."""
     vector, one = torch.rand(1000), torch.ones(())
+    trial = [torch.rand(1000)]
 
     def backwards(small: Tensor, old: Tensor, new: Tensor) -> None:
         new.copy_(old.flip(0) * small)
@@ -237,8 +240,11 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
         new.copy_(old * 2 * small)
 
     assert not hyperopt.compile._works_in_place(backwards_eagerly, [one], [vector])
-    run = hyperopt.compile._kernel(("backwards",), backwards, [one], [vector])
+    run = hyperopt.compile._kernel(("backwards",), backwards, [one], trial)
     assert len(compilations) == 2
+    gone = weakref.ref(trial.pop())
+    gc.collect()
+    assert gone() is None, "the kernel keeps what it was made for"
     expected = vector.flip(0)
     run(one, vector, vector)
     assert torch.equal(vector, expected)
@@ -364,6 +370,38 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(compilations, mo
         step(theirs, slow, t)
     for p, q in zip(ours, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+class Branching(Rule, known=False):
+    """Its first step does nothing, which no graph of tensors can say in this way."""
+
+    lr = Hyper(0.1)
+
+    def init(self, w: Tensor) -> State:
+        return {"step": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        return (w - h.lr * g if s["step"] > 0 else w), {"step": s["step"] + 1}
+
+
+def test_a_rule_that_cannot_be_traced_runs_eagerly_and_leaves_the_others_compiled(
+    compiler, compilations
+):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for stack in (Branching(0.1) / SGD(0.0), Branching(0.2) / SGD(0.0), SGD(0.1)):
+            w = torch.zeros(20, requires_grad=True)
+            optimizer = HyperOptimizer([w], stack)
+            for _ in range(2):
+                w.grad = torch.ones(20)
+                optimizer.step()
+            lr, steps = optimizer.hyperparameters()[0]["lr"], 2 - isinstance(stack, Stack)
+            assert w[0].item() == pytest.approx(-lr * steps)
+            assert optimizer.compiled is not isinstance(stack, Stack)
+    (warning,) = caught
+    assert str(warning.message).startswith("the steps of Branching could not be compiled (")
+    assert "torch.where in place of if" in str(warning.message)
+    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize("enabled", [True, False])

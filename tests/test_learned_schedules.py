@@ -131,13 +131,24 @@ def test_a_schedule_of_an_optimizer_that_gets_another_group():
         Schedule([1], {"lr": [0.1]}).append(optimizer)
 
 
+def test_a_name_may_hold_what_csv_separates_by(tmp_path):
+    values = {'lr[a,"b"]': [0.1, 1e-7], "momentum": [0.9, 1 / 3]}
+    Schedule([1, 5], values).save(tmp_path / "learned.csv")
+    assert Schedule.load(tmp_path / "learned.csv").values == values
+
+
 def test_what_cannot_be_replayed(tmp_path):
     p = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="SGD has no hyperparameter 'gamma'"):
         Replay(torch.optim.SGD([p], 0.1), Schedule([1], {"gamma": [0.9]}))
-    for name in ("lr[1]", "lr[hidden.weight]"):
-        with pytest.raises(ValueError, match=r"has no param group in this optimizer; give"):
+    for name, message in (
+        ("lr[1]", r"has no param group in this optimizer; give"),
+        ("lr[hidden.weight]", r"is of one tensor, .* in a group of its own, and per group"),
+    ):
+        with pytest.raises(ValueError, match=message):
             Replay(torch.optim.SGD([p], 0.1), Schedule([1], {name: [0.9]}))
+    with pytest.raises(ValueError, match="the schedule has no steps to replay; append"):
+        Replay(torch.optim.SGD([p], 0.1), Schedule())
     tower = HyperOptimizer([p], "SGD(0.1) / SGD(0.2)", compile=False)
     with pytest.raises(ValueError, match=r"lr cannot be replayed, since SGD\(0.2\) moves it"):
         Replay(tower, Schedule([1], {"lr": [0.1]}))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -231,6 +232,26 @@ def test_python_errors_say_the_same_without_a_column():
         parse(SGD)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^SGD\[...\] takes the names 'lr', 'momentum', .* not 0$"):
         SGD(0.1)[0]  # type: ignore[index]
+
+
+def test_numbers_of_numpy_are_numbers():
+    stack = SGD(np.float32(0.5), nesterov=False) / SGD(
+        1e-3, clip_norm=np.float64(10), every=np.int64(5)
+    )
+    assert str(stack) == "SGD(0.5) / SGD(0.001, clip_norm=10.0, every=5)"
+    assert parse(str(stack)) == stack
+    for wrong in (1.5, True, "often"):
+        with pytest.raises(ValueError, match=rf"^SGD: every must be an int, not {wrong!r}$"):
+            SGD(1e-3, every=wrong)
+
+
+def test_what_is_put_on_top_is_a_rule():
+    for wrong in (1e-5, "SGD(1e-5)", Adam, None):
+        for below in (Adam(1e-3), Adam(1e-3) / SGD(1e-5)):
+            with pytest.raises(
+                TypeError, match=r"^a level is a rule, as in .* / SGD\(1e-5\), not "
+            ):
+                below / wrong  # type: ignore[operator]
 
 
 def test_betas_as_torch_writes_them():

@@ -1,6 +1,8 @@
 """`HyperOptimizer` as an optimizer: what it is like from outside, and what it refuses."""
 
 import collections
+import copy
+import math
 import re
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperopt import SGD, Hyper, HyperOptimizer, Option, Rule, parse
+from hyperopt import DOMAINS, SGD, Domain, Hyper, HyperOptimizer, Option, Rule, parse
 
 
 def weights(*shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -92,8 +94,8 @@ def test_a_step_leaves_gradients_and_the_graph_alone():
         grads = [p.grad for p in w]
         copies = [g.clone() for g in grads if g is not None]
         optimizer.step()
-        for p, g, copy in zip(w, grads, copies, strict=True):
-            assert p.grad is g and g is not None and torch.equal(g, copy)
+        for p, g, before in zip(w, grads, copies, strict=True):
+            assert p.grad is g and g is not None and torch.equal(g, before)
             assert p.is_leaf and p.requires_grad and p.grad_fn is None
     # A backward through weights that have changed since is refused, as with any optimizer.
     for p in w:
@@ -521,6 +523,24 @@ def test_states_that_do_not_fit():
     state["state"][1]["exp_avg"] = torch.zeros(3, dtype=torch.float64)
     with refused(ValueError, "not a whole one: number 1 has tensors of [4] and others"):
         other.load_state_dict(state)
+    for name, where in (
+        ("lr", lambda group: group),
+        ("params", lambda group: group),
+        ("on", lambda group: group["tower"]),
+        ("steps", lambda group: group["tower"]["levels"][0]),
+    ):
+        state = trained(stack, w, w)
+        del where(state["param_groups"][0])[name]
+        with refused(ValueError, f"not a whole one: it has no {name!r}"):
+            other.load_state_dict(state)
+    for name, value, sentence in (
+        ("eps", "small", "eps is 'small' in this state; it must be a number"),
+        ("weight_decay", 0.1, "weight_decay is 0.1 in this state, but was 0 when"),
+    ):
+        state = trained(stack, w, w)
+        state["param_groups"][0][name] = value
+        with refused(ValueError, sentence):
+            other.load_state_dict(state)
     state = trained(stack, w, w)
     del state["param_groups"][0]["tower"]["levels"][1]
     with refused(ValueError, "not a whole one: it has not all levels of Adam(0.1) / SGD(0.01)"):
@@ -544,3 +564,80 @@ def test_hypergradients_can_be_read(compile):
         last, lowest_last = g, lowest
     assert optimizer.names[:2] == ("0.lr", "1.lr") and lowest_last != 0
     assert len(HyperOptimizer([w], "Adam(0.1)").hypergradients()) == 0
+
+
+def test_a_param_group_that_is_another_dict_is_followed():
+    moved = []
+    for make in (lambda p: torch.optim.SGD(p, 0.1), lambda p: HyperOptimizer(p, "SGD(0.1)")):
+        (w,) = weights((3,))
+        optimizer = make([w])
+        for change in (
+            lambda groups: groups,
+            lambda groups: [{**group, "lr": 10.0} for group in groups],
+            lambda groups: [*groups],
+        ):
+            optimizer.param_groups = change(optimizer.param_groups)
+            w.grad = torch.ones(3)
+            optimizer.step()
+            optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 1.0}
+            optimizer.step()
+        moved.append(w.detach())
+    assert torch.allclose(moved[0], moved[1])
+    tuned = HyperOptimizer([w], "SGD(0.1) / SGD(0.1)", compile=False)
+    tuned.param_groups = [{**group, "lr": 10.0} for group in tuned.param_groups]
+    with refused(ValueError, "lr was set from outside"):
+        tuned.step()
+
+
+def rule(**members: Any) -> type[Rule]:
+    """A rule that is SGD but for what is given."""
+    own = {"lr": Hyper(0.1), "update": lambda self, w, g, s, h: (w - h.lr * g, s)}
+    return type("Own", (Rule,), {**own, **members}, known=False)
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"init": lambda self, w: {"n": torch.tensor(0)}}, "'n' must be a floating-point tensor"),
+        ({"init": lambda self, w: {"m": torch.zeros(7)}}, "0-dim, not torch.float32 of [7] for 3"),
+        ({"init": lambda self, w: {"last_grad": w}}, "cannot have the name 'last_grad'"),
+        (
+            {"update": lambda self, w, g, s, h: w - g},
+            "of no entries, as a tuple of two",
+        ),
+        ({"update": lambda self, w, g, s, h: (w - g, {"m": w})}, "[3] and a state of 'm'"),
+        ({"update": lambda self, w, g, s, h: ((w - g).sum(), s)}, "not weights of [] for those"),
+    ],
+)
+def test_a_rule_is_tried_out(members, words):
+    with refused(ValueError, "Own: ", words):
+        HyperOptimizer(weights((3,)), rule(**members)(0.1))
+
+
+def test_a_rule_has_nothing_beside_what_its_class_declares():
+    for name in ("every", "trust", "name", "update"):
+        with refused(TypeError, f"Own: a hyperparameter or option cannot be called {name!r}"):
+            rule(**{name: Hyper(0.1)})
+    single = rule()(0.1)
+    single.warmup = 10  # type: ignore[attr-defined]
+    with refused(TypeError, "Own: warmup is an attribute of this one object", "warmup = Option("):
+        HyperOptimizer(weights((3,)), single)
+    with refused(TypeError, "there is a rule Adam already", "known=False"):
+        type("Adam", (Rule,), {"lr": Hyper(0.1)})
+
+
+def test_a_domain_of_ones_own_is_known_by_its_name():
+    try:
+        soft = Domain("soft", torch.nn.functional.softplus, lambda h: math.log(math.expm1(h)), 0.0)
+        stack = SGD(0.5)["lr: soft"] / SGD(0.1)
+        assert stack.levels[0].tuned["lr"].domain is soft
+        assert copy.deepcopy(stack) == stack == parse(str(stack))
+        (w,) = weights((3,))
+        optimizer = HyperOptimizer([w], stack, compile=False)
+        assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(0.5)
+    finally:
+        DOMAINS.pop("soft", None)
+    with refused(ValueError, "no domain 'soft'", "import what makes it"):
+        copy.deepcopy(soft)
+    with refused(ValueError, "there is a domain 'log' already"):
+        Domain("log", torch.exp, math.log)
