@@ -1,8 +1,11 @@
-"""What param groups show of the lowest level's hyperparameters, and what may be set in them."""
+"""What param groups show of the lowest level's hyperparameters, and what may be set in them; and a
+mapping that notes what is set in it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +18,43 @@ from .tower import Slot
 
 # Keys that a param group may have beside its hyperparameters. A scheduler adds more, later.
 OTHERS = frozenset({"params", "param_names", "name", "initial_lr"})
+
+
+class Noted(defaultdict):
+    """A mapping that notes in ``edits`` that something was put into it, or taken out."""
+
+    edits: list[str] | None = None  # a copy has none
+
+    @classmethod
+    def of(cls, items: Mapping, edits: list[str], default: type | None = None) -> Noted:
+        noted = cls(default, items)
+        noted.edits = edits
+        return noted
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    plain = getattr(defaultdict, name)
+
+    @functools.wraps(plain)
+    def method(self: Noted, *args: Any, **kwargs: Any) -> Any:
+        if self.edits is not None:
+            self.edits.append(name)
+        return plain(self, *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    "__setitem__",
+    "__delitem__",
+    "pop",
+    "popitem",
+    "clear",
+    "update",
+    "setdefault",
+    "__ior__",
+):
+    setattr(Noted, _name, _noting(_name))
 
 
 class Shown:

@@ -6,7 +6,7 @@ import copy
 import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .checkpoint import by_number, check, export, load_shards, restore, save_shards
 from .compile import Step, compiled
-from .groups import OTHERS, Shown
+from .groups import OTHERS, Noted, Shown
 from .layout import Layout, Parts, pick
 from .rule import Rule, State, betas, near, split
 from .shard import Shard, divide, precision, processes
@@ -64,6 +64,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     _parts: Parts
     _active: list[list[int]]  # per group, the ids of the parameters that the last step moved
     _run: Step | None
+    _edits: list[str]  # of `state`, since it was made
 
     def __init__(
         self, params: Iterable[Any], stack: Stack | Rule | str, *, compile: bool = True
@@ -112,7 +113,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 )
         Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
         if self._laid_groups:
-            self._shown.follow(self.param_groups)
+            self._follow()
             for name, value in own.items():
                 if value != 0 and not self._rule.on(name):
                     raise ValueError(
@@ -185,9 +186,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._shown.follow(self.param_groups)
-        if not self._state:
-            self._forget()
+        self._follow(lambda p: p.grad is not None)
         active = [
             [id(p) for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
@@ -212,11 +211,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         """What the rule keeps of each parameter; before the first step, what it will start from.
 
         A state that is loaded in place, as `torch.distributed.checkpoint` does, needs a place then
-        already. Where it is cleared, or replaced by an empty one, the rule starts anew from the
-        weights and hyperparameters as they are.
+        already. What is put into it, or taken out, holds from the next step on: where there is
+        nothing for a parameter any more, the rule starts anew from the weights as they are.
         """
         if self._laid_groups and not self._state:
-            self._forget()
+            self._shards, self._parked = [], []
             for number, group in enumerate(self.param_groups):
                 params = [p for p in group["params"] if p.requires_grad]
                 self._parked += self._new_shards(params, number)
@@ -225,12 +224,38 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     @state.setter
     def state(self, state: defaultdict[Tensor, State]) -> None:
-        self._state = state
+        self._state, self._edits = state, ["state"]
 
-    def _forget(self) -> None:
-        if self._shards or self._parked:
-            self._shards, self._parked = [], []
-            self._lay_out(self._export())
+    def _follow(self, active: Callable[[Tensor], bool] | None = None) -> None:
+        """Take over what was set in the param groups and in `state` since the last step.
+
+        Args:
+            active: whether the next step moves a parameter; by default, whether the last one did.
+
+        Raises:
+            ValueError: as `Shown.follow` does; something in `state` that the rule does not keep.
+        """
+        self._shown.follow(self.param_groups)
+        if not self._edits:
+            return
+        self._edits.clear()
+        given = {p: {**entries} for p, entries in self._state.items() if entries}
+        known = given.keys() | self._kept.keys()
+        changed = {p for p in known if not _same(given.get(p, {}), self._kept.get(p, {}))}
+        if not changed:
+            return
+        moved = {p for shard in self._shards for p in shard.params}
+        self._arrange(active or moved.__contains__, changed - given.keys())
+        for p in changed & given.keys() & self._state.keys():
+            for name, value in given[p].items():
+                place = self._state[p].get(name)
+                if place is None or place.shape != value.shape:
+                    raise ValueError(
+                        f"{name!r} of {[*value.shape]} was put into the state of a parameter of "
+                        f"{[*p.shape]}, of which {self._rule.name} keeps "
+                        f"{', '.join(f'{n} of {[*v.shape]}' for n, v in self._state[p].items())}"
+                    )
+                place.copy_(value)
 
     # Reading the hyperparameters.
 
@@ -282,13 +307,16 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # What the step relies on: the layout of the parameters.
 
-    def _arrange(self, active: Callable[[Tensor], bool]) -> None:
+    def _arrange(
+        self, active: Callable[[Tensor], bool], forgotten: Collection[Tensor] = ()
+    ) -> None:
         """Lay the shards out anew, after other parameters than before have received a gradient.
 
         The same is due where parameters have changed their device, their precision or their group.
 
         Args:
             active: whether the next step moves a parameter.
+            forgotten: those for which the rule starts anew.
         """
         if len(self.param_groups) < self._laid_groups:
             raise ValueError("a param group was taken away; make a new optimizer of the others")
@@ -310,7 +338,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         for shard in self._shards + self._parked:
             pieces: dict[tuple[int, bool, torch.dtype], list[Tensor]] = {}
             for p in shard.params:
-                if p in numbers:
+                if p in numbers and p not in forgotten:
                     key = numbers[p], active(p), precision(p)
                     pieces.setdefault(key, []).append(p)
             for (number, moving, _), params in pieces.items():
@@ -419,16 +447,21 @@ class HyperOptimizer(torch.optim.Optimizer):
             [id(p) for p in group["params"] if group_of.get(p) == i]
             for i, group in enumerate(self.param_groups)
         ]
-        self._state = defaultdict(dict)
-        for shard in self._shards + self._parked:
-            self._state.update(shard.by_parameter())
+        self._edits = []
+        self._kept = {
+            p: entries
+            for shard in self._shards + self._parked
+            for p, entries in shard.by_parameter().items()
+        }
+        noted = {p: Noted.of(entries, self._edits) for p, entries in self._kept.items()}
+        self._state = Noted.of(noted, self._edits, dict)
 
     # Saving and loading.
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks stay behind, as in torch.optim, and so does the `step` that a scheduler puts in
         # front of ours, which would move the original.
-        self._shown.follow(self.param_groups)
+        self._follow()
         return {name: self.__dict__[name] for name in _COPIED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -445,7 +478,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._shown.follow(self.param_groups)
+        self._follow()
         if self._regrouped or any(shard.astray for shard in self._shards + self._parked):
             self._arrange({p for shard in self._shards for p in shard.params}.__contains__)
         number = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
@@ -508,6 +541,11 @@ class HyperOptimizer(torch.optim.Optimizer):
     def _on(self) -> list[str]:
         """The hyperparameters of the lowest level that take part."""
         return [name for name in self._rule.hypers if self._rule.on(name)]
+
+
+def _same(given: State, kept: State) -> bool:
+    """Whether what is there of a parameter is what was shown."""
+    return given.keys() == kept.keys() and all(given[name] is kept[name] for name in kept)
 
 
 def _number(value: Any) -> float | list[float]:

@@ -566,6 +566,71 @@ def test_hypergradients_can_be_read(compile):
     assert len(HyperOptimizer([w], "Adam(0.1)").hypergradients()) == 0
 
 
+def replaced(optimizer: Any, w: Tensor) -> Tensor:
+    """As where a tensor grows: another one goes on with the state of the first."""
+    new = w.detach().clone().requires_grad_()
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.state[new] = optimizer.state.pop(w)
+    return new
+
+
+@pytest.mark.parametrize(
+    ("edit", "by_towers"),
+    [
+        (lambda optimizer, w: optimizer.state.pop(w), True),
+        (lambda optimizer, w: optimizer.state.clear(), True),
+        (lambda optimizer, w: optimizer.state.__setitem__(w, {}), True),
+        (lambda optimizer, w: optimizer.state.__setitem__(w, dict(optimizer.state[w])), True),
+        (lambda optimizer, w: optimizer.state[w]["momentum_buffer"].mul_(0.5), False),
+        (
+            lambda optimizer, w: optimizer.state[w].update(momentum_buffer=torch.ones(w.shape)),
+            False,
+        ),
+        (lambda optimizer, w: optimizer.state.update({w: {"momentum_buffer": w * 2}}), False),
+        (replaced, False),
+    ],
+)
+def test_edits_of_the_state_hold_as_in_torch(edit, by_towers):
+    """A tower shows what the rule read at the last step, and not what it went on with."""
+    stacks = ["SGD(0.1, momentum=0.9)", "SGD(0.1, momentum=0.9) / SGD(0.0)"][: 1 + by_towers]
+
+    def ours(stack: str) -> Any:
+        return lambda params: HyperOptimizer(params, stack, compile=False)
+
+    ends = []
+    for make in (lambda params: torch.optim.SGD(params, 0.1, momentum=0.9), *map(ours, stacks)):
+        w = weights((3,), (2, 2))
+        optimizer = make(w)
+        for t in range(6):
+            if t == 3:
+                new = edit(optimizer, w[0])
+                w = [new, w[1]] if isinstance(new, Tensor) and new.requires_grad else w
+            give_gradients(w, t)
+            optimizer.step()
+            if t == 4 and not isinstance(optimizer, torch.optim.SGD):  # saved and loaded
+                again = make(w)
+                again.load_state_dict(optimizer.state_dict())
+                optimizer = again
+        ends.append(w)
+    for end in ends[1:]:
+        for a, b in zip(end, ends[0], strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_the_rule_does_not_keep_is_refused():
+    w = weights((3,))
+    optimizer = HyperOptimizer(w, "SGD(0.1, momentum=0.9)", compile=False)
+    for wrong, words in (
+        ({"momentum_buffer": torch.zeros(4)}, "'momentum_buffer' of [4]"),
+        ({"exp_avg": torch.zeros(3)}, "'exp_avg' of [3]"),
+    ):
+        give_gradients(w, 0)
+        optimizer.step()
+        optimizer.state[w[0]] = wrong
+        with refused(ValueError, words, "SGD keeps momentum_buffer of [3]"):
+            optimizer.step()
+
+
 def test_a_param_group_that_is_another_dict_is_followed():
     moved = []
     for make in (lambda p: torch.optim.SGD(p, 0.1), lambda p: HyperOptimizer(p, "SGD(0.1)")):
