@@ -127,6 +127,16 @@ def guarded(main: Callable[[], int]) -> int:
         return 130
 
 
+def _own_folder(arguments: Sequence[str]) -> str:
+    """A new folder for a sweep's notes, in that of `hydra.sweep.dir`; it is removed at the end."""
+    folder = "${store}/.sweep"
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") == "hydra.sweep.dir":
+            folder = value.strip("'\"")
+    return f'"{folder}/{time.time_ns():x}-{os.getpid()}"'
+
+
 def main() -> int:
     from . import sweep  # which needs this module
 
@@ -137,8 +147,8 @@ def main() -> int:
         raise ValueError("torchrun starts one run; give -m without torchrun")
     arguments = protect_notation(sys.argv[1:])
     check_overrides(arguments)
-    if sweeps and not any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
-        arguments.append(f"hydra.sweep.dir=${{store}}/.sweep/{time.time_ns():x}-{os.getpid()}")
+    if sweeps:
+        arguments.append(f"hydra.sweep.dir={_own_folder(arguments)}")
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come as they are, and not to standard error
     try:

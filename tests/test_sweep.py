@@ -140,6 +140,18 @@ def test_a_sweep_that_is_mistyped_does_nothing_but_say_so(
     assert not list(tmp_path.glob("*/config.json"))
 
 
+@pytest.mark.parametrize("seeds", ["0,1", "0,-1"], ids=["two runs", "none begun"])
+def test_a_sweeps_folder_of_notes_loses_nothing_else(
+    tmp_path: Path, command: Command, seeds: str
+) -> None:
+    (mine := tmp_path / "my folder").mkdir()
+    (mine / "thesis.txt").write_text("x")
+    notes = f"hydra.sweep.dir='{mine}'"
+    expected = 2 if "-1" in seeds else 0
+    assert command(run.main, "-m", f"seed={seeds}", *FIXED, f"store={tmp_path}", notes) == expected
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
 def test_each_of_several_gpus_has_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
