@@ -20,7 +20,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hyperopt import Stack, parse
@@ -33,6 +32,7 @@ from .command import (
     draw,
     long_arguments,
     publish,
+    results_of,
 )
 from .config import Config, StackConfig, compose
 from .run import guarded, resolve_all
@@ -119,7 +119,7 @@ def main() -> int:
         for seed in seeds
         for wave in WAVES
     ]
-    results = Path(options.results)
+    results = results_of(options.results, waves[0])
     done = do_in_waves(waves, results / f"char_rnn_{options.preset}.jsonl.gz", options.start)
     draw(results)
     publish(results, waves[0][0])

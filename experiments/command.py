@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from .config import Config, run_hash
+from . import book
+from .config import Config, identity, run_hash
 from .data import label
 from .logger import push_results, say_how_to_sync
 from .pool import run_all
-from .records import export_runs, import_runs
+from .records import export_runs, import_runs, read_records, setting
 from .run import report_failures
 from .store import RunStore, csv_text, write_json, write_text
 
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Options = TypeVar("Options")
 
-# What the commands of long experiments let one set for all runs; it leaves the setting alone.
+# What the commands of long experiments let one set for all runs; `check_setting` sees to it that it
+# leaves the setting of their records alone.
 LONG_RUNS = (
     "data.root",
     "data.download",
@@ -159,6 +161,13 @@ def long_arguments(
     return options, seed_list(options.seeds), [*presets[options.preset], named, *overrides]
 
 
+PartOf = Callable[[dict[str, Any]], Any]
+
+
+def one_part(run: dict[str, Any]) -> None:
+    """For an experiment that has one part."""
+
+
 def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
     """The summaries of all runs, done where they are not; None if some failed, which are listed."""
     outcomes = run_all(configs, configs[0].workers)
@@ -167,14 +176,50 @@ def do_all(configs: Sequence[Config]) -> list[dict[str, Any]] | None:
     return [outcome.summary for outcome in outcomes if outcome.summary is not None]
 
 
-def do_in_waves(waves: Sequence[Sequence[Config]], records: Path, start: str) -> bool:
+def check_setting(configs: Sequence[Config], records: Path, part_of: PartOf = one_part) -> None:
+    """Raise a ValueError for runs of another setting than those of the same part in a file.
+
+    Args:
+        part_of: as `do_in_waves` has it.
+    """
+
+    def told(values: dict[str, Any], keys: Sequence[str]) -> str:
+        return " and ".join(
+            f"{key}={json.dumps(values[key])}".replace('"', "") if key in values else f"no {key}"
+            for key in keys
+        )
+
+    known: dict[Any, dict[str, Any]] = {}
+    for files in read_records(records).values():
+        run = json.loads(files["config.json"])
+        known.setdefault(part_of(run), setting(run))
+    for run in map(identity, configs):
+        new = setting(run)
+        old = known.get(part_of(run), new)
+        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if differing:
+            raise ValueError(
+                f"{records} has runs with {told(old, differing)}, and these would have "
+                f"{told(new, differing)}; give the same, or another folder for them as results="
+            )
+
+
+def do_in_waves(
+    waves: Sequence[Sequence[Config]], records: Path, start: str, part_of: PartOf = one_part
+) -> bool:
     """Do all runs, one wave after the other; whether none failed. The failed ones are listed.
 
     Args:
         records: the file that has the records of all finished runs, after each wave and also where
             one is stopped.
         start: "records" where those of that file need not be done again.
+        part_of: the part of the experiment that a run of some identity belongs to; each has one
+            setting.
+
+    Raises:
+        ValueError: the file has runs of another setting.
     """
+    check_setting([config for wave in waves for config in wave], records, part_of)
     store = RunStore(waves[0][0].store)
     if start == "records":
         if not records.exists():
@@ -237,8 +282,9 @@ def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def results_of(folder: str, configs: Sequence[Config]) -> Path:
-    """Where results go: what was run on a stand-in may not replace what is committed."""
-    return Path(folder, *sorted({config.data.name for config in configs} & {"mnist-5k"}))
+    """Where results go: those of other data than asked for may not replace what is committed."""
+    asked_for = {"mnist", "cifar10", book.NAME}
+    return Path(folder, *sorted({config.data.name for config in configs} - asked_for))
 
 
 def draw(results: Path) -> None:

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .config import identity_hash
 from .run import guarded
@@ -46,6 +47,14 @@ def read_records(path: Path) -> dict[str, Record]:
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as records of runs: {error}") from None
     return records
+
+
+def setting(run: dict[str, Any]) -> dict[str, Any]:
+    """What the runs of one table have in common, key by key, from an identity or a summary."""
+    groups = {
+        f"{group}.{key}": run[group][key] for group in ("model", "trainer") for key in run[group]
+    }
+    return {**groups, "data": run["data"], "device": run["device"]}
 
 
 def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:

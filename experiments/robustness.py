@@ -337,7 +337,8 @@ def main() -> int:
     resolved = iter(resolve_all([config for wave in waves for config in wave]))
     waves = [[next(resolved) for _ in wave] for wave in waves]
     results = results_of(options.results, [config for wave in waves for config in wave])
-    done = do_in_waves(waves, results / f"robustness_{options.preset}.jsonl.gz", options.start)
+    records = results / f"robustness_{options.preset}.jsonl.gz"
+    done = do_in_waves(waves, records, options.start, lambda run: cell_of(options.preset, run).task)
     draw(results)
     publish(results, waves[0][0])
     return 0 if done else 1

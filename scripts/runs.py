@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.records import read_records
+from experiments.records import read_records, setting
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ def read_runs(
     settings: dict[Any, set[str]] = {}
     for files in read_records(source).values():
         summary = json.loads(files["summary.json"])
-        keys = ("model", "data", "trainer", "device")
         cell = cell_of(summary)
-        setting = json.dumps({key: summary[key] for key in keys}, sort_keys=True)
-        settings.setdefault(part_of(cell), set()).add(setting)
+        own = json.dumps(setting(summary), sort_keys=True)
+        settings.setdefault(part_of(cell), set()).add(own)
         curves, values = (
             pd.read_csv(io.StringIO(files[name])) for name in ("curves.csv", "hyperparameters.csv")
         )

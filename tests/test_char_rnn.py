@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -225,6 +226,16 @@ def test_what_is_finished_is_recorded_and_need_not_be_done_again(
         for folder in (there, done)
     ]
     assert texts[0] == texts[1]
+
+
+def test_runs_on_another_edition_are_kept_apart(done: Path, lines: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "results", tmp_path / "results")
+    before = (tmp_path / "results" / "char_rnn_cpu.jsonl.gz").read_bytes()
+    (tmp_path / book.FILE).write_text(LINES + LINES)
+    assert execute(tmp_path, tmp_path, stop_after=1) == [CELLS[0]]
+    assert (tmp_path / "results" / "char_rnn_cpu.jsonl.gz").read_bytes() == before
+    (other,) = (tmp_path / "results").glob("war_and_peace-*/char_rnn_cpu.jsonl.gz")
+    assert len(read_records(other)) == 1
 
 
 # Samples.

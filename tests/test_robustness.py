@@ -207,6 +207,9 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
     assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
     folder = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
+    differs = "compile=false, and these would have trainer.compile=true; give the same, or another"
+    with pytest.raises(ValueError, match=differs):
+        execute(tmp_path, *first, "trainer.compile=true")
     others = [resolved("paper", Cell(task, "Adam", 1e-3)) for task in ("mlp", "char_rnn", "resnet")]
     assert command.results_of("results", others) == Path("results")
     assert len(read_records(folder / "robustness_cpu.jsonl.gz")) == 17
@@ -225,6 +228,22 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     assert made["mlp"]["runs"] == 9 and made["softmax"]["peers"] == [command_version()]
     for suffix in ("png", "pdf", "csv"):
         assert (folder / f"robustness_cpu.{suffix}").stat().st_size > 0
+
+
+@pytest.mark.parametrize("preset", [*PRESETS])
+def test_more_runs_of_a_preset_have_the_setting_of_its_records(preset: str) -> None:
+    records = command.ROOT / "results" / f"robustness_{preset}.jsonl.gz"
+    one_of_each = {cell.task: resolved(preset, cell) for cell in cells(preset)}
+    configs = [replace(config, device="cpu") for config in one_of_each.values()]
+
+    def task_of(run: dict[str, Any]) -> str:
+        return cell_of(preset, run).task
+
+    command.check_setting(configs, records, task_of)
+    on_a_gpu = [replace(config, device="cuda") for config in configs]
+    with pytest.raises(ValueError, match="device=cpu, and these would have device=cuda"):
+        command.check_setting(on_a_gpu, records, task_of)
+    command.check_setting(on_a_gpu, records.with_name("none.jsonl.gz"), task_of)
 
 
 def command_version() -> str:
