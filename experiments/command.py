@@ -227,10 +227,11 @@ def do_in_waves(
         import_runs(records, store)
     done = True
     for configs in waves:
+        names = [run_hash(config) for config in configs]
         try:
             done &= do_all(configs) is not None
         finally:
-            export_runs(store, map(run_hash, configs), records)
+            export_runs(store, names, records)
     return done
 
 

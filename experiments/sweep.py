@@ -22,7 +22,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from .config import Config, run_hash, to_config
+from .config import Config, to_config
 from .logger import say_how_to_sync
 from .pool import Outcome, explain, run_all, use_gpu
 from .run import describe, report_failures, resolve_all
@@ -98,7 +98,8 @@ def objective(outcome: Outcome) -> float:
 
 
 def _leave_note(folder: Path, number: int, outcome: Outcome) -> None:
-    note = {"config": asdict(outcome.config), "error": outcome.error}
+    name = outcome.summary and outcome.summary["hash"]
+    note = {"config": asdict(outcome.config), "hash": name, "error": outcome.error}
     write_json(folder / f"job-{number:06d}.json", note)
 
 
@@ -109,7 +110,7 @@ def outcomes_of(folder: Path) -> list[Outcome]:
         note = json.loads(path.read_text())
         config = to_config(OmegaConf.merge(OmegaConf.structured(Config), note["config"]))
         if note["error"] is None:
-            name = run_hash(config)
+            name = note["hash"]
             summary = RunStore(config.store).summary(name)
             found[name] = Outcome(config, summary, None if summary else "its summary is gone")
         else:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models import MODELS
 
 from . import book, together
-from .config import Config, identity, run_hash
+from .config import Config, identity, identity_hash
 from .data import Dataset, load
 from .images import Images
 from .logger import Logger, Row, history, made_by, make_logger
@@ -66,7 +66,8 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
         ValueError: the stack does not fit the model, or the like.
     """
     store = RunStore(config.store)
-    name = run_hash(config)
+    identified = identity(config)  # once: a file that a schedule replays may change meanwhile
+    name = identity_hash(identified)
     if (summary := together.agreed(lambda: store.summary(name))) is not None:
         return summary
     with (
@@ -74,7 +75,7 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
     ):
         if (summary := together.agreed(directory.summary)) is not None:
             return summary
-        return _Run(config, directory).finish(report)
+        return _Run(config, identified, directory).finish(report)
 
 
 @dataclass
@@ -100,8 +101,9 @@ class _Epoch:
 class _Run:
     """The moving parts of a run: model, optimizer, generator, curves."""
 
-    def __init__(self, config: Config, directory: RunDirectory) -> None:
+    def __init__(self, config: Config, identified: dict[str, Any], directory: RunDirectory) -> None:
         self.config = config
+        self.identity = identified
         self.directory = directory
         torch.set_num_threads(config.trainer.threads)
         self.device = torch.device(config.device)
@@ -142,6 +144,11 @@ class _Run:
         )
         start = self.optimizer.hyperparameters()[0]
         self.schedule = make_schedule(self.config.schedule, start, self.steps)
+        if identity(self.config) != self.identity:
+            raise ValueError(
+                f"{self.config.schedule.file} has changed since this run was asked for; give the "
+                "command again for a run by what it is now"
+            )
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
         self.epoch = 0
         self.step = 0
@@ -157,7 +164,7 @@ class _Run:
     def finish(self, report: Report) -> dict[str, Any]:
         """Train to the end and record everything."""
         config, directory = self.config, self.directory
-        directory.save_config(identity(config))
+        directory.save_config(self.identity)
         self._resume()
         self._write_curves()
         logger = make_logger(config, directory)
@@ -364,7 +371,7 @@ class _Run:
         stack = self.optimizer.stack
         peer = self.optimizer if isinstance(self.optimizer, PeerOptimizer) else None
         return {
-            **identity(self.config),
+            **self.identity,
             **{name: finite_or_none(value) for name, value in metrics.items()},
             "train_loss": finite_or_none(train_loss),
             "diverged": self.diverged,

@@ -104,6 +104,22 @@ def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(
     assert (whole["provenance"]["resumed"], again["provenance"]["resumed"]) == (0, 2)
 
 
+@pytest.mark.parametrize("harm", ["changed", "deleted"])
+def test_a_replay_is_of_the_file_that_the_run_began_with(tmp_path: Path, harm: str) -> None:
+    path = tmp_path / "learned.csv"
+    path.write_text("step,lr\n1,0.1\n48,0.01\n")
+    replayed = config(tmp_path, "stack=SGD(0.1)", "schedule=replay", f"schedule.file={path}")
+    name = run_hash(replayed)
+
+    def report(progress: Progress) -> None:
+        path.write_text("step,lr\n1,0.5\n") if harm == "changed" else path.unlink(missing_ok=True)
+
+    summary = train(replayed, report)
+    settings = json.loads((tmp_path / name / "config.json").read_text())
+    assert summary["hash"] == name and summary["schedule"] == settings["schedule"]
+    assert summary["hyperparameters"][0]["lr"] == pytest.approx(0.01)
+
+
 def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
     first = train(config(tmp_path))
 
