@@ -263,8 +263,9 @@ def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Where the numbers of a table come from; differing values of the runs are all listed."""
 
     def values(key: str) -> list[Any]:
-        found = [summary["provenance"][key] for summary in summaries]
-        return sorted(set(found), key=str)
+        mades = [summary["provenance"] for summary in summaries]
+        mades += [earlier for made in mades for earlier in made.get("earlier", [])]
+        return sorted({made[key] for made in mades if key in made}, key=str)
 
     keys = ("commit", "dirty", "python", "torch", "numpy", "platform", "device", "compiled")
     steps: dict[str, list[float]] = {}

@@ -160,6 +160,10 @@ class _Run:
         self.trajectory: list[list[float]] = []  # step, values in the order of _recorded
         self.hypergradients: list[list[float]] = []  # step, values in the order of _tuned
         self.times: list[float] = []  # since 1970, of the start and of each epoch's end
+        peer = self.optimizer.version if isinstance(self.optimizer, PeerOptimizer) else None
+        made = {**provenance(), "device": device_name(self.device)}
+        # What has done the run: this process, and before it those from which it goes on, if other.
+        self.made: list[dict[str, Any]] = [{**made, "peer": peer} if peer else made]
 
     def finish(self, report: Report) -> dict[str, Any]:
         """Train to the end and record everything."""
@@ -293,6 +297,7 @@ class _Run:
             "trajectory": self.trajectory,
             "hypergradients": self.hypergradients,
             "times": self.times,
+            "made": self.made,
             "under_way": self.under_way and self.under_way.state_dict(),
             "task": self.task.state_dict(),
         }
@@ -313,9 +318,10 @@ class _Run:
             if state["under_way"] is not None:
                 self.under_way = _Epoch.from_state_dict(state["under_way"], self.device)
                 self.task.load_state_dict(state["task"])
+            self.made += [made for made in state.get("made", []) if made not in self.made]
             self.resumed = state["resumed"] + 1
-        except (ValueError, KeyError, RuntimeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a flipped bit may be anything to what reads it
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             if together.is_first():
                 print(
                     f"run {self.directory.hash}: {reason}; the run starts again from its beginning",
@@ -369,7 +375,7 @@ class _Run:
         _, _, train_loss, *tested = self.curves[-1]
         metrics = dict(zip(self.task.metrics, tested, strict=True))  # of the last epoch
         stack = self.optimizer.stack
-        peer = self.optimizer if isinstance(self.optimizer, PeerOptimizer) else None
+        made, *earlier = self.made
         return {
             **self.identity,
             **{name: finite_or_none(value) for name, value in metrics.items()},
@@ -385,10 +391,9 @@ class _Run:
             "data_source": self.data.source,
             "data_sha256": self.data.sha256,
             "provenance": {
-                **provenance(),
-                "device": device_name(self.device),
+                **made,
+                **({"earlier": earlier} if earlier else {}),
                 "compiled": self.optimizer.compiled,
-                **({"peer": peer.version} if peer else {}),
                 "resumed": self.resumed,
                 "seconds": self.seconds,
                 "seconds_per_step": self.seconds / self.step,
@@ -406,7 +411,11 @@ def finite_or_none(value: float) -> float | None:
 
 @functools.lru_cache(maxsize=1)
 def provenance() -> dict[str, Any]:
-    """The commit and the versions that this process runs; commit None outside of a repository."""
+    """The commit and the versions that this process runs; commit None outside of a repository.
+
+    To be called first when a process begins with what it does: what is committed later is not what
+    it runs.
+    """
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
@@ -424,7 +433,7 @@ def provenance() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # which is of a class of its own
         "numpy": np.__version__,
         "platform": platform.platform(),
     }

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.command import provenance as summed_up
 from experiments.config import Config, compose, resolve, run_hash
 from experiments.data import load, normalised, pixels
 from experiments.gradient import make_gradient
 from experiments.run import resolve_all
 from experiments.store import RunStore
-from experiments.train import Progress, train
+from experiments.train import Progress, provenance, train
 from models import MLP
 
 
@@ -104,6 +105,27 @@ def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(
     assert (whole["provenance"]["resumed"], again["provenance"]["resumed"]) == (0, 2)
 
 
+def test_provenance_is_of_the_code_that_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is committed during a run is not; what did a part of it before it was cut is."""
+    now = {**provenance(), "commit": "a"}
+    monkeypatch.setattr("experiments.train.provenance", lambda: dict(now))
+
+    def report(progress: Progress) -> None:
+        now["commit"] = "b"
+        cut_at(20)(progress)
+
+    for _ in range(2):  # the second is cut at the same checkpoint
+        with pytest.raises(Cut):
+            train(config(tmp_path), report)
+    made = train(config(tmp_path), lambda progress: now.update(commit="c"))["provenance"]
+    assert made["commit"] == "b" and [one["commit"] for one in made["earlier"]] == ["a"]
+    found = summed_up([{**train(config(tmp_path)), "data": "mnist"}])
+    assert found["commit"] == ["a", "b"] and len(found["device"]) == 1
+    assert "earlier" not in train(config(tmp_path, "seed=1"))["provenance"]
+
+
 @pytest.mark.parametrize("harm", ["changed", "deleted"])
 def test_a_replay_is_of_the_file_that_the_run_began_with(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "learned.csv"
@@ -129,7 +151,9 @@ def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
     assert train(config(tmp_path), never) == first
 
 
-@pytest.mark.parametrize("harm", ["cut short", "of another run", "of another model"])
+@pytest.mark.parametrize(
+    "harm", ["cut short", "of another run", "of another model", "a flipped bit"]
+)
 def test_a_bad_checkpoint_is_reported_and_the_run_starts_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: str
 ) -> None:
@@ -145,6 +169,8 @@ def test_a_bad_checkpoint_is_reported_and_the_run_starts_again(
         state = torch.load(path, weights_only=True)
         if harm == "of another run":
             state["hash"] = "0" * 16
+        elif harm == "a flipped bit":  # which may be any error
+            state["optimizer"]["state"][0]["moved"] = 3
         else:
             state["model"]["hidden.weight"] = torch.zeros(3, 3)
         torch.save(state, path)
