@@ -237,7 +237,7 @@ def push_results(folder: Path, store: Path, project: str) -> list[str]:
     """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.*")):
-        if path.is_file():
+        if path.is_file() and path.suffix != ".tmp":
             files.setdefault(re.split(r"[._]", path.name)[0], []).append(path)
     digests = {name: _digest(paths) for name, paths in files.items()}
     try:

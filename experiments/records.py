@@ -19,7 +19,7 @@ from typing import Any
 
 from .config import identity_hash
 from .run import guarded
-from .store import RunStore, write_bytes, write_text
+from .store import RunStore, locked, write_bytes, write_text
 
 # In the order in which they are written: the mark comes last.
 FILES = ("config.json", "curves.csv", "hyperparameters.csv", "hypergradients.csv", "summary.json")
@@ -62,15 +62,17 @@ def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:
 
     Where there is none, no file is written.
     """
-    records = read_records(path)
-    for name in hashes:
-        if store.summary(name) is not None:
-            folder = store.run(name).path
-            there = [file for file in FILES if file not in LATER or (folder / file).exists()]
-            records[name] = {file: (folder / file).read_text() for file in there}
-    if records:
-        lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
-        write_bytes(path, gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    with locked(path.parent):  # another process may export its own runs to it
+        records = read_records(path)
+        for name in hashes:
+            if store.summary(name) is not None:
+                folder = store.run(name).path
+                there = [file for file in FILES if file not in LATER or (folder / file).exists()]
+                records[name] = {file: (folder / file).read_text() for file in there}
+        if records:
+            lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
+            text = "".join(f"{line}\n" for line in lines)
+            write_bytes(path, gzip.compress(text.encode(), mtime=0))
     return len(records)
 
 

@@ -22,6 +22,7 @@ import io
 import json
 import os
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,9 +36,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a file that then takes the place of `path`, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; of a full disk, that it is full and what to do.
+        OSError: it cannot be written; where the disk is full or the place no good, what to do.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # Two processes may write the same file. What a killed one leaves has a name that none reads.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -48,14 +50,46 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise _named(error, path) from None
+        raise named(error, path) from None
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    """The error with a sentence that says what to do, where the disk is full."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    return OSError(f"the disk is full, {path} is not written; make room and give the command again")
+def named(error: OSError, path: Path) -> OSError:
+    """What has kept `path` from being written, with what to do where that is known."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(
+            f"the disk is full, {path} is not written; make room and give the command again"
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR):
+        return OSError(
+            f"{path} cannot be written: {error.strerror}; give a folder that can be written to"
+        )
+    return error
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder if need be, and see whether it can be written to.
+
+    Raises:
+        OSError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise named(error, folder) from None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, waiting until no other process does."""
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -134,7 +168,7 @@ class RunDirectory:
             with open(path, "a") as file:
                 file.write(csv_text(rows))
         except OSError as error:
-            raise _named(error, path) from None
+            raise named(error, path) from None
 
     def save_model(self, kept: dict[str, Any]) -> None:
         write_tensors(self.path / "model.pt", kept)
@@ -164,7 +198,13 @@ class RunStore:
         The lock is the kernel's: it ends with the process, however that ends.
         """
         directory = self.run(run_hash)
-        directory.path.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            (directory.path / "lock").touch()
+        except OSError as error:
+            raise named(error, directory.path) from None
         with open(directory.path / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            for cut_short in directory.path.glob("*.tmp"):  # by a process that was killed
+                cut_short.unlink()
             yield directory

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,15 @@ def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None
     before = path.read_bytes()
     export_runs(RunStore(tmp_path / "runs"), hashes, path)
     assert path.read_bytes() == before
+
+
+def test_exports_at_once_lose_no_run(done: Path, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl.gz"
+    hashes = [run.name for run in (done / "runs").iterdir()]
+    with ThreadPoolExecutor(4) as exports:
+        [*exports.map(lambda name: export_runs(RunStore(done / "runs"), [name], path), hashes)]
+    assert read_records(path).keys() == set(hashes)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize("harm", ["cut short", "of another config"])

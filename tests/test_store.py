@@ -1,6 +1,8 @@
 """The run store: what identifies a run, when it is finished, and who may work on it."""
 
+import errno
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ import torch
 from experiments.config import Config, compose, identity, resolve, run_hash
 from experiments.data import load
 from experiments.schedule import ScheduleConfig
-from experiments.store import RunDirectory, RunStore, write_text
+from experiments.store import RunDirectory, RunStore, make_folder, write_text
 from experiments.train import train
 
 
@@ -123,6 +125,50 @@ def test_a_write_that_fails_leaves_the_old_file(
     with pytest.raises(OSError, match="disk full"):
         write_text(path, "new")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR])
+def test_a_place_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    told = f"{os.strerror(number)}; give a folder that can be written to"
+    path = tmp_path / "folder" / "file"
+    with pytest.raises(OSError, match=f"{path} cannot be written: {told}"):
+        write_text(path, "new")
+    with pytest.raises(OSError, match=f"{path.parent} cannot be written: {told}"):
+        make_folder(path.parent)
+    with pytest.raises(OSError, match=f"a cannot be written: {told}"), RunStore(path).claim("a"):
+        pass
+
+
+def write_often(path: Path) -> None:
+    for _ in range(300):
+        write_text(path, "whole")
+
+
+def test_several_processes_may_write_the_same_file(tmp_path: Path) -> None:
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=write_often, args=(tmp_path / "a",))
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next_claim(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "a")
+    run.save_curves("curves", ["epoch"], [])
+    (run.path / "checkpoint.pt.123.tmp").touch()
+    with RunStore(tmp_path).claim("a"):
+        assert sorted(path.name for path in run.path.iterdir()) == ["curves.csv", "lock"]
 
 
 def test_checkpoints_come_back_as_they_were(tmp_path: Path) -> None:
