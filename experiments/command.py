@@ -21,7 +21,7 @@ from .logger import push_results, say_how_to_sync
 from .pool import run_all
 from .records import export_runs, import_runs, read_records, setting
 from .run import report_failures
-from .store import RunStore, csv_text, write_json, write_text
+from .store import RunStore, csv_text, make_folder, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -217,8 +217,10 @@ def do_in_waves(
             setting.
 
     Raises:
+        OSError: the file's folder cannot be written to.
         ValueError: the file has runs of another setting.
     """
+    make_folder(records.parent)
     check_setting([config for wave in waves for config in wave], records, part_of)
     store = RunStore(waves[0][0].store)
     if start == "records":
@@ -245,7 +247,11 @@ def do_and_record(
     Args:
         path: of both files, without the suffix.
         table: makes the rows of the CSV from the summaries.
+
+    Raises:
+        OSError: their folder cannot be written to.
     """
+    make_folder(path.parent)
     began = time.monotonic()
     summaries = do_all(configs)
     if summaries is not None:

@@ -26,7 +26,7 @@ from .config import Config, to_config
 from .logger import say_how_to_sync
 from .pool import Outcome, explain, run_all, use_gpu
 from .run import describe, report_failures, resolve_all
-from .store import RunStore, write_json, write_text
+from .store import RunStore, named, write_json, write_text
 from .summarise import tidy_csv
 from .train import train
 
@@ -71,6 +71,8 @@ def job(composed: DictConfig) -> float | None:
 
 def launch(composed: Sequence[DictConfig], first: int) -> list[JobReturn]:
     """Do the jobs of a sweep through the pool. `first` is the number of the first of them."""
+    if not composed:  # as of range(0,0)
+        return []
     folder = Path(composed[0].hydra.sweep.dir)
     overrides = [list(config.hydra.overrides.task) for config in composed]
     for config in composed:
@@ -127,6 +129,8 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
     outcomes = outcomes_of(folder)
     finished = [outcome for outcome in outcomes if outcome.summary is not None]
     if not outcomes:  # nothing was begun
+        if isinstance(ended_by, OSError) and not folder.exists():
+            raise named(ended_by, folder)
         shutil.rmtree(folder, ignore_errors=True)
         raise ended_by or ValueError("the sweep has no runs")
     for outcome in finished:

@@ -24,6 +24,7 @@ from test_project import ROOT
 from test_readme import SUMMARISE
 
 from experiments import records, run, summarise
+from experiments.command import do_and_record, do_in_waves
 from experiments.config import compose, protect_notation, resolve, run_hash
 from experiments.pool import use_gpu
 from experiments.store import RunDirectory
@@ -124,6 +125,7 @@ def test_a_search_is_given_the_training_loss(
         ("hydra/launcher=jobli", "Could not find 'hydra/launcher/jobli'; did you mean joblib?"),
         ("stack=", "Could not find 'stack/'; known are notation, tower\n"),
         ("hydra/lancher=joblib", "no config key 'hydra/lancher'; did you mean hydra/launcher"),
+        ("seed=range(0,0)", "error: the sweep has no runs"),
         ("hydra.sweeper.max_batch_sise=2", "in 'BasicSweeperConf'; did you mean max_batch_size?"),
     ],
 )
@@ -304,9 +306,22 @@ def test_a_folder_that_cannot_be_written_to_gets_one_line(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = ("data=mnist-5k", "device=cpu", "trainer.epochs=1", "progress=false")
-    assert command(run.main, "store=/dev/null", *tiny) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ") and "/dev/null/" in said
+    told = re.compile(r"error: /dev/null/\S+ cannot be written: Not a directory; give a folder .*")
+    for mode in ((), ("-m", "seed=0,1")):
+        assert command(run.main, *mode, "store=/dev/null", *tiny) == 2
+        assert told.fullmatch(capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_folder_of_results_is_tried_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experiments.command.run_all", None)
+    configs, path = [resolve(compose([*FIXED, f"store={tmp_path}"]), "mnist-5k")], Path("/dev/null")
+    told = "/dev/null/x cannot be written: Not a directory; give a folder that can be written to"
+    with pytest.raises(OSError, match=told):
+        do_in_waves([configs], path / "x" / "figure2_cpu.jsonl.gz", "scratch")
+    with pytest.raises(OSError, match=told):
+        do_and_record(configs, path / "x" / "table1_runs", lambda summaries: [])
 
 
 @pytest.mark.parametrize(
