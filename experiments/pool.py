@@ -38,6 +38,11 @@ class Outcome:
     summary: dict[str, Any] | None = None
     error: str | None = None
 
+    @property
+    def reason(self) -> str:
+        """The last line of the error."""
+        return (self.error or "").rpartition("\n")[2]
+
 
 def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outcome]:
     """Do all runs that are not finished yet, the longest first, and return what became of each.
@@ -79,7 +84,7 @@ def run_one(config: Config) -> Outcome:
 
 def explain(error: Exception) -> str:
     """One line for what the command's user can mend; a traceback for a mistake in the program."""
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()
 
@@ -120,9 +125,10 @@ class _Worker:
         self.job: Outcome | None = None
 
     def give(self, job: Outcome) -> None:
+        """Raises an OSError where the process has died."""
+        self.pipe.send(job.config)
         self.job = job
         self.structures.add(structure(job.config))
-        self.pipe.send(job.config)
 
     def end(self) -> None:
         """End the process: at once where it still has a run, which can be resumed."""
@@ -154,9 +160,9 @@ class _Pool:
 
     def _next_job(self, slot: int) -> None:
         """Give a worker the longest run; of equals one whose step it has already compiled."""
-        worker = self.workers[slot]
         if not self.waiting:
             return
+        worker = self.workers[slot]
         taken = set[tuple]().union(*(other.structures for other in self.workers))
 
         def preference(job: Outcome) -> tuple:
@@ -165,8 +171,13 @@ class _Pool:
             return job.config.trainer.epochs, mine, nobodys, len(kind)
 
         job = max(self.waiting, key=preference)
+        try:
+            worker.give(job)
+        except OSError:  # it died since its last run
+            worker.end()
+            self.workers[slot] = worker = _Worker(slot)
+            worker.give(job)
         self.waiting.remove(job)
-        worker.give(job)
         self.display.started(slot, job.config)
 
     def _handle_messages(self) -> None:
@@ -272,7 +283,7 @@ def _numbers(progress: Progress) -> str:
 
 def _outcome(outcome: Outcome) -> str:
     if outcome.summary is None:
-        return "failed: " + (outcome.error or "").splitlines()[-1]
+        return f"failed: {outcome.reason}"
     if outcome.summary["diverged"]:
         return f"diverged in epoch {outcome.summary['epochs']}"
     return headline(outcome.summary)

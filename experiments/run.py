@@ -72,9 +72,11 @@ def banner(config: Config, found: str) -> None:
 def describe(outcome: Outcome) -> str:
     """One line for a finished run."""
     summary = outcome.summary
-    label = f"{outcome.config.stack.notation or outcome.config.stack}, seed {outcome.config.seed}"
+    stack = outcome.config.stack
+    given = [f"stack.{name}={value}" for name, value in vars(stack).items() if value is not None]
+    label = f"{stack.notation or ' '.join(given)}, seed {outcome.config.seed}"
     if summary is None:
-        return f"{label}: failed: {(outcome.error or '').splitlines()[-1]}"
+        return f"{label}: failed: {outcome.reason}"
     values = " / ".join(
         ", ".join(f"{name}={value:.4g}" for name, value in level.items() if value is not None)
         for level in summary["hyperparameters"]

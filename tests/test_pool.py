@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiments.config import Config, compose, resolve
-from experiments.pool import Outcome, _Pool, _Silence, _Worker, run_all, structure
+from experiments.pool import Outcome, _Pool, _Silence, _Worker, explain, run_all, structure
+from experiments.run import describe
 from experiments.train import train
 
 
@@ -65,6 +66,28 @@ def test_a_process_that_dies_takes_only_its_run_with_it(tmp_path: Path) -> None:
     pool.join(timeout=60)
     assert outcomes[0].error == "its process died with exit code -9"
     assert all(outcome.summary is not None for outcome in outcomes[1:])
+
+
+def test_a_process_that_dies_between_two_runs_is_replaced(tmp_path: Path) -> None:
+    job = Outcome(config(tmp_path))
+    pool = _Pool([job], 1, _Silence())
+    pool.workers = [dead] = [_Worker(0)]
+    dead.process.kill()
+    dead.process.join()
+    try:
+        pool._next_job(0)
+        while pool.workers[0].job:
+            pool._handle_messages()
+    finally:
+        pool.workers[0].end()
+    assert job.summary is not None and pool.workers[0] is not dead
+
+
+def test_an_error_without_words_has_a_line_too(tmp_path: Path) -> None:
+    asked_for = compose(["stack.lr=0.1"])  # and not resolved: its stack has no notation
+    said = describe(Outcome(asked_for, error=explain(ValueError())))
+    assert said == "stack.rule=SGD stack.height=1 stack.lr=0.1, seed 0: failed: ValueError"
+    assert describe(Outcome(asked_for)).endswith(": failed: ")
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
