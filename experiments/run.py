@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -37,6 +38,7 @@ def resolve_all(configs: list[Config]) -> list[Config]:
     """
     found: dict[tuple, str] = {}
     for config in configs:
+        _check_store(config.store)
         wanted = (config.data.name, config.data.root, config.data.download)
         if wanted not in found:
             found[wanted] = data.resolve(*wanted)
@@ -129,6 +131,26 @@ def guarded(main: Callable[[], int]) -> int:
         return 130
 
 
+def _check_shared(arguments: Sequence[str]) -> None:
+    """Raise a ValueError for a sweep over what it has one of, or without a store."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        if key not in ("store", "workers"):
+            continue
+        (override,) = OverridesParser.create().parse_overrides([argument])
+        if override.is_sweep_override():
+            raise ValueError(
+                f"{key}={value}, but {key} is for a whole sweep; give one command each"
+            )
+        if key == "store":
+            _check_store(str(override.value()))
+
+
+def _check_store(store: str) -> None:
+    if not store:
+        raise ValueError("store= is empty; give the folder of the runs, as in store=runs")
+
+
 def _own_folder(arguments: Sequence[str]) -> str:
     """A new folder for a sweep's notes, in that of `hydra.sweep.dir`; it is removed at the end."""
     folder = "${store}/.sweep"
@@ -150,6 +172,7 @@ def main() -> int:
     arguments = protect_notation(sys.argv[1:])
     check_overrides(arguments)
     if sweeps:
+        _check_shared(arguments)
         arguments.append(f"hydra.sweep.dir={_own_folder(arguments)}")
     sys.argv[1:] = arguments
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come as they are, and not to standard error

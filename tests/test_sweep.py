@@ -125,6 +125,9 @@ def test_a_search_is_given_the_training_loss(
         ("hydra/launcher=jobli", "Could not find 'hydra/launcher/jobli'; did you mean joblib?"),
         ("stack=", "Could not find 'stack/'; known are notation, tower\n"),
         ("hydra/lancher=joblib", "no config key 'hydra/lancher'; did you mean hydra/launcher"),
+        ("store=a,b", "error: store=a,b, but store is for a whole sweep; give one command each"),
+        ("workers=1,2", "workers=1,2, but workers is for a whole sweep"),
+        ("store=''", "error: store= is empty; give the folder of the runs, as in store=runs"),
         ("seed=range(0,0)", "error: the sweep has no runs"),
         ("hydra.sweeper.max_batch_sise=2", "in 'BasicSweeperConf'; did you mean max_batch_size?"),
     ],
@@ -136,7 +139,8 @@ def test_a_sweep_that_is_mistyped_does_nothing_but_say_so(
     override: str,
     message: str,
 ) -> None:
-    assert command(run.main, "-m", override, *FIXED, f"store={tmp_path}") == 2
+    fixed = [one for one in (*FIXED, f"store={tmp_path}") if one[:4] != override[:4]]
+    assert command(run.main, "-m", override, *fixed) == 2
     said = capsys.readouterr()
     assert message in said.err and said.out == ""
     assert not list(tmp_path.glob("*/config.json"))
@@ -310,6 +314,13 @@ def test_a_folder_that_cannot_be_written_to_gets_one_line(
     for mode in ((), ("-m", "seed=0,1")):
         assert command(run.main, *mode, "store=/dev/null", *tiny) == 2
         assert told.fullmatch(capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_run_without_a_store_gets_one_line(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(run.main, *FIXED, "store=") == 2
+    assert "error: store= is empty; give the folder of the runs" in capsys.readouterr().err
 
 
 def test_a_folder_of_results_is_tried_before_anything_is_trained(
