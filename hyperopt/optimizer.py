@@ -20,7 +20,7 @@ from .layout import Layout, Parts, pick
 from .rule import Rule, State, betas, near, split
 from .shard import Shard, divide, precision, processes
 from .stack import Stack, parse
-from .tower import Owner, TowerState, build, replay
+from .tower import Move, Owner, TowerState, build
 
 # What a copy of an optimizer is made from.
 _COPIED = (
@@ -103,6 +103,8 @@ class HyperOptimizer(torch.optim.Optimizer):
                 f"a param group of {rule.name} takes no {name!r}; "
                 f"{near(name, ['params', *rule.hypers])}"
             )
+        checked = rule.with_values(own)
+        own = {name: checked.values[name] for name in own}
         moved = rule.tuned if self.stack.height else {}
         for name in own.keys() & moved.keys():
             if own[name] == 0 and 0 not in moved[name].domain:
@@ -111,7 +113,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                     f"{moved[name].domain.name} domain, where it cannot stay 0; give the "
                     f"parameters that are to have no {name} an optimizer of their own"
                 )
-        Stack(rule.with_values(own), *self.stack.levels[1:])  # checks them
+        Stack(checked, *self.stack.levels[1:])
         if self._laid_groups:
             self._follow()
             for name, value in own.items():
@@ -391,9 +393,12 @@ class HyperOptimizer(torch.optim.Optimizer):
         lowest, parts = self._layout.blocks[0], self._parts
         raw = pick(parts.raw[0][0], shard.owner.among(lowest.tuned))
         fixed = pick(parts.last_fixed, shard.owner.among(lowest.fixed))
-        if shard.last.g is not None:
-            state, _ = replay(lowest, raw, fixed, shard.last, shard.last.g, shard.last.g)
-            shard.last = shard.last._replace(state=state, moved=torch.zeros_like(shard.last.moved))
+        w, g, start, moved = shard.last
+        if g is not None:
+            read = g if w is None else w  # as in `replay`, without the derivatives
+            _, after = lowest.rule.update(read, g, start, lowest.values(raw, fixed))
+            state = {name: torch.where(moved > 0, after[name], old) for name, old in start.items()}
+            shard.last = Move(w, g, state, torch.zeros_like(moved))
 
     def _tower(self) -> TowerState:
         tower = self._layout.tower(self._parts)

@@ -272,7 +272,7 @@ class Rule:
     def _number(self, hyper: Hyper, value: Any) -> float:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several
             raise ValueError(f"{self.name}: {hyper.name} must be a number, not {value!r}") from None
         if not hyper.low <= number < hyper.high:
             interval = f"[{hyper.low:g}, {hyper.high:g})"
@@ -322,7 +322,7 @@ class Rule:
         """This rule with other initial values; hyperparameters that take part still do."""
         twin = self._copy()
         twin.values = type(self)(**{**self.values, **values}).values
-        twin.used = self.used | {name for name, value in values.items() if value != 0}
+        twin.used = self.used | {name for name in values if twin.values[name] != 0}
         return twin
 
     def _copy(self) -> Rule:

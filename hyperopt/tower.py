@@ -383,6 +383,7 @@ def check(rule: Rule) -> None:
         )
 
 
+@functools.lru_cache(256)
 def depends_on_weights(rule: Rule) -> bool:
     """Whether an update is more than ``w`` minus something that does not depend on ``w``.
 

@@ -289,8 +289,9 @@ def test_groups_that_are_wrong():
             HyperOptimizer([{"params": w, name: 0}], f"AdamW(0.1)[{name}] / SGD(0.2)")
     HyperOptimizer([{"params": w, "weight_decay": 0}], "AdamW(0.1)[weight_decay]")
     HyperOptimizer([{"params": w, "weight_decay": 0}], "AdamW[weight_decay: real] / SGD(0.2)")
-    with refused(ValueError, "lr must be a number, not 'fast'"):
-        HyperOptimizer([{"params": w, "lr": "fast"}], "SGD(0.1)")
+    for value in ("fast", torch.ones(2)):
+        with refused(ValueError, f"lr must be a number, not {value!r}"):
+            HyperOptimizer([{"params": w, "lr": value}], "SGD(0.1)")
 
 
 def test_a_refused_group_leaves_the_optimizer_as_it_was():
