@@ -126,9 +126,9 @@ class _Worker:
 
     def give(self, job: Outcome) -> None:
         """Raises an OSError where the process has died."""
-        self.pipe.send(job.config)
-        self.job = job
+        self.job = job  # first: if interrupted in between, `end` must not wait for it
         self.structures.add(structure(job.config))
+        self.pipe.send(job.config)
 
     def end(self) -> None:
         """End the process: at once where it still has a run, which can be resumed."""

@@ -197,7 +197,7 @@ def test_a_level_that_rests_is_not_blamed_for_the_step():
     [
         ("SGD(0.1, every=2) / SGD(0.1)", "every is for a level that moves hyperparameters"),
         ("SGD(0.1) / SGD(0.1, every=0)", "every must be 1 or more, but is 0"),
-        ("SGD(0.1) / SGD(0.1, every=1.5)", "every must be a int"),
+        ("SGD(0.1) / SGD(0.1, every=1.5)", "every must be an int"),
         ("SGD(0.1) / SGD(0.1, clip_norm=-1)", "clip_norm must be 0 or more"),
     ],
 )
