@@ -296,8 +296,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         """What moved the tuned hyperparameters in the last step, in their order in `names`.
 
         The derivatives of the loss with respect to their raw values, as the level above was given
-        them: clipped, where it clips, and 0 in the first step. A new tensor, float64, 1-D, as many
-        as there are tuned hyperparameters, with which `names` begins; nothing waits for the device.
+        them: clipped, where it clips, 0 in the first step, and NaN in one that was left out. A new
+        tensor, float64, 1-D, as many as there are tuned hyperparameters, with which `names` begins;
+        nothing waits for the device.
         """
         own = [move.g.reshape(-1) for move in self._parts.upper]
         return torch.cat([self._packed.new_empty(0), *own])
