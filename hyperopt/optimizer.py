@@ -245,9 +245,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         known = given.keys() | self._kept.keys()
         changed = {p for p in known if not _same(given.get(p, {}), self._kept.get(p, {}))}
         if not changed:
+            self._show_state()
             return
         moved = {p for shard in self._shards for p in shard.params}
         self._arrange(active or moved.__contains__, changed - given.keys())
+        for number, group in enumerate(self.param_groups):  # those that are not moved yet
+            new = [p for p in group["params"] if p in given and p not in self._kept]
+            self._parked += self._new_shards(new, number)
+        self._lay_out(self._export())
         for p in changed & given.keys() & self._state.keys():
             for name, value in given[p].items():
                 place = self._state[p].get(name)
@@ -453,12 +458,15 @@ class HyperOptimizer(torch.optim.Optimizer):
             [id(p) for p in group["params"] if group_of.get(p) == i]
             for i, group in enumerate(self.param_groups)
         ]
-        self._edits = []
         self._kept = {
             p: entries
             for shard in self._shards + self._parked
             for p, entries in shard.by_parameter().items()
         }
+        self._show_state()
+
+    def _show_state(self) -> None:
+        self._edits = []
         noted = {p: Noted.of(entries, self._edits) for p, entries in self._kept.items()}
         self._state = Noted.of(noted, self._edits, dict)
 

@@ -209,11 +209,7 @@ class Rule:
                     "every rule has already"
                 )
         if known:
-            ours = vars(Rule)["__module__"].replace(".rule", ".rules")
-            if (
-                cls.__module__ != ours
-                and getattr(RULES.get(cls.__name__), "__module__", "") == ours
-            ):
+            if RULES.get(cls.__name__, cls).__module__ == f"{__package__}.rules" != cls.__module__:
                 raise TypeError(
                     f"there is a rule {cls.__name__} already, which the notation means by this "
                     f"name; call yours otherwise, or declare it as class {cls.__name__}(Rule, "

@@ -572,7 +572,15 @@ def replaced(optimizer: Any, w: Tensor) -> Tensor:
     new = w.detach().clone().requires_grad_()
     optimizer.param_groups[0]["params"][0] = new
     optimizer.state[new] = optimizer.state.pop(w)
+    optimizer.state_dict()  # saved before there is a gradient
     return new
+
+
+def rewrapped(optimizer: Any, w: Tensor) -> None:
+    """As a framework does that moves states to a device, where they are already; then an edit."""
+    optimizer.state[w] = dict(optimizer.state[w])
+    optimizer.state_dict()
+    optimizer.state[w]["momentum_buffer"] = torch.zeros_like(w)
 
 
 @pytest.mark.parametrize(
@@ -589,6 +597,7 @@ def replaced(optimizer: Any, w: Tensor) -> Tensor:
         ),
         (lambda optimizer, w: optimizer.state.update({w: {"momentum_buffer": w * 2}}), False),
         (replaced, False),
+        (rewrapped, False),
     ],
 )
 def test_edits_of_the_state_hold_as_in_torch(edit, by_towers):
