@@ -6,11 +6,15 @@
 The first puts every finished run of the store `runs` into the file, beside what the file has
 already; the second puts the runs of the file into the store, where they count as finished. The file
 has a line of JSON for each run: its hash, and the text of each of its files.
+
+Runs whose hashes begin alike are compressed together, and apart from the others, so that a few new
+runs leave most of the file's bytes as they were, and git stores the rest of them once.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -70,10 +74,16 @@ def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:
                 there = [file for file in FILES if file not in LATER or (folder / file).exists()]
                 records[name] = {file: (folder / file).read_text() for file in there}
         if records:
-            lines = [json.dumps({"hash": name, "files": records[name]}) for name in sorted(records)]
-            text = "".join(f"{line}\n" for line in lines)
-            write_bytes(path, gzip.compress(text.encode(), mtime=0))
+            write_bytes(path, _compressed(records))
     return len(records)
+
+
+def _compressed(records: dict[str, Record]) -> bytes:
+    parts = []
+    for _, alike in itertools.groupby(sorted(records), key=lambda name: name[:2]):
+        lines = [json.dumps({"hash": name, "files": records[name]}) for name in alike]
+        parts.append(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    return b"".join(parts)
 
 
 def import_runs(path: Path, store: RunStore) -> int:

@@ -299,6 +299,20 @@ def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None
     assert path.read_bytes() == before
 
 
+def test_a_new_run_leaves_the_bytes_of_the_others(done: Path, tmp_path: Path) -> None:
+    """Git stores those once, so that a file to which runs are added does not swell a repository."""
+    path, store = tmp_path / "records.jsonl.gz", RunStore(done / "runs")
+    hashes = sorted(run.name for run in (done / "runs").iterdir())
+    begins = [name[:2] for name in hashes]
+    new = next(name for name in hashes[5:] if begins.count(name[:2]) == 1)
+    export_runs(store, [name for name in hashes if name != new], path)
+    before = path.read_bytes()
+    export_runs(store, [new], path)
+    after = path.read_bytes()
+    start = len(os.path.commonprefix([before, after]))
+    assert start > 0 and after.endswith(before[start:]) and len(after) > len(before)
+
+
 def test_exports_at_once_lose_no_run(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     hashes = [run.name for run in (done / "runs").iterdir()]
