@@ -6,7 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 
 import random
 import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +38,32 @@ class Digits(NamedTuple):
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
+
+
+@pytest.fixture(scope="session")
+def committed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Of a page with numbers, the results that were committed with it: a reader's own may differ.
+
+    Where the page is being changed, or where there is no repository, they are those of results/.
+    """
+    root = Path(__file__).parents[1]
+    whole = tmp_path_factory.mktemp("committed")
+
+    def results_of(page: str) -> Path:
+        git = ["git", "-C", str(root)]
+        try:
+            subprocess.run([*git, "diff", "--quiet", "HEAD", "--", page], check=True)
+            if not (whole / "results").exists():
+                packed = subprocess.run(
+                    [*git, "archive", "HEAD", "results"], capture_output=True, check=True
+                )
+                (whole / "results.tar").write_bytes(packed.stdout)
+                shutil.unpack_archive(whole / "results.tar", whole)
+        except (OSError, subprocess.CalledProcessError):
+            return root / "results"
+        return whole / "results"
+
+    return results_of
 
 
 @pytest.fixture(scope="session")

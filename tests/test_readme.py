@@ -1,12 +1,10 @@
 """Everything that the README tells a reader to type works as written."""
 
 import csv
-import io
 import json
 import re
 import shlex
-import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -32,22 +30,9 @@ from scripts.cost import words
 README = (ROOT / "README.md").read_text()
 
 
-def committed(name: str) -> io.StringIO:
-    """A file of results/ as it was committed with the README: a reader's own runs may differ.
-
-    Where the README is being changed, or where there is no repository, the file as it is.
-    """
-
-    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        )
-
-    try:
-        git("diff", "--quiet", "HEAD", "--", "README.md")
-        return io.StringIO(git("show", f"HEAD:results/{name}").stdout)
-    except (OSError, subprocess.CalledProcessError):
-        return io.StringIO((ROOT / "results" / name).read_text())
+@pytest.fixture
+def results(committed: Callable[[str], Path]) -> Path:
+    return committed("README.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -137,10 +122,11 @@ def test_python_examples_run_and_learn(
         assert parse("SignSGD(1e-3) / SGD(1e-8)").height == 1
 
 
-def test_results_are_those_of_the_committed_table() -> None:
+def test_results_are_those_of_the_committed_table(results: Path) -> None:
     shown = re.findall(r"^\| `(.+?)` \| (\S+ ± \S+) \| (\S+ ± \S+) \|$", README, re.MULTILINE)
     agreeing = re.findall(r"Of the (\d+) rows of the paper's Table 1,[^.]*? (\d+) agree", README)
-    rows = {row["row"]: row for row in csv.DictReader(committed("table1.csv"))}
+    table = (results / "table1.csv").read_text()
+    rows = {row["row"]: row for row in csv.DictReader(table.splitlines())}
     assert shown
     for stack, *errors in shown:
         for source, error in zip(("published", "our"), errors, strict=True):
@@ -185,9 +171,9 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
     assert section == "\n".join(rows)
 
 
-def test_the_costs_are_those_of_the_committed_benchmark() -> None:
+def test_the_costs_are_those_of_the_committed_benchmark(results: Path) -> None:
     times, compiling = (
-        pd.read_csv(committed(name)) for name in ("benchmark.csv", "benchmark_compile.csv")
+        pd.read_csv(results / name) for name in ("benchmark.csv", "benchmark_compile.csv")
     )
     found = [value for _, _, _, value in bars(times, compiling)]
     (share,) = re.findall(r"takes ([\d.]+) times as long as torch's own Adam", README)
@@ -196,8 +182,8 @@ def test_the_costs_are_those_of_the_committed_benchmark() -> None:
     assert faster == f"{found[7]:.0f}"
 
 
-def test_the_errors_of_taller_towers_are_those_of_the_committed_figure() -> None:
-    points = pd.read_csv(committed("figure3_cpu.csv"))
+def test_the_errors_of_taller_towers_are_those_of_the_committed_figure(results: Path) -> None:
+    points = pd.read_csv(results / "figure3_cpu.csv")
     errors = points.set_index(["rule", "height", "lr"]).test_error
     plain, tall = re.findall(
         r"gets ([\d.]+) % of the\s+test digits.*?ends at ([\d.]+) %", README, re.S
@@ -210,8 +196,8 @@ def test_the_errors_of_taller_towers_are_those_of_the_committed_figure() -> None
     assert float(best) == float(f"{errors['SGD', 0].idxmin():.3g}")
 
 
-def test_auto_s_worst_starts_are_those_of_the_committed_benchmark() -> None:
-    points = pd.read_csv(committed("robustness_paper.csv"))
+def test_auto_s_worst_starts_are_those_of_the_committed_benchmark(results: Path) -> None:
+    points = pd.read_csv(results / "robustness_paper.csv")
     auto = points[points.method == "Auto"]
     ratios = auto.groupby("task").ratio
     section = README.partition("## Any start")[2].partition("\n## ")[0]
@@ -225,16 +211,16 @@ def test_auto_s_worst_starts_are_those_of_the_committed_benchmark() -> None:
     assert {*re.findall(r"with (\d+) seeds", section)} == {"3"} and (auto.n == 3).all()
 
 
-def test_the_perplexities_are_those_of_the_committed_table() -> None:
-    cells = pd.read_csv(committed("char_rnn_cpu.csv")).set_index(["kind", "lr"])
+def test_the_perplexities_are_those_of_the_committed_table(results: Path) -> None:
+    cells = pd.read_csv(results / "char_rnn_cpu.csv").set_index(["kind", "lr"])
     section = README.partition("## A character RNN")[2].partition("\n## ")[0]
     found = re.findall(r"\b\d+\.\d\d\b", section)
     runs = [(kind, lr) for lr in (1e-4, 1e-2) for kind in ("plain", "tower")] + [("free", 1e-4)]
     assert found == [f"{cells.test_perplexity[run]:.2f}" for run in runs]
 
 
-def test_the_errors_of_figure_2_are_those_of_the_committed_table() -> None:
-    table = pd.read_csv(committed("figure2_cpu.csv"))
+def test_the_errors_of_figure_2_are_those_of_the_committed_table(results: Path) -> None:
+    table = pd.read_csv(results / "figure2_cpu.csv")
     cells = table.set_index(["kind", "lr", "momentum"])
     plain, tower, error = cells.loc["plain"], cells.loc["tower"], cells.test_error
     above = tower.train_loss - plain.train_loss
@@ -257,9 +243,9 @@ def test_the_errors_of_figure_2_are_those_of_the_committed_table() -> None:
     assert (tower.test_error[1, 0.9], plain.test_error[1, 0.9] < 50) == (90, True)
 
 
-def test_the_cost_of_figure_2_is_what_was_counted() -> None:
+def test_the_cost_of_figure_2_is_what_was_counted(results: Path) -> None:
     gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]
-    cost = json.load(committed("figure2_cost.json"))
+    cost = json.loads((results / "figure2_cost.json").read_text())
     assert (gflop, int(operators)) == (f"{cost['gflop']:.1f}", cost["operators"])
     minutes, hours = re.findall(r"about (\d+) minutes,\s+and all 60 take (\d+) hours", README)[0]
     estimate = words(cost)

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from scripts import robustness as drawn
 from scripts.tables import draw_all
 
 RESULTS = command.ROOT / "results"
+PAGE = command.ROOT / "docs" / "start-anywhere.md"
 DATA = {"char_rnn": "war_and_peace", "resnet": "cifar10"}
 
 
@@ -401,10 +402,10 @@ def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
     assert (RESULTS / f"robustness_{preset}.csv").read_text() == shown
 
 
-def test_the_page_says_what_was_found() -> None:
-    page = (command.ROOT / "docs" / "start-anywhere.md").read_text()
+def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
+    page, results = PAGE.read_text(), committed(str(PAGE))
     found, less = (
-        drawn.points(pd.read_csv(RESULTS / f"robustness_{preset}_runs.csv"))
+        drawn.points(pd.read_csv(results / f"robustness_{preset}_runs.csv"))
         for preset in ("paper", "cpu")
     )
     for lines in (
@@ -440,7 +441,7 @@ def test_the_page_says_what_was_found() -> None:
         if method == "no-mean":
             assert means[task, "Auto"] < means[task, method]
     lrs: dict[Any, list[float]] = {}
-    for files in read_records(RESULTS / "robustness_cpu.jsonl.gz").values():
+    for files in read_records(results / "robustness_cpu.jsonl.gz").values():
         cell = cell_of("cpu", json.loads(files["summary.json"]))
         if (cell.task, cell.method) == ("mlp", "Auto"):
             values = pd.read_csv(io.StringIO(files["hyperparameters.csv"])).set_index("step")
@@ -449,9 +450,9 @@ def test_the_page_says_what_was_found() -> None:
     assert f"after 100 steps lr is {low} from 1e-8 and {high} from 100" in " ".join(page.split())
 
 
-def test_the_page_says_what_auto_costs() -> None:
-    page = " ".join((command.ROOT / "docs" / "start-anywhere.md").read_text().split())
-    times = json.loads((RESULTS / drawn.TIMES).read_text())
+def test_the_page_says_what_auto_costs(committed: Callable[[str], Path]) -> None:
+    page = " ".join(PAGE.read_text().split())
+    times = json.loads((committed(str(PAGE)) / drawn.TIMES).read_text())
     relative, added = times["relative"], times["overheads_of_auto"]
     auto, adam = relative["Auto"], relative["Adam"]
     assert f"one with Auto takes {auto:.2f}, one with our own Adam {adam:.2f}" in page
