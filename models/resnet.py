@@ -28,13 +28,14 @@ class BasicBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
+        # In place, where the backward pass does not need what was there.
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
             new = y.shape[1] - x.shape[1]
             x = F.pad(x, (0, 0, 0, 0, new // 2, new - new // 2))
-        return F.relu(x + y)
+        return F.relu(y.add_(x), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -63,5 +64,5 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(F.relu(self.norm(self.conv(x))))
+        x = self.blocks(F.relu(self.norm(self.conv(x)), inplace=True))
         return F.log_softmax(self.linear(x.mean((2, 3))), dim=1)

@@ -48,6 +48,20 @@ def test_resnets_are_he_et_al_s_without_biases_and_with_parameter_free_shortcuts
     torch.testing.assert_close(block(x), expected)
 
 
+@pytest.mark.parametrize("outputs", [2, 4])
+def test_a_block_overwrites_nothing_that_is_still_needed(outputs):
+    torch.manual_seed(0)
+    block = BasicBlock(2, outputs).double()
+    x = torch.randn(3, 2, 4, 4, dtype=torch.float64)
+    before, shortcut = x.clone(), x
+    if outputs == 4:
+        shortcut = torch.nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+    inner = block.norm2(block.conv2(block.norm1(block.conv1(x)).relu()))
+    torch.testing.assert_close(block(x), (shortcut + inner).relu())
+    assert torch.equal(x, before)
+    assert torch.autograd.gradcheck(block, x.requires_grad_())
+
+
 def test_resnet_gives_log_probabilities_and_refuses_other_depths():
     output = ResNet()(torch.randn(2, 3, 32, 32))
     assert output.shape == (2, 10)
