@@ -184,7 +184,7 @@ def test_the_costs_are_those_of_the_committed_benchmark(results: Path) -> None:
 
 def test_the_errors_of_taller_towers_are_those_of_the_committed_figure(results: Path) -> None:
     points = pd.read_csv(results / "figure3_cpu.csv")
-    errors = points.set_index(["rule", "height", "lr"]).test_error
+    errors = points.set_index(["rule", "height", "lr"]).sort_index().test_error
     plain, tall = re.findall(
         r"gets ([\d.]+) % of the\s+test digits.*?ends at ([\d.]+) %", README, re.S
     )[0]
