@@ -424,13 +424,15 @@ def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
         ("mlp30", "SGD"),
         ("mlp30", "SGD-HD"),
         ("resnet", "Adam"),
+        ("resnet", "Adam/SGD"),
         ("resnet", "DAdaptAdam"),
         ("resnet", "ScheduleFree"),
         ("softmax", "ScheduleFree"),
     ]
     assert "on softmax regression and, with one seed, on the RNN and on ResNet-20;" in words
     assert "SGD, with and without momentum, and SGD-HD on the MLP after 30 epochs" in words
-    assert "Adam on ResNet-20, and D-Adapt Adam, with one seed, which diverges on the RNN" in words
+    assert "Adam on ResNet-20, and there, with one seed, Adam / SGD(1e-5) and D-Adapt Adam" in words
+    assert "the last of which diverges on the RNN" in words
     assert best["char_rnn", "DAdaptAdam"] == math.inf
     errors = found[(found.task == "char_rnn") & (found.method == "Auto")].set_index("start").error
     assert "it still ends higher from there than from 1e-3 and more" in words
