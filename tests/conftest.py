@@ -50,14 +50,13 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     whole = tmp_path_factory.mktemp("committed")
 
     def results_of(page: str) -> Path:
-        git = ["git", "-C", str(root)]
+        def git(*arguments: str | Path) -> None:
+            subprocess.run(["git", "-C", root, *arguments], check=True, stderr=subprocess.DEVNULL)
+
         try:
-            subprocess.run([*git, "diff", "--quiet", "HEAD", "--", page], check=True)
+            git("diff", "--quiet", "HEAD", "--", page)
             if not (whole / "results").exists():
-                packed = subprocess.run(
-                    [*git, "archive", "HEAD", "results"], capture_output=True, check=True
-                )
-                (whole / "results.tar").write_bytes(packed.stdout)
+                git("archive", "-o", whole / "results.tar", "HEAD", "results")
                 shutil.unpack_archive(whole / "results.tar", whole)
         except (OSError, subprocess.CalledProcessError):
             return root / "results"
