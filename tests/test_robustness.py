@@ -461,6 +461,25 @@ def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
     assert f"after 100 steps lr is {low} from 1e-8 and {high} from 100" in " ".join(page.split())
 
 
+def test_the_page_says_how_many_seeds_there_are(committed: Callable[[str], Path]) -> None:
+    words = " ".join(PAGE.read_text().split())
+    assert (
+        "Every other method has one seed from all starts, and three from the start that is best with"
+        in words
+    )
+    assert "that one; but for the tower of SGD, which learns nothing there from any start" in words
+    runs = pd.read_csv(committed(str(PAGE)) / "robustness_paper_runs.csv")
+    runs = runs[runs.task.isin(["char_rnn", "resnet"]) & runs.method.isin(drawn.MAIN)]
+    number = drawn.points(runs).set_index(["task", "method", "start"]).n
+    for (task, method), first in drawn.points(runs[runs.seed == 0]).groupby(["task", "method"]):
+        assert method in FREE or {*PRESETS["paper"][task].starts} <= {*first.start}
+        if method == "SGD-5":
+            nothing = 90 if task == "resnet" else math.inf
+            assert (first.error == nothing).all()
+        else:
+            assert number[task, method, first.start[first.error.idxmin()]] == 3
+
+
 def test_the_page_says_what_auto_costs(committed: Callable[[str], Path]) -> None:
     page = " ".join(PAGE.read_text().split())
     times = json.loads((committed(str(PAGE)) / drawn.TIMES).read_text())
