@@ -442,7 +442,7 @@ def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
     )
     assert "on the RNN, by 0.2 % at most, much less than seeds differ by" in words
     rnn = lower.loc["char_rnn"]
-    assert (ratio["char_rnn"][rnn.index] > 0.998).all() and (rnn.sd / rnn.error > 0.004).all()
+    assert (ratio["char_rnn"][rnn.index] > 0.998).all() and (rnn.sd / rnn.error > 0.008).all()
     errors = found[(found.task == "char_rnn") & (found.method == "Auto")].set_index("start").error
     assert "it still ends higher from there than from 1e-3 and more" in words
     assert errors[1e-7] > errors[1e-3:].max()
