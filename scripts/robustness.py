@@ -422,7 +422,9 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
     axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
     names = [f"≤ {EDGES[0]}", *(f"≤ {edge:g}" for edge in EDGES[1:]), f"> {EDGES[-1]:g}"]
     handles = [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=True)]
-    handles.append(Patch(facecolor="white", edgecolor="#999999", hatch="/////", label="not run"))
+    if any(bar.get_hatch() for axis in axes.flat for bar in axis.collections):
+        missing = Patch(facecolor="white", edgecolor="#999999", hatch="/////", label="not run")
+        handles.append(missing)
     figure.legend(
         handles=handles,
         loc="outside lower center",

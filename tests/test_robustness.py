@@ -341,6 +341,9 @@ def test_what_was_not_run_is_hatched() -> None:
     fig = drawn.figure(own, "cpu")
     shown = [bar for axis in fig.axes for bar in axis.collections]
     assert len(shown) == 22 and sum(bool(bar.get_hatch()) for bar in shown) == 7
+    whole = drawn.figure(table({"Adam": dict.fromkeys(there, 2.0)}), "cpu")
+    legends = [[text.get_text() for text in one.legends[0].get_texts()] for one in (fig, whole)]
+    assert legends == [[*legends[1], "not run"], legends[1]]
 
 
 def test_the_curves_in_short_are_those_of_three_methods_in_the_order_of_starts() -> None:
