@@ -380,9 +380,12 @@ def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
 
 
 def _text(line: Any, digits: int) -> str:
-    sd = "" if math.isnan(line.sd) else f" ± {line.sd:.2g}"
+    if math.isinf(line.error):
+        return f"diverged ({line.diverged} of {line.n})" if line.diverged < line.n else "diverged"
+    spread = f"{line.sd:.2g}" if line.sd < 99.5 else number(line.sd, digits=0)
+    sd = "" if math.isnan(line.sd) else f" ± {spread}"
     diverged = f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
-    return f"{number(line.error, digits)}{sd}{diverged if math.isfinite(line.error) else ''}"
+    return f"{number(line.error, digits)}{sd}{diverged}"
 
 
 def count(table: pd.DataFrame) -> str:
