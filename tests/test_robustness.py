@@ -358,21 +358,21 @@ def test_means_are_over_seeds_and_a_diverged_one_counts() -> None:
         {
             "task": "softmax",
             "method": "Adam",
-            "start": [1e-3, 1e-3, 1e-2, 1e-2, 0.1, 0.1, 1.0, 1.0, 10.0, 10.0],
-            "seed": [0, 1] * 5,
-            "error": [0.5, 0.7, 0.4, math.inf, 900, 700, 2e4, 4e4, math.inf, math.inf],
-            "diverged": [False, False, False, True, *[False] * 4, True, True],
+            "start": np.repeat([1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0], 2),
+            "seed": [0, 1] * 6,
+            "error": [0.5, 0.7, 0.4, math.inf, 900, 700, 2e4, 4e4, math.inf, math.inf, 89, 91],
+            "diverged": [False, False, False, True, *[False] * 4, True, True, False, True],
         }
     )
     found = drawn.points(runs).set_index("start")
-    assert list(found.error) == [0.6, math.inf, 800, 3e4, math.inf]
-    assert list(found.diverged) == [0, 1, 0, 0, 2]
+    assert list(found.error) == [0.6, math.inf, 800, 3e4, math.inf, 90]
+    assert list(found.diverged) == [0, 1, 0, 0, 2, 1]
     assert found.ratio[1e-3] == 1 and found.sd[1e-3] == pytest.approx(0.1 * 2**0.5)
     table = drawn.markdown(
         drawn.points(runs), runs.assign(data="mnist"), "cpu", "name", {"Adam": 1.0}
     )
-    cells = "0.6000 ± 0.14 | diverged (1 of 2) | 800.0000 ± 141 | 3e04 ± 1e04 | diverged |"
-    assert cells in table
+    loss = "0.6000 ± 0.14 | diverged (1 of 2) | 800.0000 ± 141 | 3e04 ± 1e04 | diverged |"
+    assert f"{loss} 90.0000 ± 1.4 (1 of 2 diverged) |" in table
 
 
 def test_all_methods_are_timed_beside_torch_s_adam() -> None:
