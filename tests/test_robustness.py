@@ -484,12 +484,9 @@ def test_the_page_says_how_many_seeds_there_are(committed: Callable[[str], Path]
             assert (points.error == 90).all()
         else:
             assert number["resnet", method, points.start[points.error.idxmin()]] == 3
-    assert "three of SGD with momentum on ResNet-20 were not run, none of them next to" in words
-    momentum = first[first.method == "Momentum"]
-    assert momentum.start[momentum.error.idxmin()] == 0.1
-    searched = {(cell.method, cell.start) for cell in cells("paper") if cell.task == "resnet"}
-    missing = sorted(at for at in searched if at[0] in FIXED and at not in number["resnet"])
-    assert missing == [("Momentum", start) for start in (3.162e-4, 3.162e-3, 3.162)]
+    assert "The best fixed lr is searched at half powers of ten too" in words
+    for cell in cells("paper"):
+        assert cell.method not in FIXED or (cell.task, cell.method, cell.start) in number
 
 
 def test_the_page_says_what_auto_costs(committed: Callable[[str], Path]) -> None:
