@@ -494,6 +494,7 @@ def test_the_page_says_how_many_seeds_there_are(committed: Callable[[str], Path]
     lrs = drawn.points(runs[(runs.task == "resnet") & runs.method.isin(FIXED)])
     best = lrs.loc[lrs.error.idxmin()]
     assert best.method == "Adam" and best.start not in PRESETS["paper"]["resnet"].starts
+    assert best.n == 3
 
 
 def test_the_page_says_what_auto_costs(committed: Callable[[str], Path]) -> None:
