@@ -141,6 +141,15 @@ def best_fixed(own: pd.DataFrame) -> Any:
     return None if fixed.empty else fixed.loc[fixed.error.idxmin()]
 
 
+def compared(table: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """The points that methods are compared by: not those where only a fixed lr is searched."""
+    there = (
+        point.method in FREE or point.start in PRESETS[preset][point.task].starts
+        for point in table.itertuples()
+    )
+    return table[np.fromiter(there, bool, len(table))]
+
+
 def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
     """A line for each task and method that has runs: its decades of robustness.
 
@@ -148,27 +157,24 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
     lr's error: the share of starts that do, of the powers of ten from the first to the last. What
     has no start is near from all of them, or from none. Without a best fixed lr they are NaN.
     """
-    lines = []
+    lines, table = [], compared(table, preset)
     for task, setting in PRESETS[preset].items():
         there = setting.starts
         worth = (round(math.log10(there[-1] / there[0])) + 1) / len(there)
         for method in METHODS:
-            own = table[(table.task == task) & (table.method == method)]
-            if own.empty:
-                continue
-            mine = own if method in FREE else own[own.start.isin(there)]
-            weight = len(there) if method in FREE else 1
+            mine = table[(table.task == task) & (table.method == method)]
             if mine.empty:
                 continue
+            weight = len(there) if method in FREE else 1
             worst = mine.loc[mine.error.idxmax()]
-            compared = mine.ratio.notna().all()
+            relative = mine.ratio.notna().all()
             lines.append(
                 {
                     "task": task,
                     "method": method,
                     **{
                         f"decades_{near}": weight * (mine.ratio <= near).sum() * worth
-                        if compared
+                        if relative
                         else math.nan
                         for near in NEAR
                     },
@@ -302,7 +308,7 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, name: str, ti
         *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
         f"![{CAPTION}]({name}.png)",
         "",
-        f"{CAPTION} {count(table)}.",
+        f"{CAPTION} {count(drawn(table, preset))}.",
         "",
         "## Decades of robustness",
         "",
@@ -389,7 +395,8 @@ def _text(line: Any, digits: int) -> str:
 
 
 def count(table: pd.DataFrame) -> str:
-    low, high = table.n.min(), table.n.max()
+    numbers = {*table.n} or {0}
+    low, high = min(numbers), max(numbers)
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
@@ -401,6 +408,12 @@ CAPTION = (
     "momentum and Adam on the task; mean over seeds. Methods without a learning rate have one "
     "value for all starts. Hatched: not run."
 )
+
+
+def drawn(table: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """The points that the heat map has."""
+    found = compared(table, preset)
+    return found[found.method.isin(MAIN)]
 
 
 def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
@@ -435,7 +448,7 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
         fontsize=7,
         title="times the best fixed lr's error",
     )
-    figure.suptitle(f"Start anywhere, preset {preset}; {count(table)}", fontsize=8)
+    figure.suptitle(f"Start anywhere, preset {preset}; {count(drawn(table, preset))}", fontsize=8)
     return figure
 
 

@@ -346,6 +346,17 @@ def test_what_was_not_run_is_hatched() -> None:
     assert legends == [[*legends[1], "not run"], legends[1]]
 
 
+def test_the_number_of_seeds_is_that_of_what_the_figure_shows() -> None:
+    assert 0.03162 not in PRESETS["cpu"]["mlp"].starts  # only a fixed lr is searched there
+    fixed, free = {0.03162: 1.0, 1e-2: 2.0}, {None: 3.0}
+    for numbers, said in (([1, 3, 1, 3], "n = 3"), ([1, 3, 1, 2], "n = 2 to 3")):
+        own = table({"SGD": fixed, "no-log": {1e-2: 9.0}, "Prodigy": free}).assign(n=numbers)
+        assert drawn.figure(own, "cpu").get_suptitle() == f"Start anywhere, preset cpu; {said}"
+        text = drawn.markdown(own, own.assign(data="mnist"), "cpu", "robustness_cpu", None)
+        assert f"{drawn.CAPTION} {said}.\n" in text
+    assert drawn.count(own[:0]) == "n = 0"
+
+
 def test_the_curves_in_short_are_those_of_three_methods_in_the_order_of_starts() -> None:
     errors = {"Auto": {1e-8: 3.0, 1e2: 3.5}, "Adam": {1e-2: 4.0, 1e-4: 9.0}, "SGD": {1e-2: 1.0}}
     fig = drawn.curves(table({**errors, "Adam/SGD": {1e-8: 5.0}}), "cpu", "mlp")
