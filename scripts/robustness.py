@@ -197,7 +197,6 @@ def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
     for task in PRESETS[preset]:
         own = table[(table.task == task) & table.ratio.notna()]
         auto, prodigy = (own[own.method == method] for method in ("Auto", "Prodigy"))
-        auto = auto[auto.start.isin(PRESETS[preset][task].starts)]
         if auto.empty:
             continue
         limit, worst = TASKS[task].limit, auto.loc[auto.ratio.idxmax()]
