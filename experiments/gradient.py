@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad_and_value
 
-from hyperopt.compile import compile_graph, trace
+from hyperopt import compile_graph, trace
 
 Inputs = Callable[[Tensor], Tensor]
 Gradient = Callable[[Tensor, Tensor], Tensor]

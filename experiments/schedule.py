@@ -25,7 +25,7 @@ from typing import Any
 
 import hyperopt
 from hyperopt import Stack
-from hyperopt.rule import near
+from hyperopt.tuning import did_you_mean as near
 
 Schedule = Callable[[int], dict[str, float]]
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import pandas as pd
 
-from hyperopt.rule import near
+from hyperopt.tuning import did_you_mean as near
 
 from .command import asked_for_help, provenance
 from .images import Images

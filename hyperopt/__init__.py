@@ -7,10 +7,13 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 (NeurIPS 2022).
 """
 
+from ._engine.compiler import compile_graph, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
+from .notation import parse
 from .optimizer import HyperOptimizer
-from .rule import RULES, Hyper, Option, Rule, Tuning
+from .replay import Replay, Schedule
+from .rule import RULES, Rule, Stack
 from .rules import (
     SGD,
     Adadelta,
@@ -24,8 +27,7 @@ from .rules import (
     RMSProp,
     ScheduleFreeAdam,
 )
-from .schedule import Replay, Schedule
-from .stack import Stack, parse
+from .tuning import Hyper, Option, Tuning
 
 __all__ = [
     "DOMAINS",
@@ -51,5 +53,7 @@ __all__ = [
     "ScheduleFreeAdam",
     "Stack",
     "Tuning",
+    "compile_graph",
     "parse",
+    "trace",
 ]

@@ -11,7 +11,7 @@ from .optimizer import HyperOptimizer
 from .rules import AdaGrad, ScheduleFreeAdam
 
 # The squares of what a smaller lr adds to the weights are 0 in float32, so that it would stay.
-LEAST = 1e-20
+MIN_LR = 1e-20
 
 
 class Auto(HyperOptimizer):
@@ -36,7 +36,7 @@ class Auto(HyperOptimizer):
         compile: as in `HyperOptimizer`.
 
     Raises:
-        ValueError, TypeError: an ``lr`` that is not above `LEAST`, and as `HyperOptimizer` does.
+        ValueError, TypeError: an ``lr`` that is not above `MIN_LR`, and as `HyperOptimizer` does.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class Auto(HyperOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `HyperOptimizer`; an ``lr`` of its own is held to what is said of `Auto`'s."""
         if isinstance(param_group, dict):
-            _check(param_group.get("lr", LEAST))
+            _check(param_group.get("lr", MIN_LR))
         super().add_param_group(param_group)
 
 
 def _check(lr: Any) -> None:
-    if not isinstance(lr, Real) or not LEAST <= float(lr) < math.inf:
+    if not isinstance(lr, Real) or not MIN_LR <= float(lr) < math.inf:
         raise ValueError(
-            f"Auto: lr must be a number from {LEAST:g} up, but is {lr!r}; where none is known, "
+            f"Auto: lr must be a number from {MIN_LR:g} up, but is {lr!r}; where none is known, "
             "leave it out"
         )

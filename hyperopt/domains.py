@@ -19,7 +19,7 @@ from torch import Tensor
 class Domain:
     """A smooth map from the real line onto the legal values of a hyperparameter.
 
-    The notation knows it by its name from when it is made on, and so do copies and pickles.
+    Creating a Domain registers its name for the notation, for copies and for pickles.
 
     Attributes:
         name: what the notation calls it, as in ``Adam(0.001)[lr: log]``.
@@ -30,7 +30,7 @@ class Domain:
             its image, or h or its square would overflow.
 
     Raises:
-        ValueError: a name that one of those below has.
+        ValueError: the name of one of the domains below.
     """
 
     name: str
@@ -69,7 +69,7 @@ def domain(name: str) -> Domain:
     """The domain of that name.
 
     Raises:
-        ValueError: there is none; what makes it has not been imported.
+        ValueError: there is none; the module that makes it has not been imported.
     """
     if name not in DOMAINS:
         raise ValueError(f"there is no domain {name!r}; import what makes it first")

@@ -14,8 +14,8 @@ What ``update`` may rely on:
   against ``w``; a 0-dim one does not change its dtype. They are differentiated.
 * ``s["..."]`` is the state that ``init`` or the last ``update`` returned, always with the same
   entries in the same order. Vectors in it have ``w``'s shape; 0-dim entries are float64.
-* ``self.on("momentum")`` says whether an optional hyperparameter takes part at all, so that one
-  that is 0 and that nobody tunes costs nothing.
+* ``self.is_active("momentum")`` tells whether an optional hyperparameter takes part at all. One
+  that is 0 and not tuned costs nothing.
 
 The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
 its variants, and the constants in which the paper's own package
@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from .domains import LOG, SQUARE, UNIT
-from .rule import Hyper, Option, Rule, State, Values
+from .rule import Rule, State, Values
+from .tuning import Hyper, Option
 
 # Helpers of the rules.
 
@@ -82,16 +83,16 @@ class SGD(Rule):
     nesterov = Option(False)
 
     def init(self, w: Tensor) -> State:
-        if self.on("momentum"):
+        if self.is_active("momentum"):
             return {"momentum_buffer": torch.zeros_like(w)}
         if self.nesterov:
             raise ValueError("SGD: nesterov=True needs a momentum, as in momentum=0.9")
         return {}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             g = g + h.weight_decay * w
-        if not self.on("momentum"):
+        if not self.is_active("momentum"):
             return w - h.lr * g, {}
         buffer = h.momentum * s["momentum_buffer"] + g
         direction = g + h.momentum * buffer if self.nesterov else buffer
@@ -113,14 +114,14 @@ class AdaGrad(Rule):
 
     def init(self, w: Tensor) -> State:
         state = {"sum": torch.full_like(w, self.initial_accumulator_value)}
-        return {**state, "step": counter()} if self.on("lr_decay") else state
+        return {**state, "step": counter()} if self.is_active("lr_decay") else state
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             g = g + h.weight_decay * w
         total = s["sum"] + g * g
         scale = root(total + h.eps) if self.eps_inside else root(total) + h.eps
-        if not self.on("lr_decay"):
+        if not self.is_active("lr_decay"):
             return w - h.lr * g / scale, {"sum": total}
         lr = h.lr / (1 + s["step"] * h.lr_decay)
         return w - lr * g / scale, {"sum": total, "step": s["step"] + 1}
@@ -144,11 +145,11 @@ class RMSProp(Rule):
     def init(self, w: Tensor) -> State:
         names = ["square_avg"]
         names += ["grad_avg"] if self.centered else []
-        names += ["momentum_buffer"] if self.on("momentum") else []
+        names += ["momentum_buffer"] if self.is_active("momentum") else []
         return {name: torch.zeros_like(w) for name in names}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             g = g + h.weight_decay * w
         square_avg = average(s["square_avg"], g * g, h.gamma)
         state, moment = {"square_avg": square_avg}, square_avg
@@ -156,7 +157,7 @@ class RMSProp(Rule):
             grad_avg = average(s["grad_avg"], g, h.gamma)
             state["grad_avg"], moment = grad_avg, square_avg - grad_avg * grad_avg
         scale = root(moment + h.eps) if self.eps_inside else root(moment) + h.eps
-        if not self.on("momentum"):
+        if not self.is_active("momentum"):
             return w - h.lr * g / scale, state
         buffer = h.momentum * s["momentum_buffer"] + g / scale
         return w - h.lr * buffer, {**state, "momentum_buffer": buffer}
@@ -174,7 +175,7 @@ class Adadelta(Rule):
         return {"square_avg": torch.zeros_like(w), "acc_delta": torch.zeros_like(w)}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             g = g + h.weight_decay * w
         square_avg = average(s["square_avg"], g * g, h.rho)
         delta = root((s["acc_delta"] + h.eps) / (square_avg + h.eps)) * g
@@ -206,7 +207,7 @@ class Adam(Rule):
         return {**state, "max_exp_avg_sq": torch.zeros_like(w)} if self.amsgrad else state
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             g = g + h.weight_decay * w
         return self.adapt(w, g, s, h)
 
@@ -238,7 +239,7 @@ class Adamax(Rule):
         return {"step": counter(), "exp_avg": torch.zeros_like(w), "exp_inf": torch.zeros_like(w)}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             g = g + h.weight_decay * w
         step = s["step"] + 1
         exp_avg = average(s["exp_avg"], g, h.beta1)
@@ -270,7 +271,7 @@ class NAdam(Rule):
         }
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             w, g = decay(w, g, h, self.decoupled_weight_decay)
         step = s["step"] + 1
         mu = h.beta1 * (1 - 0.5 * 0.96 ** (step * h.momentum_decay))
@@ -296,7 +297,7 @@ class AdamW(Adam):
     weight_decay = Hyper(1e-2, LOG, tuned=False)
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             w = w - h.lr * h.weight_decay * w
         return self.adapt(w, g, s, h)
 
@@ -319,7 +320,7 @@ class RAdam(Rule):
         }
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             w, g = decay(w, g, h, self.decoupled_weight_decay)
         step = s["step"] + 1
         exp_avg = average(s["exp_avg"], g, h.beta1)
@@ -355,7 +356,7 @@ class Lion(Rule):
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         direction = torch.sign(average(s["exp_avg"], g, h.beta1))
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             direction = direction + h.weight_decay * w
         exp_avg = average(s["exp_avg"], g, h.beta2)
         return w - h.lr * direction, {"exp_avg": exp_avg}
@@ -395,7 +396,7 @@ class ScheduleFreeAdam(Rule):
         exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
         correction = torch.rsqrt(1 - h.beta2**step)
         direction = g * torch.reciprocal(root(exp_avg_sq) * correction + h.eps)
-        if self.on("weight_decay"):
+        if self.is_active("weight_decay"):
             direction = direction + h.weight_decay * w
         move = h.lr * direction
         kept = h.beta1 * (1 - new)

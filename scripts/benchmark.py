@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from experiments.store import write_bytes
 from experiments.train import provenance
 from hyperopt import HyperOptimizer
-from hyperopt.compile import compile_graph, trace
-from hyperopt.shard import LARGE
+from hyperopt import compile_graph, trace
+from hyperopt._engine.shards import LARGE
 from models.char_rnn import CharRNN
 from models.mlp import MLP
 from models.resnet import ResNet

@@ -388,7 +388,7 @@ def test_auto_is_a_stack_like_others():
     optimizer.step()
     kept = optimizer.state_dict()["state"][0]
     vectors = {name for name, value in kept.items() if isinstance(value, Tensor) and value.ndim}
-    assert vectors == {"ahead", "exp_avg_sq", "path_lr"}  # no more than one beyond Adam's
+    assert vectors == {"ahead", "exp_avg_sq", "sensitivity_lr"}  # no more than one beyond Adam's
 
 
 @pytest.mark.parametrize("lr", [0, -1, 1e-21, math.inf, math.nan])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import hyperopt.compile
-import hyperopt.shard
+import hyperopt._engine.compiler
+import hyperopt._engine.shards
 from hyperopt import SGD, Hyper, HyperOptimizer, Rule, Stack
 from hyperopt.rule import State, Values
 
@@ -33,16 +33,16 @@ def compiler():
 def compilations(monkeypatch) -> list:
     """The layouts that the test compiles, starting from nothing."""
     layouts = []
-    compile = hyperopt.compile._compile
+    compile = hyperopt._engine.compiler._compile
 
     def counted(layout, *args):
         layouts.append(layout)
         return compile(layout, *args)
 
-    monkeypatch.setattr(hyperopt.compile, "_compile", counted)
-    monkeypatch.setattr(hyperopt.compile, "_compiled", {})
-    monkeypatch.setattr(hyperopt.compile, "_broken", [])
-    monkeypatch.setattr(hyperopt.shard, "LARGE", 500)  # so that there are shards of both kinds
+    monkeypatch.setattr(hyperopt._engine.compiler, "_compile", counted)
+    monkeypatch.setattr(hyperopt._engine.compiler, "_compiled", {})
+    monkeypatch.setattr(hyperopt._engine.compiler, "_broken", [])
+    monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 500)  # so that there are shards of both kinds
     return layouts
 
 
@@ -111,7 +111,7 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
         torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=precision, atol=0)
         if t == 0:
             done = len(compilations)
-            monkeypatch.setattr(hyperopt.compile, "make_fx", None)  # nothing is traced any more
+            monkeypatch.setattr(hyperopt._engine.compiler, "make_fx", None)  # nothing is traced any more
         if t == 10 and fast.stack.height == 0:  # what may be set, without compiling anew
             for group in fast.param_groups + slow.param_groups:
                 group["lr"] /= 2
@@ -239,8 +239,8 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
     def forwards(small: Tensor, old: Tensor, new: Tensor) -> None:
         new.copy_(old * 2 * small)
 
-    assert not hyperopt.compile._works_in_place(backwards_eagerly, [one], [vector])
-    run = hyperopt.compile._kernel(("backwards",), backwards, [one], trial)
+    assert not hyperopt._engine.compiler._works_in_place(backwards_eagerly, [one], [vector])
+    run = hyperopt._engine.compiler._kernel(("backwards",), backwards, [one], trial)
     assert len(compilations) == 2
     gone = weakref.ref(trial.pop())
     gc.collect()
@@ -248,7 +248,7 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
     expected = vector.flip(0)
     run(one, vector, vector)
     assert torch.equal(vector, expected)
-    run = hyperopt.compile._kernel(("forwards",), forwards, [one], [vector])
+    run = hyperopt._engine.compiler._kernel(("forwards",), forwards, [one], [vector])
     assert len(compilations) == 3
     run(one, vector, vector)
     assert torch.equal(vector, expected * 2)
@@ -259,7 +259,7 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
 @pytest.mark.parametrize("sizes", [(1,), (600,) * 5])
 def test_what_is_kept_of_a_weight_is_what_it_was(stack, sizes, compiler, compilations, monkeypatch):
     """Where no kernel works in place, among them those for one weight."""
-    monkeypatch.setattr(hyperopt.compile, "_works_in_place", lambda *_: False)
+    monkeypatch.setattr(hyperopt._engine.compiler, "_works_in_place", lambda *_: False)
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in sizes]
     theirs = [w.clone() for w in ours]
@@ -350,7 +350,7 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(compilations, mo
     def broken(*_):
         raise RuntimeError("\n  no compiler\nhere is a long trace")
 
-    monkeypatch.setattr(hyperopt.compile, "_compile", broken)
+    monkeypatch.setattr(hyperopt._engine.compiler, "_compile", broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -415,7 +415,7 @@ def test_the_garbage_collector_is_left_as_it_was(enabled):
     (gc.enable if enabled else gc.disable)()
     try:
         with pytest.raises(ArithmeticError):
-            hyperopt.compile.trace(failing, [torch.ones(3)])
+            hyperopt._engine.compiler.trace(failing, [torch.ones(3)])
         assert gc.isenabled() is enabled
         assert seen == [False]
     finally:
@@ -434,7 +434,7 @@ def test_a_step_computes_nothing_twice_and_its_loops_are_few(
     from torch._inductor import metrics
 
     graphs, loops, asked = [], [], []
-    compile_graph = hyperopt.compile.compile_graph
+    compile_graph = hyperopt._engine.compiler.compile_graph
 
     def recorded(graph, *args, **options):
         nodes = [node for node in graph.graph.nodes if node.users]
@@ -446,10 +446,10 @@ def test_a_step_computes_nothing_twice_and_its_loops_are_few(
         return run
 
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    monkeypatch.setattr(hyperopt.compile, "compile_graph", recorded)
-    for few in (hyperopt.compile.FEW, 0):
-        monkeypatch.setattr(hyperopt.compile, "FEW", few)
-        monkeypatch.setattr(hyperopt.compile, "_compiled", {})
+    monkeypatch.setattr(hyperopt._engine.compiler, "compile_graph", recorded)
+    for few in (hyperopt._engine.compiler.FEW, 0):
+        monkeypatch.setattr(hyperopt._engine.compiler, "FEW", few)
+        monkeypatch.setattr(hyperopt._engine.compiler, "_compiled", {})
         w = torch.randn(10_000, requires_grad=True)
         w.grad = torch.randn_like(w)
         make([w]).step()
@@ -470,8 +470,8 @@ def test_the_cpp_compiler_does_what_it_is_good_for(monkeypatch):
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", asking)
     arguments = [torch.ones(3)]
-    graph = hyperopt.compile.trace(lambda x: x.mul_(2), arguments)
-    hyperopt.compile.compile_graph(graph, arguments)
+    graph = hyperopt._engine.compiler.trace(lambda x: x.mul_(2), arguments)
+    hyperopt._engine.compiler.compile_graph(graph, arguments)
     assert len(asked) == 1 and "O2" in asked[0] and "O3" not in asked[0]
     assert "O3" in cpp_builder._get_optimization_cflags("g++")[0], "others are left alone"
 

@@ -7,7 +7,7 @@ import torch
 from reference import Reference, mp
 from torch import Tensor, nn
 
-import hyperopt.shard
+import hyperopt._engine.shards
 from hyperopt import HyperOptimizer
 
 PLAIN = {
@@ -26,7 +26,7 @@ TALL = "AdamW(0.01) / Adam(1e-3) / SGD(1e-5)"
 def memory(request, monkeypatch):
     """The two ways in which parameters reach the step."""
     if request.param == "in place":
-        monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+        monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
 
 def values(seed: int, *shapes, dtype: torch.dtype = torch.float64) -> list[Tensor]:

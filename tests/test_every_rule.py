@@ -14,7 +14,7 @@ from test_resume import resume
 from torch import Tensor
 
 from hyperopt import DOMAINS, RULES, SGD, HyperOptimizer, Rule, Stack, parse
-from hyperopt.tower import depends_on_weights
+from hyperopt._engine.blocks import depends_on_weights
 
 every_rule = pytest.mark.parametrize("name", RULES)
 REAL, UNIT = DOMAINS["real"], DOMAINS["unit"]
@@ -37,7 +37,7 @@ def other(name: str) -> dict[str, Any]:
 def variants(name: str) -> list[Rule]:
     """The rule as it is by default, with every hyperparameter, and with every option besides."""
     plain = RULES[name]()
-    default = plain[tuple(n for n in plain.hypers if plain.on(n))]
+    default = plain[tuple(n for n in plain.hypers if plain.is_active(n))]
     options = other(name)
     return [default, whole(name), *([whole(name, **options)] if options else [])]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import hyperopt.shard
+import hyperopt._engine.shards
 from hyperopt import HyperOptimizer
 
 TALL = "AdamW(0.05, 0.6)[lr: log, beta1] / SGD({lr: 0.1, beta1: 1e-2}, momentum=0.5) / SGD(1e-3)"
@@ -28,7 +28,7 @@ STACKS = [*PEERS, "SGD(0.1, momentum=0.9)[momentum] / SGD(0)", "Adam(0.05)[beta1
 def memory(request, monkeypatch):
     """The two ways in which parameters reach the step."""
     if request.param == "in place":
-        monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+        monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
 
 class Net(nn.Module):
@@ -612,7 +612,7 @@ def test_a_state_is_loaded_where_the_precisions_differ():
 @pytest.mark.slow
 @pytest.mark.compiler
 def test_a_compiled_step_does_not_outlive_a_change_of_dtype(monkeypatch):
-    monkeypatch.setattr(hyperopt.shard, "LARGE", 1)  # the step works on the weights themselves
+    monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)  # the step works on the weights themselves
     runs: list[Pair] = []
     for compile in (True, False):
         model = nn.Linear(4, 2, bias=False)

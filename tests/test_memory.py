@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import hyperopt.compile
-import hyperopt.shard
+import hyperopt._engine.compiler
+import hyperopt._engine.shards
 from hyperopt import HyperOptimizer
 
 STACK = "AdamW(0.01) / Adam(1e-3) / SGD(1e-5)"
@@ -97,8 +97,8 @@ def test_nothing_of_an_optimizer_outlives_it(without_collector):
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 6])
 def test_a_compiled_step_holds_no_optimizer_and_no_weights(shards, monkeypatch):
-    monkeypatch.setattr(hyperopt.compile, "_compiled", {})
-    monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+    monkeypatch.setattr(hyperopt._engine.compiler, "_compiled", {})
+    monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
     def train() -> weakref.ref:
         params = [torch.randn(1234, requires_grad=True) for _ in range(shards)]
@@ -119,8 +119,8 @@ def test_a_compiled_step_holds_no_optimizer_and_no_weights(shards, monkeypatch):
 
     before = large()
     gone = [train()]
-    after, kernels = large(), len(hyperopt.compile._compiled)
+    after, kernels = large(), len(hyperopt._engine.compiler._compiled)
     gone += [train() for _ in range(19)]
     assert large() == after == before
     assert not any(ref() is not None for ref in gone)
-    assert len(hyperopt.compile._compiled) == kernels
+    assert len(hyperopt._engine.compiler._compiled) == kernels

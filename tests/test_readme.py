@@ -23,7 +23,7 @@ from experiments.command import split
 from experiments.config import compose, protect_notation, resolve, run_hash
 from experiments.sample import Options
 from hyperopt import RULES, Rule, parse
-from hyperopt.rule import write
+from hyperopt.tuning import format_value as write
 from scripts.benchmark import bars
 from scripts.cost import words
 

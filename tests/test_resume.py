@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-import hyperopt.shard
+import hyperopt._engine.shards
 from hyperopt import HyperOptimizer
 
 STACKS = [
@@ -92,7 +92,7 @@ def resume(stack, groups, compile, parked, stops, path=None) -> None:
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(stack, groups, parked, in_place, monkeypatch):
     if in_place:
-        monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+        monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
     resume(stack, groups, False, parked, (0, 1, 2, 4, 5, 7))
 
 

@@ -8,9 +8,9 @@ import torch
 from schedulefree import AdamWScheduleFree
 from torch import Tensor
 
-import hyperopt.shard
+import hyperopt._engine.shards
 from hyperopt import RULES, HyperOptimizer, parse
-from hyperopt.tower import depends_on_weights
+from hyperopt._engine.blocks import depends_on_weights
 
 
 class Lion(torch.optim.Optimizer):
@@ -190,7 +190,7 @@ def torch_names(own: dict[str, float], betas: tuple[float, float]) -> dict:
 def memory(request, monkeypatch):
     """The two ways in which parameters reach the step."""
     if request.param == "in place":
-        monkeypatch.setattr(hyperopt.shard, "LARGE", 1)
+        monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a stack remembers, by name: for a `state_dict`, and for when it is laid out anew."""
+"""What a stack remembers, by name: for a `state_dict`, and for a new layout."""
 
 from __future__ import annotations
 
@@ -9,36 +9,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .layout import Layout
-from .rule import RULES
-from .shard import Shard, local, precision
-from .stack import Stack, parse
-from .tower import Block, Move, Owner, Slot, TowerState
+from ..notation import parse
+from ..rule import RULES, Stack
+from .blocks import Block, Owner, Slot
+from .packed import Layout, scalars_of
+from .shards import Shard, local, precision
+from .updates import LastUpdate, Numbers
 
-# The numbers of the tower.
+# The numbers.
 
 
-def export(layout: Layout, tower: TowerState) -> list[dict[str, Any]]:
-    """For each level its hyperparameters by name and, above the lowest, its last move."""
+def export(layout: Layout, numbers: Numbers) -> list[dict[str, Any]]:
+    """For each level its hyperparameters by name and, above the lowest, its last update."""
     exported = []
     for k, (b, row) in enumerate(layout.levels):
         block = layout.blocks[b]
         entry: dict[str, Any] = {
-            "tuned": _by_name(block.tuned, tower.raw[b][row]),
-            "fixed": _by_name(block.fixed, tower.fixed[b][row]),
-            "skipped": tower.skipped[k].clone(),
+            "tuned": _by_name(block.tuned, numbers.raw[b][row]),
+            "fixed": _by_name(block.fixed, numbers.fixed[b][row]),
+            "skipped": numbers.skipped[k].clone(),
         }
         if k == 0:
-            entry["last_fixed"] = _by_name(block.fixed, tower.last_fixed)
-            entry["steps"] = tower.steps.clone()
+            entry["last_fixed"] = _by_name(block.fixed, numbers.last_fixed)
+            entry["steps"] = numbers.steps.clone()
         else:
             below = layout.blocks[layout.levels[k - 1][0]].tuned
-            w, g, state, moved = tree_map(lambda rows, row=row: rows[row], tower.upper[b - 1])
+            last = tree_map(lambda rows, row=row: rows[row], numbers.hyper_updates[b - 1])
+            parts = {"w": last.w, "g": last.g, "moved": last.applied, **last.state}
             entry["last"] = {
                 name: _by_name(below, part) if part.ndim else part.clone()
-                for name, part in {"w": w, "g": g, "moved": moved, **state}.items()
+                for name, part in parts.items()
             }
         exported.append(entry)
     return exported
@@ -50,24 +52,26 @@ def restore(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[dict[str, Any]],
     known: int,
+    lasts: Sequence[LastUpdate],
     like: Tensor,
-) -> TowerState:
-    """The tower of a layout, but for the shards of the weights.
+) -> Tensor:
+    """`packed` of a layout.
 
     Args:
         stack, groups: the initial values, those of the lowest level by param group.
-        saved: what `export` said of each level; nothing for the initial values.
-        known: the number of param groups that there were then.
+        saved: what `export` returned; nothing for the initial values.
+        known: the number of param groups at that time.
+        lasts: the last update of each shard.
         like: gives the numbers their dtype and device.
     """
 
-    def recall(numbers: dict[str, Any], slot: Slot, otherwise: Any) -> Any:
-        """What was saved for a slot, or for the shared one of which it was a part."""
+    def recall(numbers: dict[str, Any], slot: Slot, default: Any) -> Any:
+        """What was saved for a slot, or for the shared one that it was a part of."""
         if str(slot) in numbers:
             return numbers[str(slot)]
         if isinstance(slot.owner, int) and slot.owner < known:
-            return numbers.get(slot.name, otherwise)
-        return otherwise
+            return numbers.get(slot.name, default)
+        return default
 
     of_tensor = [group for group in groups for _ in group["params"]]
 
@@ -77,7 +81,7 @@ def restore(
             return value[str(slot.owner)] if isinstance(value, dict) else value
         if isinstance(slot.owner, str):
             shown = of_tensor[int(slot.owner[1:])][slot.name]
-            return value if isinstance(shown, Tensor | list) else shown  # it was saved
+            return value if isinstance(shown, Tensor | list) else shown  # a list was saved
         if slot.owner is not None or len(groups) == 1:
             value = groups[slot.owner or 0][slot.name]
         return value
@@ -88,7 +92,7 @@ def restore(
     raw: list[Tensor] = []
     fixed: list[Tensor] = []
     bounds: list[Tensor] = []
-    moves: list[list[Move]] = [[] for _ in layout.blocks]
+    updates: list[list[LastUpdate]] = [[] for _ in layout.blocks]
     for k, (b, _) in enumerate(layout.levels):
         block = layout.blocks[b]
         # Dicts without entries get lost in a torch.distributed.checkpoint.
@@ -115,25 +119,30 @@ def restore(
                     parts[name] = vector([recall(once, slot, x) for slot, x in below])
                 else:
                     parts[name] = vector([once]).view(part.shape)
-            w, g, moved = parts.pop("w"), parts.pop("g"), parts.pop("moved")
-            moves[b].append(Move(w, g, parts, moved.view(())))
+            w, g, applied = parts.pop("w"), parts.pop("g"), parts.pop("moved")
+            updates[b].append(LastUpdate(w, g, parts, applied.view(())))
 
-    def rows(tensors: Sequence[Tensor], dim: int = 0) -> tuple[Tensor, ...]:
+    def rows(tensors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
         """One tensor for each block, of one for each level."""
         levels = [*zip(tensors, layout.levels, strict=True)]
         own = [[t for t, (at, _) in levels if at == b] for b in range(len(layout.blocks))]
-        return tuple(torch.stack(each, dim) for each in own)
+        return [torch.stack(each, dim) for each in own]
 
-    return TowerState(
-        raw=rows(raw),
-        bounds=rows(bounds, 1),
+    raws = rows(raw)
+    values = [block.from_raw(own) for block, own in zip(layout.blocks, raws, strict=True)]
+    numbers = Numbers(
+        values=torch.cat([own.reshape(-1) for own in values]),
         fixed=rows(fixed),
+        hyper_updates=[tree_map(lambda *each: torch.stack(each), *own) for own in updates[1:]],
+        bounds=rows(bounds, 1),
+        raw=raws,
         last_fixed=last_fixed,
         steps=vector([saved[0]["steps"] if saved else 0]).view(()),
         skipped=vector([level["skipped"] for level in saved] or [0] * len(layout.levels)),
-        lowest=(),
-        upper=tuple(tree_map(lambda *each: torch.stack(each), *own) for own in moves[1:]),
+        grads_finite=vector([1]).view(()),
+        shard_scalars=[scalars_of(last) for last in lasts],
     )
+    return torch.cat([leaf.reshape(-1) for leaf in tree_leaves(numbers)]).to(like.dtype)
 
 
 def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
@@ -144,20 +153,20 @@ def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
 
 
 def save_shards(
-    active: Sequence[Shard], parked: Sequence[Shard], number: Mapping[Tensor, int]
+    active: Sequence[Shard], inactive: Sequence[Shard], number: Mapping[Tensor, int]
 ) -> dict[int, dict[str, Any]]:
     """For each parameter that has been moved, by its number, its share of its shard.
 
     Args:
         active: the shards that the last step moved.
-        parked: those that earlier steps moved.
+        inactive: those that earlier steps moved.
     """
     saved: dict[int, dict[str, Any]] = {}
-    for i, shard in enumerate([*active, *parked]):
-        w, g, state, moved = shard.last
+    for i, shard in enumerate([*active, *inactive]):
+        w, g, state, applied = shard.last
         kept = dict(state)
         if g is not None:
-            kept |= {"moved": moved, "last_grad": g}
+            kept |= {"moved": applied, "last_grad": g}
             if w is not None:
                 kept["last_weight"] = w
         for p, own in shard.by_parameter(kept).items():
@@ -175,7 +184,7 @@ def _own(value: Tensor) -> Tensor:
 def load_shards(
     saved: Mapping[int, dict[str, Any]], params: Sequence[list[Tensor]], lowest: Block
 ) -> tuple[list[Shard], list[Shard]]:
-    """The inverse of `save_shards`: the active shards and the parked ones.
+    """The inverse of `save_shards`: the active shards and the inactive ones.
 
     Args:
         saved: as from `by_number`.
@@ -185,51 +194,90 @@ def load_shards(
     everyone = [(p, number) for number, group in enumerate(params) for p in group]
     members: dict[tuple[int, str], list[int]] = {}
     for i, entry in saved.items():
-        # What was of one precision there need not be here.
+        # Parameters that had one precision there may have several here.
         members.setdefault((entry["shard"], str(precision(everyone[i][0]))), []).append(i)
     active: list[Shard] = []
-    parked: list[Shard] = []
+    inactive: list[Shard] = []
     for _, numbers in sorted(members.items()):
         entries = [saved[i] for i in numbers]
         chosen = [everyone[i][0] for i in numbers]
-        owner = Owner(everyone[numbers[0]][1], numbers[0] if lowest.by_tensor else None)
+        owner = Owner(everyone[numbers[0]][1], numbers[0] if lowest.per_tensor else None)
         shard = Shard.new(chosen, owner, lowest)
 
         def recall(name: str, new: Tensor, entries: Sequence[dict[str, Any]] = entries) -> Tensor:
-            """What was saved of one kind, for something like it."""
+            """What was saved under a name, for something like ``new``."""
             if not new.ndim:
                 return entries[0][name].to(new.device, copy=True)
             pieces = [local(entry[name]).reshape(-1) for entry in entries]
             return torch.cat([piece.to(new.device, new.dtype) for piece in pieces])
 
-        w, g, fresh, moved = shard.last
-        shard.last = Move(
+        w, g, fresh, applied = shard.last
+        shard.last = LastUpdate(
             None if w is None else recall("last_weight", w),
             None if g is None else recall("last_grad", g),
             {name: recall(name, value) for name, value in fresh.items()},
-            moved if g is None else recall("moved", moved),
+            applied if g is None else recall("moved", applied),
         )
-        (active if entries[0]["active"] else parked).append(shard)
-    return active, parked
+        (active if entries[0]["active"] else inactive).append(shard)
+    return active, inactive
+
+
+# The form of a state_dict. Version 0.1 of the project wrote none, and had other names.
+FORMAT = 2
+RENAMED = {"path_most_": "sensitivity_peak_", "path_": "sensitivity_", "room": "log_lr_limit"}
+
+
+def upgrade(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state_dict in today's form.
+
+    Raises:
+        ValueError: a newer version of the project wrote it.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    tower = groups[0].get("tower") if groups else None
+    found = {**state_dict, "param_groups": groups}
+    if not tower or (form := tower.get("format", 1)) == FORMAT:
+        return found
+    if form > FORMAT:
+        raise ValueError(
+            f"this state has format {form}, of a newer version; this version reads 1 to {FORMAT}"
+        )
+
+    def renamed(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            next((new + n[len(old) :] for old, new in RENAMED.items() if n.startswith(old)), n): x
+            for n, x in entries.items()
+        }
+
+    levels = [
+        {name: renamed(part) if name == "last" else part for name, part in level.items()}
+        for level in tower.get("levels", ())
+    ]
+    groups[0]["tower"] = {**tower, "levels": levels}
+    found["state"] = {key: renamed(entries) for key, entries in state_dict["state"].items()}
+    return found
 
 
 def by_number(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What was saved of each parameter by its place among them, whatever it is called there."""
-    called = [key for group in state_dict["param_groups"] for key in group["params"]]
+    """What was saved of each parameter, by its place among them, whatever its key was."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     state = state_dict["state"]
-    return {i: state[key] for i, key in enumerate(called) if key in state}
+    return {i: state[key] for i, key in enumerate(keys) if key in state}
 
 
 # Whether the two fit.
 
 
 def check(
-    state_dict: Mapping[str, Any], stack: Stack, on: Sequence[str], params: Sequence[list[Tensor]]
+    state_dict: Mapping[str, Any],
+    stack: Stack,
+    active: Sequence[str],
+    params: Sequence[list[Tensor]],
 ) -> None:
-    """Raise where a state is not that of this stack on parameters like these.
+    """Raise if a state is not that of this stack on parameters like these.
 
     Args:
-        on: the hyperparameters of the lowest level that take part.
+        active: the active hyperparameters of the lowest level.
         params: the parameters of each group.
 
     Raises:
@@ -247,17 +295,17 @@ def check(
             if name not in mapping:
                 raise ValueError(f"this state is not a whole one: it has no {name!r}")
     theirs = tower["stack"]
-    # What is the same to the letter need not be parsed: not all options can be.
+    # An equal notation need not be parsed: not every option can be.
     if theirs != str(stack):
         known = {**RULES, **{rule.name: type(rule) for rule in stack.levels}}
         if _kind(parse(theirs, known)) != _kind(stack):
             raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
     if len(tower.get("levels", ())) != len(stack.levels):
         raise ValueError(f"this state is not a whole one: it has not all levels of {stack}")
-    if tower["on"] != on:
+    if tower["on"] != active:
         raise ValueError(
             f"this is the state of the stack {theirs} with {', '.join(tower['on'])} in "
-            f"its param groups, not of {stack} with {', '.join(on)}"
+            f"its param groups, not of {stack} with {', '.join(active)}"
         )
     counts = [len(group["params"]) for group in groups]
     ours = [len(group) for group in params]
@@ -270,7 +318,7 @@ def check(
         for name in stack.levels[0].hypers:
             if not isinstance(group[name], Real | list):
                 raise ValueError(f"{name} is {group[name]!r} in this state; it must be a number")
-            if name not in on and group[name] != 0:
+            if name not in active and group[name] != 0:
                 raise ValueError(
                     f"{name} is {group[name]} in this state, but was 0 when this optimizer was "
                     "made, so that its step leaves it out; make one that has it"
@@ -315,7 +363,7 @@ def _kind(stack: Stack) -> list[tuple]:
         (
             rule.name,
             [(name, how.domain.name, how.per) for name, how in rule.tuned.items()],
-            [name for name in rule.hypers if k and rule.on(name)],
+            [name for name in rule.hypers if k and rule.is_active(name)],
             [(n, set(value)) for n, value in rule.values.items() if isinstance(value, dict)],
             rule.settings,
         )

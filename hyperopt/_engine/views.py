@@ -1,5 +1,5 @@
-"""What param groups show of the lowest level's hyperparameters, and what may be set in them; and a
-mapping that notes what is set in it."""
+"""The lowest level's hyperparameters as users see them in param groups, and a mapping that records
+that it was changed."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import Layout
-from .rule import betas, split
-from .stack import Stack
-from .tower import Slot
+from ..rule import Stack, betas, unpack_betas
+from .blocks import Slot
+from .packed import Layout
 
 # Keys that a param group may have beside its hyperparameters. A scheduler adds more, later.
 OTHERS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 
-class Noted(defaultdict):
-    """A mapping that notes in ``edits`` that something was put into it, or taken out."""
+class TrackedDict(defaultdict):
+    """A mapping that records in ``mutations`` that something was put into it, or taken out."""
 
-    edits: list[str] | None = None  # a copy has none
+    mutations: list[str] | None = None  # a copy has none
 
     @classmethod
-    def of(cls, items: Mapping, edits: list[str], default: type | None = None) -> Noted:
-        noted = cls(default, items)
-        noted.edits = edits
-        return noted
+    def of(cls, items: Mapping, mutations: list[str], default: type | None = None) -> TrackedDict:
+        tracked = cls(default, items)
+        tracked.mutations = mutations
+        return tracked
 
 
-def _noting(name: str) -> Callable[..., Any]:
+def _tracking(name: str) -> Callable[..., Any]:
     plain = getattr(defaultdict, name)
 
     @functools.wraps(plain)
-    def method(self: Noted, *args: Any, **kwargs: Any) -> Any:
-        if self.edits is not None:
-            self.edits.append(name)
+    def method(self: TrackedDict, *args: Any, **kwargs: Any) -> Any:
+        if self.mutations is not None:
+            self.mutations.append(name)
         return plain(self, *args, **kwargs)
 
     return method
@@ -54,10 +53,10 @@ for _name in (
     "setdefault",
     "__ior__",
 ):
-    setattr(Noted, _name, _noting(_name))
+    setattr(TrackedDict, _name, _tracking(_name))
 
 
-class Shown:
+class ParamGroupView:
     """The current values in the param groups: tuned ones as views of `packed`, others as numbers.
 
     Numbers may be set between two steps, by hand or by a scheduler. Torch's schedulers know the
@@ -96,34 +95,34 @@ class Shown:
                 group["betas"] = tuple(group[beta] for beta in self._betas)
                 own.insert(0, [number, "betas", group["betas"], None])
             self._watched += own
-        self.settle()
+        self.mark_clean()
 
-    def settle(self) -> None:
-        """Take what `packed` holds now for what it should hold."""
+    def mark_clean(self) -> None:
+        """Accept what `packed` holds now as right."""
         self._version = self._packed._version
 
-    def follow(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Take over the numbers that have been set in the param groups.
+    def sync(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take over the numbers that were set in the param groups.
 
         Args:
             groups: the param groups, which may be other dicts by now.
 
         Raises:
-            ValueError: one that is tuned was set, one that does not take part, or to no number.
+            ValueError: a tuned hyperparameter was set, or one that is not active, or to no number.
         """
         if self._packed._version != self._version:
             self._check_tuned()
         for watch in self._watched:
             number, name, seen, _ = watch
-            # One that was taken away is found out where groups are laid out anew.
+            # A group that was taken away is found when shards are rebuilt.
             if number < len(groups) and groups[number][name] is not seen:
                 self._take_over(watch, groups[number])
-        self.settle()
+        self.mark_clean()
 
     def _take_over(self, watch: list[Any], group: dict[str, Any]) -> None:
         number, name, seen, place = watch
         if name == "betas":  # each of them is watched too, after it
-            group.update(split(self._betas, group[name]))
+            group.update(unpack_betas(self._betas, group[name]))
             watch[2] = group[name]
             return
         if isinstance(seen, Tensor):
@@ -134,7 +133,7 @@ class Shown:
             raise ValueError(
                 f"{name} was set to {group[name]!r} in a param group; it must be a number"
             ) from None
-        if value != 0 and not self._layout.blocks[0].rule.on(name):
+        if value != 0 and not self._layout.blocks[0].rule.is_active(name):
             raise ValueError(
                 f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
                 f"to set it later, give it a value then"
@@ -145,9 +144,9 @@ class Shown:
             joint[2] = group["betas"] = tuple(group[beta] for beta in self._betas)
 
     def _check_tuned(self) -> None:
-        """Raise if a tuned value is no longer that of its raw value: a view was written to."""
-        lowest, parts = self._layout.blocks[0], self._layout.parts(self._packed)
-        for slot, raw in zip(lowest.tuned, parts.raw[0][0], strict=True):
+        """Raise if a tuned value is not that of its raw value: someone wrote to a view."""
+        lowest, numbers = self._layout.blocks[0], self._layout.numbers(self._packed)
+        for slot, raw in zip(lowest.tuned, numbers.raw[0][0], strict=True):
             held = lowest.rule.tuned[slot.name].domain.value(raw)
             shown = self._packed[self._layout.names.index(f"0.{slot}")]
             if not torch.isclose(shown, held, rtol=1e-6, atol=0, equal_nan=True):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .layout import Vectors
-from .rule import State
-from .tower import Block, Move, Owner
+from ..rule import State
+from .blocks import Block, Owner
+from .packed import Vectors
+from .updates import LastUpdate
 
-# From this many elements on, a parameter is worked on where it lies, and not gathered with others:
+# From this many elements on, a parameter is worked on where it lies and not gathered with others:
 # the copies would cost more than one more loop in the step.
 LARGE = 1 << 16
 
@@ -21,17 +22,17 @@ LARGE = 1 << 16
 class Shard:
     """Parameters of one param group that have been moved together since their first step.
 
-    A large parameter is a shard of its own, on whose memory the step works directly; the others are
-    gathered into a flat vector and scattered back. Half-precision parameters are moved in float32;
-    no other cast is made.
+    A large parameter is a shard of its own, and the step works on its memory directly. The others
+    are gathered into a flat vector and scattered back. Half-precision parameters are moved in
+    float32; no other cast is made.
 
     Args:
         params: the parameters, n elements in all.
-        owner: whose hyperparameters they are moved by.
-        last: their last move, with vectors of [n].
+        owner: whose hyperparameters move them.
+        last: their last update, with vectors of [n].
     """
 
-    def __init__(self, params: list[Tensor], owner: Owner, last: Move) -> None:
+    def __init__(self, params: list[Tensor], owner: Owner, last: LastUpdate) -> None:
         self.params, self.owner, self.last = params, owner, last
         self._n = sum(local(p).numel() for p in params)
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
@@ -50,12 +51,12 @@ class Shard:
         """
         flat = [local(p).detach().reshape(-1).to(precision(p)) for p in params]
         weights = torch.cat(flat)  # a copy, even of one
-        w = torch.zeros_like(weights) if block.depends_on_weights else None
-        g = torch.zeros_like(weights) if block.reruns else None
+        w = torch.zeros_like(weights) if block.keeps_weights else None
+        g = torch.zeros_like(weights) if block.recomputes else None
         with weights.device:
             state = block.init(weights)
-        moved = torch.zeros((), dtype=torch.float64, device=weights.device)
-        return cls(params, owner, Move(w, g, state, moved))
+        applied = torch.zeros((), dtype=torch.float64, device=weights.device)
+        return cls(params, owner, LastUpdate(w, g, state, applied))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
@@ -64,7 +65,7 @@ class Shard:
         return self._n
 
     def read(self) -> Vectors:
-        """What a step reads and writes: the weights and gradients as they are now, and the rest."""
+        """The vectors of a step: the weights and gradients as they are now, and what is kept."""
         grads: list[Any] = [p.grad for p in self.params]
         self._here = self.params
         if self._divided:
@@ -92,7 +93,7 @@ class Shard:
         return Vectors(w, g, self.last.w, self.last.g, state)
 
     def write(self) -> None:
-        """Give the parameters the weights that a step has left in what `read` returned."""
+        """Copy the weights that a step left in the result of `read` to the parameters."""
         if self._in_place:
             torch.autograd.graph.increment_version(self._here[0])
         else:
@@ -104,13 +105,13 @@ class Shard:
         return [piece.view(local(p).shape) for piece, p in zip(pieces, self.params, strict=True)]
 
     def by_parameter(self, kept: State | None = None) -> dict[Tensor, State]:
-        """What the rule keeps of each parameter, in its shape and divided as it is.
+        """The rule's state of each parameter, in its shape and divided over processes like it.
 
         Args:
-            kept: something else of the shard than the rule's state; 0-dim tensors are everyone's.
+            kept: something else of the shard than the rule's state. Parameters share what is 0-dim.
 
         Returns:
-            views, that may be written to.
+            views, which may be written to.
         """
         kept = self.last.state if kept is None else kept
         views = {name: self.shaped(value) for name, value in kept.items() if value.ndim}
@@ -134,16 +135,12 @@ class Shard:
         return Shard(list(params), self.owner, tree_map(cut, self.last))
 
     @property
-    def astray(self) -> bool:
-        """Whether parameters are now of another dtype or shape or on another device."""
+    def is_stale(self) -> bool:
+        """Whether parameters have changed their dtype, shape or device."""
         return [_kind(p) for p in self.params] != self._kinds
 
     def check_shapes(self) -> None:
-        """Raise if a parameter is not of the shape that is known of it.
-
-        Raises:
-            ValueError: it has another one.
-        """
+        """Raise a ValueError if a parameter has changed its shape."""
         for p, (shape, *_) in zip(self.params, self._kinds, strict=True):
             if p.shape != shape:
                 raise ValueError(
@@ -151,7 +148,7 @@ class Shard:
                     "a new parameter into its param group, or make a new optimizer"
                 )
 
-    def follow(self) -> None:
+    def sync(self) -> None:
         """Go to the device of the parameters, and to the dtype in which they are moved now."""
 
         def to(value: Any) -> Any:
@@ -175,7 +172,7 @@ def precision(p: Tensor) -> torch.dtype:
 
 
 def local(tensor: Any) -> Tensor:
-    """What of a tensor lies on this process: all of it, unless it is a DTensor."""
+    """The part of a tensor that lies on this process: all of it, unless it is a DTensor."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -188,10 +185,10 @@ def whole(tensor: Tensor, p: Any) -> Tensor:
 
 
 def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
-    """The names of the process groups over whose members parameters are divided.
+    """The names of the process groups over whose members the parameters are divided.
 
     Raises:
-        ValueError: some of them are divided in another way than the others.
+        ValueError: the parameters are not all divided in the same way.
     """
 
     def division(p: Any) -> tuple[str, ...]:
@@ -208,7 +205,7 @@ def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
 
 
 def divide(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters of one group, divided into those of new shards; in all processes alike."""
+    """Divide parameters of one group into new shards; in all processes alike."""
 
     def size(p: Any) -> int:
         return p.numel() if local(p) is p else p.numel() // p.device_mesh.size()

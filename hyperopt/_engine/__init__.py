@@ -1,0 +1,1 @@
+"""What makes `hyperopt.algorithm` fast, and lets it live in a `torch.optim.Optimizer`. Private."""

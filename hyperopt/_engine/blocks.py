@@ -1,0 +1,324 @@
+"""The static shape of a stack: blocks of levels, and slots for the values of hyperparameters."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ..estimators import Estimator
+from ..rule import Rule, Stack, State
+
+# Names of what is kept beside a rule's state, there or in a state_dict. A state cannot have them.
+RESERVED = {
+    *("w", "g", "moved", "log_lr_limit", "shape", "shard", "active", "last_grad", "last_weight"),
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One value of a hyperparameter: for everything that the level moves, or for one owner alone.
+
+    On level 0 an owner is the number of a param group, or a parameter, the fourth as ``"p3"``.
+    Above, it is the name of a hyperparameter below.
+    """
+
+    name: str
+    owner: int | str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.owner is None else f"{self.name}[{self.owner}]"
+
+
+def names_of(slots: Iterable[Slot]) -> list[str]:
+    """The hyperparameters that the slots belong to, each once."""
+    return list(dict.fromkeys(slot.name for slot in slots))
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose hyperparameters move a shard of the weights: a param group's, or one parameter's."""
+
+    group: int
+    parameter: int | None = None
+
+    def places(self, slots: Sequence[Slot]) -> list[int]:
+        """The places of this owner's values among the slots, one for each hyperparameter."""
+        mine = (f"p{self.parameter}", self.group, None)
+        candidates = ([Slot(name, owner) for owner in mine] for name in names_of(slots))
+        return [slots.index(next(s for s in each if s in slots)) for each in candidates]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The static shape of equal levels that stand on each other; mostly it is one level.
+
+    Levels are equal if they differ in numbers only. A tall tower of one rule then takes little more
+    work to differentiate, and to compile, than a low one. The lowest level is a block of its own.
+
+    Attributes:
+        rule: what each level computes. Its initial values are not used.
+        tuned: the slots of the raw values, which the level above moves; those of one name stand
+            together.
+        fixed: the slots of the constants, in the same way.
+        below: the names of the hyperparameters that are moved, element by element; on level 0,
+            which moves weights, nothing.
+        keeps_weights: whether the last update can be recomputed only with the weights before it.
+        above: the rule that moves the raw values; None on top.
+        count: the number of levels.
+    """
+
+    rule: Rule
+    tuned: tuple[Slot, ...]
+    fixed: tuple[Slot, ...]
+    below: tuple[str, ...]
+    keeps_weights: bool
+    above: Rule | None = None
+    count: int = 1
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tuned hyperparameters: each owner has one of each."""
+        return names_of(self.tuned)
+
+    @property
+    def estimator(self) -> Estimator:
+        """How the level above estimates the hypergradients of this one."""
+        return Estimator() if self.above is None else self.above.policy.estimator
+
+    @property
+    def gathers(self) -> bool:
+        """Whether level 0 gathers the sensitivities of many steps, and so recomputes none."""
+        return bool(self.tuned) and not self.below and self.estimator.horizon > 1
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether level 0's last update is computed again, for which its gradient is kept."""
+        return bool(self.tuned) and not self.below and not self.gathers
+
+    @property
+    def has_trust(self) -> bool:
+        """Whether this level bounds the updates of the weights."""
+        return "trust" in self.rule.hypers
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the level above bounds the updates that this level makes."""
+        return self.above is not None and "trust" in self.above.hypers
+
+    @property
+    def rows(self) -> int:
+        """How many numbers level 0 reports for each tuned hyperparameter of a shard."""
+        return 1 + 2 * self.estimator.normalize + 2 * self.is_bounded
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether, on level 0, tensors have values of their own, so that each is a shard."""
+        return not self.below and any(isinstance(slot.owner, str) for slot in self.tuned)
+
+    def init(self, w: Tensor) -> State:
+        """The state before the first update of ``w``: the rule's, and what its policy keeps."""
+        state = self.rule.init(w)
+        if self.has_trust and self.tuned:
+            state["log_lr_limit"] = torch.zeros_like(w)
+        return {**state, **self.estimator.init(self.names, w)} if self.gathers else state
+
+    def update(
+        self, w: Tensor, g: Tensor, state: State, raw: Tensor, fixed: Tensor
+    ) -> tuple[Tensor, State]:
+        """Apply this level's rule to the raw hyperparameters below it.
+
+        Where its trust is tuned, ``state["log_lr_limit"]`` is the log lr with which an update of
+        the weights would be as large as they are.
+        """
+        h = self.values(raw, fixed)
+        new, after = self.rule.update(w, g, state, h)
+        if "log_lr_limit" in state:
+            limit = state["log_lr_limit"] + torch.log(h.trust)
+            new = torch.where(new > limit, limit, new)
+            after = {**after, "log_lr_limit": state["log_lr_limit"]}
+        return new, after
+
+    def values(self, raw: Tensor, fixed: Tensor) -> SimpleNamespace:
+        """The namespace h that the rule reads.
+
+        Args:
+            raw, fixed: on level 0 the values of one owner, one for each name; above, [slots].
+        """
+        found: dict[str, Tensor] = {}
+        for slots, numbers in ((self.tuned, self.from_raw(raw)), (self.fixed, fixed)):
+            if self.below:
+                found |= {name: self._spread(name, slots, numbers) for name in names_of(slots)}
+            else:
+                found |= zip(names_of(slots), numbers, strict=True)
+        return SimpleNamespace(**found)
+
+    def from_raw(self, raw: Tensor) -> Tensor:
+        """h = T(r), each in its domain; of one owner, or [..., slots]."""
+        names = [slot.name for slot in self.tuned]
+        if raw.shape[-1] != len(names):
+            names = self.names
+        parts, start = [], 0
+        for domain, run in itertools.groupby(names, lambda name: self.rule.tuned[name].domain):
+            end = start + len(list(run))
+            parts.append(domain.value(raw[..., start:end]))
+            start = end
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0] if parts else raw
+
+    def _spread(self, name: str, slots: Sequence[Slot], numbers: Tensor) -> Tensor:
+        """A hyperparameter's value for each element below, or the one for all of them, 0-dim."""
+        mine = [i for i, slot in enumerate(slots) if slot.name == name]
+        if slots[mine[0]].owner is None:
+            return numbers[mine[0]]
+        by_owner = {slots[i].owner: numbers[i] for i in mine}
+        runs = [(owner, len(list(run))) for owner, run in itertools.groupby(self.below)]
+        return torch.cat([by_owner[owner].expand(count) for owner, count in runs])
+
+    @property
+    def kind(self) -> tuple:
+        """What tells two lowest levels apart for one shard; equal kinds share compiled kernels."""
+        rule = self.rule
+        return (
+            type(rule),
+            tuple(rule.settings.items()),
+            tuple((name, how.domain) for name, how in rule.tuned.items()),
+            tuple(name for name in rule.hypers if rule.is_active(name)),
+            (self.estimator if self.tuned else None, self.is_bounded),
+            bool(self.tuned),
+            self.keeps_weights,
+        )
+
+    @property
+    def structure(self) -> tuple:
+        """What tells two blocks apart but for numbers."""
+        return *self.kind, self.tuned, self.fixed, self.below, self.count
+
+
+def build(
+    stack: Stack,
+    overrides: Sequence[frozenset[str]] = (frozenset(),),
+    counts: Sequence[int] = (1,),
+) -> tuple[Block, ...]:
+    """The blocks of a stack whose weights come in param groups.
+
+    Args:
+        overrides: for each param group, the hyperparameters of the lowest level for which it has a
+            value of its own. One that is tuned and not overridden is shared by the groups, unless
+            its tuning says otherwise.
+        counts: for each param group, the number of its parameters.
+
+    Raises:
+        ValueError, TypeError: as `check_rule` does.
+    """
+    blocks: list[Block] = []
+    for k, rule in enumerate(stack.levels):
+        top = k == stack.height
+        check_rule(rule)
+        tuned: list[Slot] = []
+        fixed: list[Slot] = []
+        for name in rule.hypers:
+            if k == 0:
+                owners = _owners(rule, name, top, overrides, counts)
+            else:
+                value = rule.values[name]
+                owners = list(value) if isinstance(value, dict) else [None]
+            slots = tuned if name in rule.tuned and not top else fixed
+            slots += [Slot(name, owner) for owner in owners]
+        below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
+        above = None if top else stack.levels[k + 1]
+        block = Block(rule, tuple(tuned), tuple(fixed), below, False, above)
+        if tuned and not block.gathers and (block.has_trust or depends_on_weights(rule)):
+            block = replace(block, keeps_weights=True)
+        if k > 1 and replace(blocks[-1], count=1).structure == block.structure:
+            blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)
+        else:
+            blocks.append(block)
+    return tuple(blocks)
+
+
+def _owners(
+    rule: Rule,
+    name: str,
+    top: bool,
+    overrides: Sequence[frozenset[str]],
+    counts: Sequence[int],
+) -> list[int | str | None]:
+    """The owners of a hyperparameter of the lowest level; None is everyone who is not named."""
+    groups = range(len(overrides))
+    how = rule.tuned.get(name) if not top else None
+    if how is not None and how.per == "tensor":
+        return [f"p{i}" for i in range(sum(counts))]
+    if how is not None and how.per == "group":
+        return [*groups]
+    if len(groups) == 1:
+        return [None]
+    own: list[int | str | None] = [g for g in groups if name in overrides[g] or how is None]
+    return own if len(own) == len(groups) else [None, *own]
+
+
+@functools.lru_cache(256)
+def check_rule(rule: Rule) -> None:
+    """Try a rule out on three weights.
+
+    Raises:
+        ValueError: its state cannot be kept, or has a reserved name; or an update does not return
+            what it should.
+        TypeError: it has attributes beside its hyperparameters and options.
+    """
+    for name in vars(rule).keys() - vars(Rule()).keys() - {"hypers"}:
+        raise TypeError(
+            f"{rule.name}: {name} is an attribute of this one object, of which neither the "
+            f"notation nor a compiled step knows; declare it in the class, as {name} = Option(...)"
+        )
+    with torch.device("cpu"):
+        w = torch.linspace(0.1, 0.9, 3)
+        state = rule.init(w)
+        for name, value in state.items():
+            if name in RESERVED or name.startswith("sensitivity_"):
+                raise ValueError(
+                    f"{rule.name}: its state cannot have the name {name!r}; taken are "
+                    f"sensitivity_... and {', '.join(sorted(RESERVED))}"
+                )
+            if not value.is_floating_point() or value.shape not in (w.shape, ()):
+                raise ValueError(
+                    f"{rule.name}: its state's {name!r} must be a floating-point tensor of the "
+                    f"weights' shape, or 0-dim, not {value.dtype} of {[*value.shape]} for 3 weights"
+                )
+        half = {name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
+        result = rule.update(w, w.clone(), state, SimpleNamespace(**half))
+    expected = f"the new weights and a state of {', '.join(map(repr, state)) or 'no entries'}"
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[1], dict):
+        raise ValueError(f"{rule.name}: update must return {expected}, as a tuple of two")
+    if result[0].shape != w.shape or result[1].keys() != state.keys():
+        raise ValueError(
+            f"{rule.name}: update must return {expected}, not weights of {[*result[0].shape]} for "
+            f"those of [3] and a state of {', '.join(map(repr, result[1])) or 'no entries'}"
+        )
+
+
+@functools.lru_cache(256)
+def depends_on_weights(rule: Rule) -> bool:
+    """Whether an update is more than ``w`` minus something that does not depend on ``w``.
+
+    Asked of the derivative at random points: only such rules need the weights of the last step.
+    """
+    with torch.device("cpu"):  # whatever the default device
+        generator = torch.Generator().manual_seed(0)
+        w, g = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+        h = SimpleNamespace(
+            **{name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
+        )
+        (_, state), pullback = torch.func.vjp(  # type: ignore[misc]
+            lambda w: rule.update(w, g, rule.init(g), h), w
+        )
+        zeros = {name: torch.zeros_like(value) for name, value in state.items()}
+        (through_weights,) = pullback((g, zeros))
+        (through_state,) = pullback(
+            (torch.zeros_like(w), {n: torch.ones_like(v) for n, v in state.items()})
+        )
+    return not torch.equal(through_weights, g) or bool(through_state.any())

@@ -1,0 +1,500 @@
+"""Kernels: pure functions of tensors, traced with their derivatives and compiled.
+
+A function is traced into a graph of plain tensor operations, in which differentiation is already
+done, and the graph goes to Inductor. Nothing is guarded or traced again afterwards. The length of
+the vectors is a symbol: a kernel belongs to what a rule computes, to a dtype and a device, and to
+no size.
+
+Vectors are changed in place. Inductor would first write their new values elsewhere, since something
+might still have to read the old ones; so the kernel is told that it writes to other vectors than it
+reads from, and is given the same ones. That is right if each element is read before it is written,
+as in a loop over the elements; `_works_in_place` tries this out on each kernel, and one for which
+it is wrong is compiled again, knowing what it does.
+
+All that is private to torch and is used here, each with the version that brought it:
+
+- `torch.fx.experimental.symbolic_shapes`: ShapeEnv, DimDynamic (2.1)
+- `torch._guards`: TracingContext, tracing (2.1)
+- `torch._subclasses.FakeTensorMode` (2.0)
+- `torch._functorch.compile_utils.fx_graph_cse` (2.0)
+- `torch._inductor.compile_fx.compile_fx_inner` (2.0), of whose result `current_callable` (2.2)
+- `torch._inductor.decomposition.select_decomp_table` (2.0)
+- `torch._inductor.virtualized.V` (2.0)
+- `torch._inductor.config`: size_asserts, realize_reads_threshold, cpp.vec_isa_ok (2.0)
+- what saves time, and is passed over where it is not found: `codecache.triton_key`,
+  `cpp_builder._get_optimization_cflags` (2.6), `async_compile.AsyncCompile.wait` (2.0),
+  `cpu_vec_isa.valid_vec_isa_list` (2.5)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import operator
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+# Inductor writes to memory what is read twice and itself reads more than four things. To compute it
+# twice saves a pass over memory. In a graph of more nodes than this there would be no end to it.
+FEW = 500
+
+# The size with which a kernel of any size is made. Inductor asks for it where it has to decide what
+# pays, such as whether to use several threads.
+TYPICAL = 100_003
+
+FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler its -O3
+
+Run = Callable[[list], Any]
+
+_compiled: dict[tuple, Any] = {}  # a kernel, or None where each length has its own
+_lock = threading.RLock()  # held by whoever traces or compiles
+
+
+def is_disabled() -> bool:
+    """Whether torch's own switches forbid to compile."""
+    return any(os.environ.get(n) == "1" for n in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"))
+
+
+class Untraced(Exception):
+    """What torch makes a graph of failed, which concerns no other functions than this one."""
+
+
+class _Sized(Exception):
+    """A function that was to serve vectors of any length looks at the length."""
+
+
+class Kernel:
+    """A compiled function; see `compiled`.
+
+    The C++ compiler may still be at work on it. `ready` waits for that, and so does the first call.
+    """
+
+    def __init__(self, making: Callable[[], Run], sized: bool) -> None:
+        self._making: Callable[[], Run] | None = making
+        self._sized = sized  # whether its first argument is the length of the vectors
+        self._run: Run
+
+    def ready(self) -> Kernel:
+        """Wait until it can be called.
+
+        Raises:
+            Exception: whatever a missing or broken compiler raises.
+        """
+        with _lock:
+            if self._making is not None:
+                self._run = self._making()
+                self._making = None
+        return self
+
+    def __call__(self, small: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> None:
+        if self._making is not None:
+            self.ready()
+        if self._sized:
+            self._run([vectors[0].numel(), *small, *vectors])
+        else:
+            self._run([*small, *vectors])
+
+
+def compiled(
+    name: str,
+    function: Callable[..., Any],
+    key: Hashable,
+    small: Sequence[Tensor],
+    vectors: Sequence[Tensor] = (),
+    recompute: bool = False,
+) -> Kernel:
+    """The kernel of a function of small tensors and of vectors of one length.
+
+    It is made once in this process for each name, key and kind of tensors, and serves vectors of
+    any length but 0. While the C++ compiler works on it, others can be asked for.
+
+    Args:
+        name: what the function does.
+        function: takes the small tensors, the vectors to read, and the same vectors to write. It
+            may write to the small ones, too. What it returns is lost.
+        key: what the function depends on beside its arguments.
+        small: tensors like those that it will be given, of the same shapes.
+        vectors: the same, of any one length.
+        recompute: whether it may compute something twice rather than keep it.
+
+    Raises:
+        Untraced: torch could not make a graph of the function.
+        Exception: whatever a missing or broken compiler raises.
+    """
+    threads = torch.get_num_threads() if small[0].device.type == "cpu" else None
+    of_small = tuple((t.shape, t.dtype, t.device) for t in small)
+    of_vectors = tuple((t.dtype, t.device) for t in vectors)
+    whole = name, key, of_small, of_vectors, threads
+    with _lock:
+        if whole not in _compiled:
+            try:
+                _compiled[whole] = _kernel(function, of_small, of_vectors, None, recompute)
+            except _Sized:
+                _compiled[whole] = None
+        if (kernel := _compiled[whole]) is not None:
+            return kernel
+        # Each length has a kernel of its own.
+        n = vectors[0].numel()
+        if (*whole, n) not in _compiled:
+            _compiled[*whole, n] = _kernel(function, of_small, of_vectors, n, recompute)
+        return _compiled[*whole, n]
+
+
+def _kernel(
+    function: Callable[..., Any],
+    small: Sequence[tuple],
+    vectors: Sequence[tuple],
+    n: int | None,
+    recompute: bool,
+) -> Kernel:
+    """A kernel that is being made.
+
+    Args:
+        small, vectors: what the tensors are like.
+        n: the length of the vectors; None for any.
+    """
+    first, end = len(small), len(small) + len(vectors)
+
+    def start(function: Callable[..., Any], times: int) -> Callable[[], Run]:
+        return _compile(function, small, [*vectors] * times, n, recompute)
+
+    wait = start(function, 2)
+
+    def finish() -> Run:
+        run = wait()
+        if not vectors or _works_in_place(run, small, vectors, n):
+            return _direct(run, small, [*vectors] * 2, n, len(vectors))
+        careful = start(lambda *t: function(*t, *t[first:end]), 1)()
+        return _direct(careful, small, vectors, n, 0)
+
+    return Kernel(finish, bool(vectors) and n is None)
+
+
+def _direct(
+    run: Run, small: Sequence[tuple], vectors: Sequence[tuple], n: int | None, again: int
+) -> Run:
+    """A kernel that is given its last ``again`` vectors once: those before them are the same.
+
+    On a CPU, Inductor's own caller takes as long as the kernel of a small vector: for each scalar
+    it makes a tensor anew. Where it does nothing but that, and calls one C++ function, this one is
+    called as it has been called before, with what was made then. The function holds the global
+    interpreter lock, so that no other thread writes to that.
+    """
+    sized = bool(vectors) and n is None
+    until = int(sized) + len(small) + len(vectors) - again
+
+    def through(tensors: list) -> Any:
+        return run([*tensors, *tensors[until - again :]] if again else tensors)
+
+    caller = getattr(run, "__func__", run)
+    code, space = getattr(caller, "__code__", None), getattr(caller, "__globals__", {})
+    found = [name for name in getattr(code, "co_names", ()) if name.startswith("cpp_fused")]
+    if len(found) != 1 or {*code.co_names} - {*found, *_MAKES_TENSORS} or _free_threaded():
+        return through
+    kernel = space[found[0]]
+    records: list[tuple[list, tuple]] = []
+    try:
+        for length in (11, 23) if sized else (n,):
+            given = [length] if sized else []
+            given += [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
+            given += [torch.empty(length, dtype=d, device=on) for d, on in vectors]
+            space[found[0]] = lambda *own, given=given: records.append(([*given], own))
+            run([*given])
+    finally:
+        space[found[0]] = kernel
+    if len(records) != 1 + sized:
+        return through
+    places, kept = [], []
+    (given, own), (others, theirs) = records[0], records[-1]
+    for mine, other in zip(own, theirs, strict=True):
+        place = next((i for i, one in enumerate(given) if one is mine), None)
+        if place is not None and others[place] is other:
+            places.append(place if place < until else place - again)
+        elif isinstance(mine, Tensor) and mine.shape == other.shape:
+            places.append(until + len(kept))
+            kept.append(mine)
+        else:  # something that depends on the length
+            return through
+    pick = operator.itemgetter(*places)
+    return lambda tensors: kernel(*pick(tensors + kept))
+
+
+# What a caller of Inductor's uses to make a tensor.
+_MAKES_TENSORS = {"clear", "empty_strided_cpu", "reinterpret_tensor", "torch", "float32", "float64"}
+
+
+def _free_threaded() -> bool:
+    return not getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def _compile(
+    function: Callable[..., Any],
+    small: Sequence[tuple],
+    vectors: Sequence[tuple],
+    n: int | None,
+    recompute: bool,
+) -> Callable[[], Run]:
+    """Trace a function and let the compiler start on it; returns what waits for the compiler."""
+    from torch._dynamo.source import ConstantSource
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    size: list[Any] = []
+    if vectors and n is None:
+        source = ConstantSource("n")
+        symbol = env.create_symbol(TYPICAL, source, DimDynamic.DYNAMIC, None)
+        size = [env.create_symintnode(symbol, hint=TYPICAL, source=source)]
+    # Each argument has a memory of its own here, also where two of them will be given the same.
+    with mode:
+        arguments = [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
+        arguments += [torch.empty(*(size or [n]), dtype=d, device=on) for d, on in vectors]
+
+    def silent(*tensors: Any) -> list[Tensor]:
+        function(*tensors[len(size) :])
+        return []
+
+    try:
+        graph = _trace(silent, [*size, *arguments], "symbolic")
+    except ImportError:  # of a broken torch
+        raise
+    except Exception as error:
+        raise Untraced(reason(error)) from error
+    if size and (env.guards or env.replacements):
+        raise _Sized
+    # What is there twice is, for the most part, a move beside its own derivative.
+    graph.graph = fx_graph_cse(graph.graph)
+    if vectors:
+        _realize_scalars(graph)
+    recompute = recompute and len(graph.graph.nodes) < FEW
+    options = {"realize_reads_threshold": 16} if recompute else {}
+    return _start(graph, [*size, *arguments], mode, options)
+
+
+def _works_in_place(
+    run: Run, small: Sequence[tuple], vectors: Sequence[tuple], n: int | None
+) -> bool:
+    """Whether writing to the vectors that are read gives the same results, bit by bit.
+
+    They are compared with those of writing to others, which hold something else. All numbers are
+    such that the result depends on each; with a beta of 1 Adam would not move anything.
+    """
+    device = small[0][2]
+    generator = torch.Generator(device).manual_seed(0)  # the user's is left alone
+
+    def draw(shape: Any, dtype: torch.dtype, on: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=on).uniform_(0.1, 0.9, generator=generator)
+
+    # One element, and a number that leaves a rest when it is cut into equal parts.
+    for length in (1, 4099) if n is None else (n,):
+        old, other = ([draw(length, *kind) for kind in vectors] for _ in range(2))
+        numbers = [draw(*kind) for kind in small]
+        new, same, also = ([t.clone() for t in each] for each in (other, old, numbers))
+        size = [length] if n is None else []
+        run([*size, *numbers, *old, *new])
+        run([*size, *also, *same, *same])
+        pairs = zip(new, same, other, strict=True)
+        written = [(a, b) for a, b, before in pairs if a.ne(before).any()]
+        if not all(
+            torch.allclose(a, b, rtol=0, atol=0)  # and neither is NaN
+            for a, b in [*written, *zip(numbers, also, strict=True)]
+        ):
+            return False
+    return True
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return f"{type(error).__name__}: {next(lines, '')}"
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for garbage, which compiling makes little of, for a quarter of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph of what a function does to tensors like these; it writes to them at its end."""
+    with _lock:
+        return _trace(function, arguments, "fake")
+
+
+@_uncollected()
+def _trace(function: Callable[..., Any], arguments: Sequence[Any], mode: str) -> fx.GraphModule:
+    from torch._inductor.decomposition import select_decomp_table
+
+    pure = torch.func.functionalize(function, remove="mutations")
+    graph = make_fx(pure, select_decomp_table(), tracing_mode=mode)(*arguments)
+    _read_first(graph)
+    return graph
+
+
+def _read_first(graph: fx.GraphModule) -> None:
+    """Let what is kept of an argument as it was be copied before the argument is written to.
+
+    At its end the graph writes to the arguments in their order. Inductor reads what is a mere copy
+    of one only there.
+    """
+    aten = torch.ops.aten
+
+    def memory(node: Any) -> int:
+        while node.target is aten.copy.default:
+            node = node.args[1]
+        return node.meta["val"].untyped_storage()._cdata
+
+    copies = [node for node in graph.graph.nodes if node.target is aten.copy_.default]
+    written: dict[int, fx.Node] = {}
+    for node in copies:
+        target, source = node.args
+        if memory(source) in written:
+            written[memory(source)].prepend(node)
+        written.setdefault(memory(target), node)
+    graph.recompile()
+
+
+def compile_graph(
+    graph: fx.GraphModule, arguments: Sequence[Tensor], **options: Any
+) -> Callable[..., Any]:
+    """A graph from `trace`, compiled by Inductor for arguments like these.
+
+    Args:
+        options: of Inductor, beside our own.
+
+    Raises:
+        Exception: whatever a missing or broken compiler raises.
+    """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    # Inductor looks into its cache on disk only where there is an environment of shapes; it need
+    # not be told that the shapes are fixed if the arguments are stand-ins of fixed shapes already.
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with _lock:
+        stand_ins = [mode.from_tensor(t, static_shapes=True) for t in arguments]
+        run = _start(graph, stand_ins, mode, options)()
+    return lambda *tensors: run([*tensors])
+
+
+@_uncollected()
+def _start(
+    graph: fx.GraphModule, stand_ins: Sequence[Any], mode: Any, options: dict[str, Any]
+) -> Callable[[], Run]:
+    """Let Inductor generate code and start the C++ compiler; returns what waits for that."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    # Where there is no GPU, Inductor reads all of Triton for a hash, and then leaves it out.
+    unhashed: Any = contextlib.nullcontext()
+    if not torch.cuda.is_available():
+        unhashed = mock.patch.object(codecache, "triton_key", lambda: "", create=True)
+
+    # Its loops are vectors already: the C++ compiler finds nothing more in twice the time.
+    moderately: Any = contextlib.nullcontext()
+    if flags := getattr(cpp_builder, FLAGS, None):
+
+        def moderate(*args: Any) -> Any:
+            found = flags(*args)  # from torch 2.9 on two lists, for compiling and for linking
+            compiling = found[0] if isinstance(found, tuple) else found
+            compiling[:] = ["O2" if flag == "O3" else flag for flag in compiling]
+            return found
+
+        moderately = mock.patch.object(cpp_builder, FLAGS, moderate)
+
+    def attempt(options: dict[str, Any], ours: bool) -> Callable[[], Run]:
+        later: list[Callable[[], None]] = []
+        wait = AsyncCompile.wait
+        deferred = mock.patch.object(
+            AsyncCompile, "wait", lambda own, scope: later.append(lambda: wait(own, scope))
+        )
+        with (
+            tracing(TracingContext(mode)),
+            config.patch(options),
+            V.set_fake_mode(mode),
+            unhashed,
+            moderately,
+            deferred,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+            run = compile_fx_inner(graph, stand_ins, is_inference=True)
+
+        def finish() -> Run:
+            for each in later:
+                each()
+            return getattr(run, "current_callable", None) or run
+
+        return finish
+
+    options = {"size_asserts": False, **options}
+    try:
+        # Taking the C++ compiler's word for what this processor can do saves the ten seconds in
+        # which Inductor would try all of its instruction sets, once on each machine.
+        begun = attempt({"cpp.vec_isa_ok": True, **options}, True)
+    except Exception:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        return attempt(options, False)
+
+    def finish() -> Run:
+        try:
+            return begun()
+        except Exception:
+            cpu_vec_isa.valid_vec_isa_list.cache_clear()
+            return attempt(options, False)()
+
+    return finish
+
+
+def _realize_scalars(graph: fx.GraphModule) -> None:
+    """Make the scalars that a vector operation reads outputs of the graph, in its precision.
+
+    Inductor writes outputs to memory. Without that it repeats the arithmetic of a scalar, powers
+    and rounding included, for each element of the vector.
+    """
+    vectors = {node for node in graph.graph.nodes if _is_vector(node)}
+    scalars: dict[tuple, fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if node not in vectors or node.op != "call_function":
+            continue
+        value = node.meta["val"]
+        for scalar in node.all_input_nodes:
+            number = scalar.meta["val"]
+            if not isinstance(number, Tensor) or not number.is_floating_point():
+                continue
+            if scalar in vectors:
+                continue
+            key = scalar, value.dtype
+            if key not in scalars:
+                with graph.graph.inserting_after(scalar):
+                    convert = torch.ops.prims.convert_element_type.default
+                    scalars[key] = graph.graph.call_function(convert, (scalar, value.dtype))
+                scalars[key].meta["val"] = number.to(value.dtype)
+            node.replace_input_with(scalar, scalars[key])
+    graph.graph.output_node().args = ((*scalars.values(),),)
+    graph.recompile()
+
+
+def _is_vector(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)

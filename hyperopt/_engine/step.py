@@ -1,0 +1,291 @@
+"""One step of a stack, in place: here the three parts in `updates` are put in order.
+
+A part is a function of small tensors, of a shard's vectors to read, and of vectors to write. The
+latter two are the same memory; `compiler` says why. A part runs eagerly, or as a compiled kernel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..rule import State
+from . import compiler
+from .packed import Layout, Vectors
+from .updates import Numbers, recompute_last_update, update_hyperparameters, update_weights
+
+Part = Callable[..., None]
+Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]  # small tensors and vectors in
+Make = Callable[[str, Part, Hashable, Sequence[Tensor], Sequence[Tensor]], Run]
+
+_broken: list[str] = []  # why compiling failed, once it has
+_untraced: set[tuple] = set()  # the structures of stacks whose rules cannot be compiled
+
+
+class Parts:
+    """The three parts of a step of a layout, in place.
+
+    Args:
+        layout: the shape of the stack.
+        numbers: views of `packed`.
+    """
+
+    def __init__(self, layout: Layout, numbers: Numbers) -> None:
+        self.layout, self.lowest = layout, layout.blocks[0]
+        self.leaves, self.tree = tree_flatten(numbers._replace(shard_scalars=[]))
+
+    def recompute_last_update(
+        self, raw: Tensor, fixed: Tensor, scalars: Tensor, sums: Tensor, *vectors: Tensor
+    ) -> None:
+        """Of one shard, whose state it brings up to date."""
+        shard, into = self._both(vectors)
+        last = self.layout.last_update(scalars, shard.last_w, shard.last_g, shard.state)
+        state, own = recompute_last_update(self.lowest, raw, fixed, last, shard.w, shard.g)
+        if self.lowest.recomputes:
+            self._store(scalars, into, state)
+        sums += own
+
+    def update_hyperparameters(self, sums: Tensor, *leaves: Tensor) -> None:
+        """Of all levels."""
+        for group in self.layout.processes:
+            sums = torch.ops._c10d_functional.all_reduce(sums, "sum", group)
+            sums = torch.ops._c10d_functional.wait_tensor(sums)
+        numbers = tree_unflatten(leaves, self.tree)
+        new = update_hyperparameters(self.layout.blocks, numbers, sums[:-1], sums[-1])
+        for old, value in zip(leaves, tree_leaves(new), strict=True):
+            if value is not old:
+                old.copy_(value)
+
+    def update_weights(
+        self, raw: Tensor, fixed: Tensor, scalars: Tensor, finite: Tensor, *vectors: Tensor
+    ) -> None:
+        """Of one shard."""
+        shard, into = self._both(vectors)
+        state = self.layout.last_update(scalars, None, None, shard.state).state
+        w, state = update_weights(self.lowest, raw, fixed, shard.w, shard.g, state, finite)
+        if self.lowest.tuned:
+            scalars[:1].copy_(finite)
+        if not self.lowest.recomputes:
+            self._store(scalars, into, state)
+        if into.last_g is not None:
+            into.last_g.copy_(shard.g)
+        if into.last_w is not None:
+            into.last_w.copy_(shard.w)
+        into.w.copy_(w)
+
+    def _both(self, tensors: Iterable[Tensor]) -> tuple[Vectors, Vectors]:
+        each = iter(tensors)
+        return self._vectors(each), self._vectors(each)
+
+    def _vectors(self, tensors: Iterator[Tensor]) -> Vectors:
+        """The inverse of `Vectors.flat`."""
+        w, g = next(tensors), next(tensors)
+        last_w = next(tensors) if self.lowest.keeps_weights else None
+        last_g = next(tensors) if self.lowest.recomputes else None
+        names = [name for name, vector in self.layout.states[0].items() if vector]
+        return Vectors(w, g, last_w, last_g, {name: next(tensors) for name in names})
+
+    def _store(self, scalars: Tensor, into: Vectors, state: State) -> None:
+        for name, value in into.state.items():
+            value.copy_(state[name])
+        if len(scalars) > 1:
+            counters = [name for name, vector in self.layout.states[0].items() if not vector]
+            scalars[1:].copy_(torch.stack([state[name] for name in counters]))
+
+
+class Step:
+    """One step of a stack.
+
+    Args:
+        layout: the shape of the stack.
+        numbers: views of `packed`.
+        shards: vectors like those that it will be called with.
+        make: makes what runs a part: of its name, the part, what the part depends on beside its
+            arguments, and examples of these.
+    """
+
+    def __init__(
+        self, layout: Layout, numbers: Numbers, shards: Sequence[Vectors], make: Make
+    ) -> None:
+        lowest, parts = layout.blocks[0], Parts(layout, numbers)
+        tuned = [owner.places(lowest.tuned) for owner in layout.owners]
+        fixed = [owner.places(lowest.fixed) for owner in layout.owners]
+        self.tuned = Gather(tuned, numbers.raw[0][0])
+        self.fixed = Gather(fixed, numbers.fixed[0][0])
+        self.last_fixed = Gather(fixed, numbers.last_fixed)
+        self.sums = Sums(tuned, numbers.raw[0][0], lowest.rows)
+
+        # The small tensors of each call; their memory stays the same from step to step.
+        scalars, finite = numbers.shard_scalars, [numbers.grads_finite] * len(shards)
+        own = self.tuned.parts
+        self.small_to_recompute = [
+            *zip(own, self.last_fixed.parts, scalars, self.sums.parts, strict=True)
+        ]
+        self.small_to_tune = [self.sums.whole, *parts.leaves]
+        self.small_to_move = [*zip(own, self.fixed.parts, scalars, finite, strict=True)]
+
+        kind = lowest.kind
+        vectors = [shard.flat() for shard in shards]
+        self.tune_run: Run | None = None
+        self.recompute_runs: list[Run] = []
+        if lowest.tuned:
+            self.recompute_runs = [
+                make("recompute_last_update", parts.recompute_last_update, kind, *tensors)
+                for tensors in zip(self.small_to_recompute, vectors, strict=True)
+            ]
+            name, tune = "update_hyperparameters", parts.update_hyperparameters
+            self.tune_run = make(name, tune, structure_of(layout), self.small_to_tune, [])
+        self.move_runs = [
+            make("update_weights", parts.update_weights, kind, *tensors)
+            for tensors in zip(self.small_to_move, vectors, strict=True)
+        ]
+
+    def __call__(self, shards: Sequence[Vectors]) -> None:
+        """Make a step: writes to all numbers, and to the shards but for ``g``."""
+        vectors = [shard.flat() for shard in shards]
+        self.tuned.read()
+        if self.tune_run is not None:
+            self.last_fixed.read()
+            self.sums.clear()
+            for i, run in enumerate(self.recompute_runs):
+                run(self.small_to_recompute[i], vectors[i])
+            self.sums.add()
+            self.tune_run(self.small_to_tune, [])
+            self.tuned.read()
+        self.fixed.read()
+        # Backwards: what was read last is the likeliest to be in the cache still.
+        for i in reversed(range(len(vectors))):
+            self.move_runs[i](self.small_to_move[i], vectors[i])
+
+
+def structure_of(layout: Layout) -> tuple:
+    """What tells two layouts apart but for numbers and shards."""
+    return *(block.structure for block in layout.blocks), layout.processes
+
+
+def eager_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> Step:
+    """A step that is not compiled."""
+
+    def make(name: str, part: Part, key: Hashable, small: Any, vectors: Any) -> Run:
+        return lambda small, vectors: part(*small, *vectors, *vectors)
+
+    return Step(layout, numbers, shards, make)
+
+
+def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> Step | None:
+    """A compiled step, or None if it cannot be compiled.
+
+    The first failure of the compiler is a warning; after it, this process does not try again. Nor
+    does it, for stacks of the same structure, if a rule cannot be traced.
+    """
+    structure = structure_of(layout)
+    if compiler.is_disabled() or _broken or structure in _untraced:
+        return None
+    kernels: list[compiler.Kernel] = []
+
+    def make(
+        name: str, part: Part, key: Hashable, small: Sequence[Tensor], vectors: Sequence[Tensor]
+    ) -> Run:
+        if vectors and not vectors[0].numel():  # other processes have all elements
+            return lambda small, vectors: part(*small, *vectors, *vectors)
+        recompute = bool(vectors) and not layout.blocks[0].recomputes
+        kernel = compiler.compiled(name, part, key, small, vectors, recompute)
+        kernels.append(kernel)
+        return kernel
+
+    try:
+        with torch.no_grad():
+            step = Step(layout, numbers, shards, make)
+            for kernel in kernels:  # the C++ compiler works on all of them at once
+                kernel.ready()
+            return step
+    except compiler.Untraced as error:
+        _untraced.add(structure)
+        _warn(
+            f"the steps of {layout.blocks[0].rule.name} could not be compiled ({error}); they run "
+            "eagerly, which computes the same and is slower. An update that is compiled may not "
+            "branch on what a tensor holds: write torch.where in place of if."
+        )
+    except Exception as error:  # whatever a missing or broken compiler raises
+        _broken.append(compiler.reason(error))
+        _warn(
+            f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
+            "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
+            "such as g++."
+        )
+    return None
+
+
+def _warn(text: str) -> None:
+    # Above the caller of `HyperOptimizer.step` are this function, `compiled_step`, two methods of
+    # `Engine`, `HyperOptimizer.step` and the four wrappers that torch puts around it.
+    warnings.warn(text, stacklevel=9)
+
+
+class Gather:
+    """The values of each shard's owner. If all shards have one owner, they are a view.
+
+    Args:
+        places: for each shard the places of its owner's values.
+        values: all values, a view of `packed`.
+
+    Attributes:
+        parts: the values of each shard, as of the last `read`.
+    """
+
+    def __init__(self, places: Sequence[Sequence[int]], values: Tensor) -> None:
+        self.values = values
+        self.parts: Sequence[Tensor] = [values] * len(places)
+        self.index: Tensor | None = None
+        if any(list(own) != [*range(len(values))] for own in places):
+            self.index = _index([i for own in places for i in own], values)
+            self.copies = values.index_select(0, self.index)
+            self.parts = self.copies.split([len(own) for own in places])
+
+    def read(self) -> None:
+        if self.index is not None:
+            torch.index_select(self.values, 0, self.index, out=self.copies)
+
+
+class Sums:
+    """The sums over all shards of what `recompute_last_update` returns for each.
+
+    Args:
+        places: for each shard the places of its owner's raw values.
+        raw: all raw values.
+        rows: how many numbers there are for each raw value.
+
+    Attributes:
+        parts: where each shard adds its numbers.
+        whole: the sums for `combine_estimate`, and that of the largest squares of gradients.
+    """
+
+    def __init__(self, places: Sequence[Sequence[int]], raw: Tensor, rows: int) -> None:
+        size = rows * len(raw)
+        self.whole = raw.new_zeros(size + 1)
+        self.parts: Sequence[Tensor] = [self.whole] * len(places)
+        self.index: Tensor | None = None
+        if any(list(own) != [*range(len(raw))] for own in places):
+            starts = range(0, size, len(raw) or 1)
+            owned = [[*(start + i for start in starts for i in own), size] for own in places]
+            self.index = _index([i for own in owned for i in own], raw)
+            self.pieces = raw.new_zeros(len(self.index))
+            self.parts = self.pieces.split([len(own) for own in owned])
+
+    def clear(self) -> None:
+        self.whole.zero_()
+        if self.index is not None:
+            self.pieces.zero_()
+
+    def add(self) -> None:
+        if self.index is not None:
+            self.whole.index_add_(0, self.index, self.pieces)
+
+
+def _index(places: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(places, dtype=torch.long, device=like.device)

@@ -1,0 +1,179 @@
+"""The paper's algorithm, for one vector of weights and a stack of any height. It is the definition.
+
+Gradient descent can tune its own hyperparameters. The loss depends on the step size through the
+last update of the weights, so the step size has a gradient too, and an optimizer can descend it
+(Chandra, Xie, Ragan-Kelley and Meijer, NeurIPS 2022, arXiv 1909.13371, section 2).
+
+Level k of a stack has a rule U_k, a state s_k and hyperparameters h_k = T(r_k). Level 0 moves the
+weights w. Level k + 1 moves r_k, the raw values of the hyperparameters of level k. One step, with G
+the gradient of the loss at w:
+
+1. Hypergradients, from the bottom:
+
+       dr_0 = Gᵀ S_0        dr_k = dr_{k-1}ᵀ S_k
+
+   S_k is the *sensitivity* of what level k moved to r_k. In the paper it is the derivative of the
+   last update, S_k = ∂U_k/∂r_k. Before the first update it is 0.
+
+2. Hyperparameters, from the top: r_{k-1} ← U_k(r_{k-1}, dr_{k-1}, s_k; T(r_k)).
+
+3. Weights: w ← U_0(w, G, s_0; T(r_0)).
+
+Everything older is a constant, and so is G: the model is never differentiated twice.
+
+`hyperopt.HyperOptimizer` computes the same, fast. A test holds it to this page.
+
+    >>> import torch
+    >>> from hyperopt import SGD
+    >>> w = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    >>> levels = start(SGD(0.1) / SGD(0.01), w)
+    >>> for _ in range(3):
+    ...     w, levels = step(levels, w, gradient=2 * w)  # the loss is w · w
+    >>> round(float(hyperparameters(levels[0], levels[0].raw).lr), 4)  # SGD has made it larger
+    0.3214
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .estimators import cosine
+from .rule import Rule, Stack, State
+
+
+class Level(NamedTuple):
+    """One optimizer of the stack. It moves a vector x: the weights, or the raw values below.
+
+    Attributes:
+        rule: its update U.
+        raw: r, the raw values that the level above moves, [n].
+        bounds: of ``raw``, [2, n].
+        places: for each tuned hyperparameter the place of its value in ``raw``, 0-dim; or, if it
+            has several values, the place for each element of x.
+        constants: the values of the other hyperparameters, 0-dim or one for each element of x.
+        state: s.
+        sensitivity: S = ∂x/∂r, [elements of x, n].
+        updates: the number of updates so far, 0-dim.
+    """
+
+    rule: Rule
+    raw: Tensor
+    bounds: Tensor
+    places: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    state: State
+    sensitivity: Tensor
+    updates: Tensor
+
+
+def hyperparameters(level: Level, raw: Tensor) -> SimpleNamespace:
+    """h = T(r), and the constants: the namespace that a rule reads."""
+    domains = {name: how.domain for name, how in level.rule.tuned.items()}
+    tuned = {name: domains[name].value(raw[place]) for name, place in level.places.items()}
+    return SimpleNamespace(**tuned, **level.constants)
+
+
+def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
+    """G, dr_0, dr_1, ...: the gradient of what each level moves."""
+    gradients = [gradient]
+    for level, above in itertools.pairwise(levels):
+        g, s = gradients[-1], level.sensitivity
+        hypergradient = g @ s
+        if above.rule.policy.estimator.normalize:
+            hypergradient = cosine(hypergradient, g @ g, (s * s).sum(0))
+        gradients.append(above.rule.policy.clipping(hypergradient))
+    return gradients
+
+
+def horizon(above: Level | None) -> float:
+    """Over how many updates S is gathered, which the level above decides; the paper's is 1."""
+    return above.rule.policy.estimator.horizon if above else 1
+
+
+def update(levels: Sequence[Level], k: int, x: Tensor, g: Tensor) -> tuple[Tensor, Level]:
+    """x ← U_k(x, g, s_k; T(r_k)), and S_k.
+
+    A long horizon gathers the derivatives of many updates: at the t-th one,
+    S ← (1 - 1/min(t, horizon)) S + ∂U/∂r.
+    """
+    level = levels[k]
+
+    def new(raw: Tensor) -> tuple[Tensor, tuple[Tensor, State]]:
+        moved, state = level.rule.update(x, g, level.state, hyperparameters(level, raw))
+        return moved, (moved, state)
+
+    derivative, (moved, state) = torch.func.jacrev(new, has_aux=True)(level.raw)
+    updates = level.updates + 1
+    kept = 1 - 1 / updates.clamp(max=horizon(levels[k + 1] if levels[k + 1 :] else None))
+    sensitivity = kept * level.sensitivity + derivative
+    return moved, level._replace(state=state, sensitivity=sensitivity, updates=updates)
+
+
+def step(levels: Sequence[Level], w: Tensor, gradient: Tensor) -> tuple[Tensor, list[Level]]:
+    """One step of the whole stack: the new weights, and the new levels."""
+    gradients, levels = hypergradients(levels, gradient), [*levels]
+    for k in reversed(range(1, len(levels))):  # from the top
+        below = levels[k - 1]
+        raw, levels[k] = update(levels, k, below.raw, gradients[k])
+        low, high = below.bounds
+        levels[k - 1] = below._replace(raw=raw.clamp(low, high))
+        free = (low < raw) & (raw < high)  # what a bound holds depends on nothing
+        levels[k] = levels[k]._replace(sensitivity=free[:, None] * levels[k].sensitivity)
+    w, levels[0] = update(levels, 0, w, gradient)
+    return w, levels
+
+
+def skip(levels: Sequence[Level]) -> list[Level]:
+    """A step without a gradient, or with one that is not finite: nothing moves.
+
+    The next step then knows no last update.
+    """
+    above = [*levels[1:], None]
+    return [
+        level if horizon(over) > 1 else level._replace(sensitivity=0 * level.sensitivity)
+        for level, over in zip(levels, above, strict=True)
+    ]
+
+
+def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
+    """The levels of a stack before the first step.
+
+    Args:
+        w: the weights, 1-D.
+        owners: the number of each weight's owner, for hyperparameters that each owner has to
+            itself, as in ``[lr: per tensor]``.
+    """
+    levels: list[Level] = []
+    x, names = w, list[Any](owners)  # what the level moves, and whose each element is
+    for k, rule in enumerate(stack.levels):
+        tuned = rule.tuned if k < stack.height else {}
+        raw: list[float] = []
+        bounds: list[tuple[float, float]] = []
+        below: list[str] = []
+        places: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
+        for name, value in rule.values.items():
+            own: dict[Any, Any] = value if isinstance(value, dict) else {None: value}
+            if name in tuned and tuned[name].per != "run":
+                own = dict.fromkeys(names, value)
+            place = 0 if None in own else [[*own].index(each) for each in names]
+            if name in tuned:
+                places[name] = torch.tensor(place) + len(raw)
+                raw += [tuned[name].domain.raw(number) for number in own.values()]
+                bounds += [tuned[name].reach] * len(own)
+                below += [name] * len(own)
+            else:
+                constants[name] = torch.tensor([*own.values()], dtype=torch.float64)[place]
+        r = torch.tensor(raw, dtype=torch.float64)
+        limits = torch.tensor(bounds, dtype=torch.float64).view(-1, 2).T
+        sensitivity = torch.zeros(len(x), len(r), dtype=torch.float64)
+        zero = torch.zeros((), dtype=torch.float64)
+        levels.append(Level(rule, r, limits, places, constants, rule.init(x), sensitivity, zero))
+        x, names = r, below
+    return levels

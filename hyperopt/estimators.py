@@ -1,0 +1,251 @@
+"""How a level estimates the hypergradients below it, and how it uses them: its `Policy`.
+
+A rule alone says how a level moves numbers along a gradient. Beside it, a level that moves
+hyperparameters holds a policy of three parts:
+
+* its `Estimator`: the hypergradient of the last step (the paper), of a long horizon, as a cosine;
+* its limits: `Clipping` of the hypergradient, and a trust region (`TRUST`) for the update of the
+  weights;
+* its `Timing`: in which steps it moves what is below it.
+
+Their fields are the keywords of the notation, as in ``SGD(1e-5, horizon=100, clip_norm=1)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .domains import LOG
+from .tuning import Hyper, Option
+
+# A derivative of up to so many units in the last place of its terms is rounding noise around 0: a
+# beta does not matter to the first step, and the cosine of that noise would be noise too. Such
+# remains were found to be below 1, and other derivatives of betas, in float32, above 5000.
+ROUNDING = 16
+
+# Restart the accumulation when a hyperparameter falls below this fraction of its peak. What was
+# added while it was large would otherwise decide the sign of the hypergradient for ever.
+RESTART_BELOW = 1e-3
+
+# Lower bound on the RMS of the weights in the trust region, so that weights that start at zero can
+# move (epsilon_2 of Shazeer and Stern 2018, Adafactor).
+MIN_WEIGHT_RMS = 1e-3
+
+# A log lr limit that limits nothing. Everything that is kept has to be finite.
+UNBOUNDED = 1e300
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How a level estimates the hypergradients of the level below.
+
+    The hypergradient of a hyperparameter is g · s, with g the gradient of what it moves (the
+    weights) and s its *sensitivity*: the derivative of these by the raw hyperparameter.
+
+    Attributes:
+        horizon: 1 is the paper's: s is the derivative d of the last update. With n > 1, s gathers
+            the derivatives of the last n updates: in step t, s <- (1 - 1/min(t, n)) s + d.
+        normalize: divide g · s by the norms of both, so that it is a cosine.
+    """
+
+    horizon: float = 1.0
+    normalize: bool = False
+
+    def init(self, names: Sequence[str], w: Tensor) -> dict[str, Tensor]:
+        """What a long horizon keeps beside a rule's state, before the first update of ``w``, [n].
+
+        Args:
+            names: the hyperparameters.
+        """
+        if self.horizon == 1:
+            return {}
+        numbers = ("sensitivity_length", *(f"sensitivity_peak_{name}" for name in names))
+        return {
+            **{f"sensitivity_{name}": torch.zeros_like(w) for name in names},
+            **{name: torch.zeros((), dtype=torch.float64) for name in numbers},
+        }
+
+    def accumulate(
+        self, state: Mapping[str, Tensor], values: Mapping[str, Tensor], derivatives: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """What `init` made, one update later.
+
+        Args:
+            values: the hyperparameters by name, 0-dim.
+            derivatives: those of the update by the raw value of each, [n].
+        """
+        values = {name: value.abs() for name, value in values.items()}
+        peaks = {n: state[f"sensitivity_peak_{n}"].maximum(value) for n, value in values.items()}
+        restart = torch.stack([v < RESTART_BELOW * peaks[n] for n, v in values.items()]).any()
+        length = torch.where(restart, 1.0, state["sensitivity_length"] + 1)
+        kept = 1 - 1 / length.clamp(max=self.horizon)
+        after = {"sensitivity_length": length}
+        for (name, value), derivative in zip(values.items(), derivatives, strict=True):
+            after[f"sensitivity_{name}"] = kept * state[f"sensitivity_{name}"] + derivative
+            after[f"sensitivity_peak_{name}"] = torch.where(restart, value, peaks[name])
+        return after
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Limits of the hypergradient that a level's rule is given; the levels above see it clipped.
+
+    Attributes:
+        clip_value: of each element.
+        clip_norm: of the norm, after that.
+    """
+
+    clip_value: float = math.inf
+    clip_norm: float = math.inf
+
+    def __call__(self, g: Tensor) -> Tensor:
+        """The gradient, clipped. One that is not finite stays so, for the caller to see."""
+        if self.clip_value < math.inf:
+            g = torch.where(g.isfinite(), g.clamp(-self.clip_value, self.clip_value), g)
+        if self.clip_norm < math.inf:
+            norm = torch.linalg.vector_norm(g)
+            g = torch.where(norm > self.clip_norm, g * (self.clip_norm / norm), g)
+        return g
+
+
+@dataclass(frozen=True)
+class Timing:
+    """In which steps a level moves what is below it.
+
+    Attributes:
+        every: in one step of so many.
+        until: in the first so many steps alone.
+    """
+
+    every: int = 1
+    until: float = math.inf
+
+    def is_update_step(self, steps: Tensor) -> Tensor | None:
+        """Whether it does after so many steps, 0-dim; None if it always does."""
+        if self == Timing():
+            return None
+        return (steps % self.every == 0) & (steps < self.until)
+
+
+# How large one update of the weights may be, relative to them, by norms: lr is pulled down to that.
+# A level above may tune it.
+TRUST = Hyper(math.inf, LOG, tuned=False, name="trust")
+
+# The policy's keywords in the notation, in its order.
+KEYWORDS: dict[str, Option | Hyper] = {
+    "horizon": Option(1.0, low=1, name="horizon"),
+    "normalize": Option(False, name="normalize"),
+    "trust": TRUST,
+    "clip_value": Option(math.inf, low=0, name="clip_value"),
+    "clip_norm": Option(math.inf, low=0, name="clip_norm"),
+    "every": Option(1, low=1, name="every"),
+    "until": Option(math.inf, low=0, name="until"),
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a level uses its rule on the hyperparameters below it."""
+
+    estimator: Estimator = Estimator()
+    clipping: Clipping = Clipping()
+    timing: Timing = Timing()
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Policy:
+        """The policy that the keywords of the notation stand for, but for ``trust``."""
+
+        def part(kind: Any) -> Any:
+            return kind(**{name: settings[name] for name in kind.__dataclass_fields__})
+
+        return cls(part(Estimator), part(Clipping), part(Timing))
+
+
+def derivatives(
+    update: Callable[[Tensor], tuple[Tensor, Any]],
+    raw: Tensor,
+    like: Tensor,
+    directions: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], Any]:
+    """The derivatives of the weights after an update, [n] for each direction; and its state.
+
+    This is forward mode, as reverse mode of reverse mode, which is linear in its argument. torch's
+    own forward mode cannot be traced without its bookkeeping.
+
+    Args:
+        update: raw values in; the new weights, [n], and anything else out.
+        like: a vector like the weights, [n].
+        directions: in which ``raw`` changes; by default one for each raw value.
+    """
+
+    def pullback(vector: Tensor) -> tuple[Tensor, Any]:
+        _, back, state = torch.func.vjp(update, raw, has_aux=True)  # type: ignore[misc]
+        return back(vector)[0], state
+
+    _, forward, state = torch.func.vjp(pullback, like, has_aux=True)  # type: ignore[misc]
+    return [forward(d)[0] for d in (units(raw) if directions is None else directions)], state
+
+
+def units(raw: Tensor) -> Sequence[Tensor]:
+    """The unit vectors, one for each raw value."""
+    return torch.eye(len(raw), dtype=raw.dtype, device=raw.device).unbind()
+
+
+def cosine(product: Tensor, squares: Tensor, others: Tensor) -> Tensor:
+    """An inner product by the norms of both vectors, given as their squares; 0 if one is 0."""
+    norms = torch.sqrt(squares) * torch.sqrt(others)
+    return torch.where(norms > 0, product / norms, product)
+
+
+def zero_rounding_noise(
+    forgets: Sequence[bool],
+    values: Callable[[Tensor], Tensor],
+    raw: Tensor,
+    derivatives: list[Tensor],
+    update: Tensor,
+) -> list[Tensor]:
+    """The derivatives of an update by the raw values, with rounding noise around 0 set to 0.
+
+    Args:
+        forgets: which hyperparameters are factors that forget, as betas. Only these have terms that
+            may cancel, of about 1 / beta or 1 / (1 - beta) times the update.
+        values: T, raw values to hyperparameters.
+        update: what the update has added to the weights, [n].
+    """
+    if not any(forgets):
+        return derivatives
+    h, pullback = torch.func.vjp(values, raw)  # type: ignore[misc]
+    (slopes,) = pullback(torch.ones_like(h))
+    terms = slopes / torch.minimum(h, 1 - h) * torch.finfo(update.dtype).eps
+    least = (ROUNDING * terms) ** 2 * (update * update).sum()
+    return [
+        torch.where((d * d).sum() > least[i], d, 0.0) if forgets[i] else d
+        for i, d in enumerate(derivatives)
+    ]
+
+
+def size_of_update(update: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The squared norms of an update and of the weights, 0-dim, for `log_lr_limit`.
+
+    Args:
+        update: what an lr of 1 adds to the weights ``w``, [n]. (What a large lr adds may overflow
+            when it is squared.)
+        dtype: that of the results.
+    """
+    squares = (update * update).sum().to(dtype)
+    # Where the squares overflow or vanish and the update does not, this bounds them.
+    largest = (update.abs().amax() if update.numel() else update.sum()).to(dtype)
+    sound = squares.isfinite() & (squares > 0)
+    squares = torch.where(sound, squares, update.numel() * largest * largest)
+    return squares, ((w * w).sum() + MIN_WEIGHT_RMS**2 * w.numel()).to(dtype)
+
+
+def log_lr_limit(update: Tensor, weights: Tensor) -> Tensor:
+    """The log lr with which the update is as large as the weights, from `size_of_update`."""
+    return torch.log(torch.sqrt(weights / update))

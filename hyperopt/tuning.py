@@ -1,0 +1,184 @@
+"""What a rule declares, and how the level above moves it: hyperparameters, options, tunings."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from .domains import DOMAINS, REAL, SQUARE, Domain
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Declares a hyperparameter of a rule. On an instance it reads as its initial value.
+
+    Attributes:
+        default: its value if none is given.
+        domain: the domain in which the level above moves it.
+        tuned: whether the level above moves it if the stack names no subset. A hyperparameter that
+            is off by default (0) is moved only if it was given a value.
+        low, high: legal values are low <= value < high.
+    """
+
+    default: float
+    domain: Domain = REAL
+    tuned: bool = True
+    low: float = 0.0
+    high: float = math.inf
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    def __get__(self, rule: Any, owner: type) -> Any:
+        return self if rule is None else rule.values.get(self.name, self.default)
+
+    def check(self, rule: str, value: Any) -> float:
+        """The value as a number.
+
+        Raises:
+            ValueError: it is no number, or not a legal one.
+        """
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several elements
+            raise ValueError(f"{rule}: {self.name} must be a number, not {value!r}") from None
+        if not self.low <= number < self.high:
+            interval = f"[{self.low:g}, {self.high:g})"
+            raise ValueError(f"{rule}: {self.name} must lie in {interval}, but is {number:g}")
+        return number
+
+
+@dataclass(frozen=True)
+class Option:
+    """Declares a constant that no level moves: a switch, or how the state starts.
+
+    Attributes:
+        default: its value if none is given. Other values have the same type.
+        low: the lowest legal value of a number.
+    """
+
+    default: Any
+    low: float = -math.inf
+    name: str = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        object.__setattr__(self, "name", name)
+
+    def __get__(self, rule: Any, owner: type) -> Any:
+        return self if rule is None else rule.settings[self.name]
+
+    def check(self, rule: str, value: Any) -> Any:
+        """The value in the type of the default.
+
+        Raises:
+            ValueError: it has another type, or is too low.
+        """
+        expected = type(self.default)
+        # The notation has one kind of number.
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        whole = number and float(value).is_integer()
+        if (number and expected is float) or (whole and expected is int):
+            value = expected(value)
+        elif expected in (int, float) or not isinstance(value, expected):
+            kind = "an int" if expected is int else f"a {expected.__name__}"
+            raise ValueError(f"{rule}: {self.name} must be {kind}, not {value!r}")
+        if self.low > -math.inf and not value >= self.low:
+            raise ValueError(f"{rule}: {self.name} must be {self.low:g} or more, but is {value!r}")
+        return value
+
+
+SCOPES = ("run", "group", "tensor")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the level above moves a hyperparameter.
+
+    Attributes:
+        domain: the domain in which it is moved.
+        low, high: bounds of its value, beside those of the domain.
+        per: its scope: one value for the whole run, each param group, or each tensor.
+    """
+
+    domain: Domain
+    low: float = -math.inf
+    high: float = math.inf
+    per: str = "run"
+
+    @classmethod
+    def parse(cls, text: str, default: Domain) -> Tuning:
+        """Read a tuning such as ``"log from 1e-6 to 1 per tensor"``. Every part is optional.
+
+        Raises:
+            ValueError: one line that says what is wrong.
+        """
+        words = text.split()
+        domain = default
+        if words and words[0] not in ("from", "to", "per"):
+            if words[0] not in DOMAINS:
+                raise ValueError(
+                    f"there is no domain {words[0]!r}; {did_you_mean(words[0], DOMAINS)}"
+                )
+            domain = DOMAINS[words.pop(0)]
+        given = dict(zip(words[::2], words[1::2], strict=False))
+        try:
+            low, high = float(given.get("from", -math.inf)), float(given.get("to", math.inf))
+            if len(given) * 2 != len(words) or given.keys() - {"from", "to", "per"}:
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"{text!r} does not say how to tune; it is a domain, then from and to with a "
+                "number, and per with run, group or tensor, each where wanted and once"
+            ) from None
+        per = given.get("per", "run")
+        if per not in SCOPES:
+            raise ValueError(f"there is no scope {per!r}; {did_you_mean(per, SCOPES)}")
+        if not low < high:
+            raise ValueError(f"from {low:g} to {high:g} leaves nothing between")
+        for number in (low, high):
+            if math.isfinite(number) and number not in domain:
+                raise ValueError(f"{number:g} is not in the {domain.name} domain")
+        return cls(domain, low, high, per)
+
+    def __contains__(self, value: float) -> bool:
+        return value in self.domain and self.low <= value <= self.high
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The lowest and the highest raw value."""
+        reach = self.domain.reach
+        high = min(reach, self.domain.raw(self.high)) if math.isfinite(self.high) else reach
+        if math.isfinite(self.low):
+            return max(-reach, self.domain.raw(self.low)), high
+        return (-high if self.domain is SQUARE else -reach), high
+
+    def format(self, default: Domain) -> str:
+        """The inverse of `parse`."""
+        words = [] if self.domain is default else [self.domain.name]
+        words += [f"from {format_value(self.low)}"] if math.isfinite(self.low) else []
+        words += [f"to {format_value(self.high)}"] if math.isfinite(self.high) else []
+        words += [f"per {self.per}"] if self.per != "run" else []
+        return " ".join(words)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known word, or all of them."""
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), folded)
+    if not close:
+        return f"known are {', '.join(folded.values())}"
+    # "Adma" is as near to Adamax as to Adam, but people swap letters more often than they drop two.
+    best = min(close, key=lambda name: abs(len(name) - len(word)))
+    return f"did you mean {folded[best]!r}?"
+
+
+def format_value(value: Any) -> str:
+    """A number, a truth value or a dict of numbers in the notation."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {format_value(one)}" for name, one in value.items()) + "}"
+    return repr(value).replace("e-0", "e-")

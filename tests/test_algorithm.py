@@ -1,0 +1,118 @@
+"""The engine computes what `hyperopt.algorithm` defines."""
+
+import doctest
+
+import pytest
+import torch
+
+import hyperopt.algorithm
+from hyperopt import RULES, HyperOptimizer, parse
+from hyperopt.algorithm import skip, start, step
+
+# Every rule, with hyperparameters that matter from the first steps on.
+RULE = {
+    "SGD": "SGD({lr}, momentum=0.6, weight_decay=0.05)[lr, momentum, weight_decay]",
+    "AdaGrad": "AdaGrad({lr}, eps=0.1, lr_decay=0.1)[lr, eps, lr_decay]",
+    "RMSProp": "RMSProp({lr}, gamma=0.7, eps=0.1, momentum=0.6, centered=True)",
+    "Adadelta": "Adadelta({lr}, rho=0.7, eps=0.1, weight_decay=0.05)[lr, rho, weight_decay]",
+    "Adam": "Adam({lr}, 0.6, 0.8, eps=0.1, amsgrad=True)",
+    "AdamW": "AdamW({lr}, 0.6, 0.8, eps=0.1, weight_decay=0.05)[lr, beta1, beta2, weight_decay]",
+    "Adamax": "Adamax({lr}, 0.6, 0.8)",
+    "NAdam": "NAdam({lr}, 0.6, 0.8, eps=0.1, momentum_decay=0.5)[lr, beta1, momentum_decay]",
+    "RAdam": "RAdam({lr}, 0.6, 0.9, eps=0.1)",
+    "Lion": "Lion({lr}, 0.6, 0.8, weight_decay=0.05)[lr, weight_decay]",
+    "ScheduleFreeAdam": "ScheduleFreeAdam({lr}, 0.6, 0.8, eps=0.1, r=2)",
+}
+HEIGHTS = {
+    0: "{lowest}",
+    1: "{lowest} / SGD(1e-3)",
+    2: "{lowest} / {middle} / SGD(1e-7)",
+    3: "{lowest} / {middle} / Adam(1e-5) / SGD(1e-8)",
+}
+ESTIMATORS = [
+    "RMSProp(0.05, gamma=0.7)[lr: log, gamma] / SGD(0.01, normalize=True)",
+    "Adam(0.05)[lr: log, beta1] / SGD(0.01, horizon=3)",
+    "SGD(0.05, momentum=0.5) / Adam(0.01, horizon=inf) / SGD(1e-3)",
+    "ScheduleFreeAdam(0.1)[lr: log] / AdaGrad(0.5, horizon=inf, normalize=True) / SGD(1e-3)",
+    "SGD(0.05, momentum=0.5) / SGD(0.1, momentum=0.5, clip_norm=0.05) / SGD(1e-3, clip_value=0.01)",
+    "SGD(0.05, momentum=0.5)[lr: log from 0.02 to 0.06, momentum] / SGD(0.5) / SGD(1e-3)",
+    "SGD(0.05)[lr: log per tensor, momentum] / SGD({lr: 0.1, momentum: 0.01}, momentum=0.5)",
+    "Adam(0.05)[lr: square per tensor] / RMSProp(1e-3)[lr, gamma] / SGD(1e-4)",
+]
+SIZES = (3, 1, 4)
+
+
+def drawn(generator: torch.Generator, w: torch.Tensor) -> torch.Tensor:
+    """The gradient of a quadratic, with noise."""
+    noise = torch.randn(len(w), generator=generator, dtype=torch.float64)
+    return torch.linspace(0.5, 2, len(w), dtype=torch.float64) * w + noise / 3
+
+
+def check(stack: str, compile: bool = False, steps: int = 25) -> None:
+    """Both make the same steps; the 8th has no gradient, and that of the 14th is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64)
+    params = [torch.nn.Parameter(part.clone()) for part in w.split(SIZES)]
+    optimizer = HyperOptimizer(params, stack, compile=compile)
+    owners = [i for i, size in enumerate(SIZES) for _ in range(size)]
+    levels = start(parse(stack), w, owners)
+    long = "horizon" in stack
+    for t in range(steps):
+        gradient = drawn(generator, w)
+        missing, infinite = t == 8 and not long, t == 14 and optimizer.stack.height > 0
+        for p, part in zip(params, gradient.split(SIZES), strict=True):
+            p.grad = None if missing else part / 0 if infinite else part.clone()
+        optimizer.step()
+        if missing or infinite:
+            levels = skip(levels)
+        else:
+            w, levels = step(levels, w, gradient)
+        ours = torch.cat([p.detach() for p in params])
+        torch.testing.assert_close(ours, w, rtol=1e-12, atol=1e-12)
+        raw = [row for each in optimizer._engine._numbers.raw for row in each]
+        for k, (mine, level) in enumerate(zip(raw, levels, strict=True)):
+            torch.testing.assert_close(mine, level.raw, rtol=1e-12, atol=1e-12, msg=f"level {k}")
+
+
+def test_every_rule_is_here():
+    assert RULE.keys() == {n for n, rule in RULES.items() if rule.__module__ == "hyperopt.rules"}
+
+
+@pytest.mark.parametrize("height", HEIGHTS)
+@pytest.mark.parametrize("rule", RULE)
+def test_every_rule_at_every_height(rule, height):
+    lowest, middle = RULE[rule].format(lr=0.05), RULE[rule].format(lr=1e-4)
+    check(HEIGHTS[height].format(lowest=lowest, middle=middle))
+
+
+@pytest.mark.parametrize("stack", ESTIMATORS)
+def test_estimators_limits_and_scopes(stack):
+    check(stack)
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize(
+    "stack", [ESTIMATORS[2], ESTIMATORS[3], "Adam(0.05) / SGD(1e-3) / SGD(1e-5)"]
+)
+def test_the_compiled_step_too(stack):
+    check(stack, compile=True)
+
+
+def test_many_runs_at_once_under_vmap():
+    lrs = torch.tensor([1e-3, 1e-2, 1e-1], dtype=torch.float64)
+    first = start(parse("SGD(0.1, momentum=0.5) / Adam(0.01) / SGD(1e-3)"), torch.ones(4).double())
+
+    def run(lr: torch.Tensor) -> torch.Tensor:
+        raw = torch.stack([lr, first[0].raw[1]])
+        levels, w = [first[0]._replace(raw=raw), *first[1:]], torch.ones(4, dtype=torch.float64)
+        for _ in range(3):
+            w, levels = step(levels, w, torch.sin(3 * w))
+        return w
+
+    for alone, together in zip(map(run, lrs), torch.vmap(run)(lrs), strict=True):
+        torch.testing.assert_close(alone, together, rtol=1e-12, atol=0)
+
+
+def test_the_example_of_the_page():
+    assert doctest.testmod(hyperopt.algorithm).attempted
+    assert not doctest.testmod(hyperopt.algorithm).failed
