@@ -1,36 +1,35 @@
-"""`Auto`: the recommended stack, which needs no learning rate."""
+"""`Auto`: the recommended stack. It needs no learning rate."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from .optimizer import HyperOptimizer
 from .rules import AdaGrad, ScheduleFreeAdam
 
-# The squares of what a smaller lr adds to the weights are 0 in float32, so that it would stay.
+# With a smaller lr, the squares of an update are 0 in float32, and lr would never move.
 MIN_LR = 1e-20
 
 
 class Auto(HyperOptimizer):
-    """Schedule-Free Adam whose learning rate finds itself, from wherever it starts.
+    """Schedule-Free Adam that finds its learning rate from any start.
 
-    The logarithm of lr is moved by AdaGrad, against the cosine between the new gradient and what
-    lr has added to the weights so far, older steps counting for less: lr grows as long as going on
-    in that direction lowers the loss. A hypergradient of one step, as the paper's, asks whether the
-    last step did, which the noise of the gradients denies long before lr is as large as it should
-    be (Wu et al. 2018, arXiv 1803.02021). For the same reason the weights that gradients are taken
-    at are nearly the mean of many steps, which noise reaches less than single ones (Defazio et al.
-    2024, arXiv 2405.15682); they are those to use when training ends, with no mode to switch. What
-    lr adds in one step is at most a tenth of the weights, by their norms.
+    AdaGrad moves the logarithm of lr, against the cosine between the new gradient and what lr has
+    added to the weights so far; older steps count for less. So lr grows as long as going on in that
+    direction lowers the loss. The paper's hypergradient of one step asks only whether the last step
+    lowered it. The noise of the gradients then makes lr fall long before it is large enough (Wu et
+    al. 2018, arXiv 1803.02021). For the same reason the weights are nearly the mean of many steps,
+    which has less noise (Defazio et al. 2024, arXiv 2405.15682). Use them as they are when training
+    ends: there is no mode to switch. One step adds at most a tenth of the weights, by norms.
 
     Args:
         params: parameters or param groups, as `HyperOptimizer` takes them.
-        lr: where the learning rate starts. The default does no harm to weights that were trained
-            before; from 1.0 the first update is as large as it may be, which saves new weights some
-            ten steps in which lr only grows.
+        lr: where the learning rate starts. The default does no harm to pretrained weights. From 1.0
+            the first update is as large as allowed, which saves new weights about ten steps in
+            which lr only grows.
         weight_decay: decoupled from the gradient, as that of AdamW and Schedule-Free AdamW. Param
             groups may have one of their own.
         compile: as in `HyperOptimizer`.
@@ -45,7 +44,7 @@ class Auto(HyperOptimizer):
         lr: float = 1e-5,
         *,
         weight_decay: float = 0.0,
-        compile: bool = True,
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
         _check(lr)
         above = AdaGrad(
@@ -55,7 +54,7 @@ class Auto(HyperOptimizer):
         super().__init__(params, lowest / above, compile=compile)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `HyperOptimizer`; an ``lr`` of its own is held to what is said of `Auto`'s."""
+        """As in `HyperOptimizer`; a group's own ``lr`` is checked like `Auto`'s."""
         if isinstance(param_group, dict):
             _check(param_group.get("lr", MIN_LR))
         super().add_param_group(param_group)

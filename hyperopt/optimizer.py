@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +35,10 @@ class HyperOptimizer(torch.optim.Optimizer):
             value of its own, as in ``{"params": ..., "lr": 0.1}``; one that is tuned is then tuned
             apart from that of the other groups.
         stack: a `Stack`, a single `Rule`, or their notation, as ``"Adam(0.001) / SGD(1e-5)"``.
-        compile: whether to compile the step, which takes a few seconds at the first step. Without a
-            compiler, steps run eagerly, which computes the same.
+        compile: whether to compile the step, which takes a few seconds. ``"auto"`` makes the first
+            20 steps eagerly and then compiles, so that a short script need not wait; True compiles
+            at the first step, False never. Eager steps compute the same, slower; without a C++
+            compiler all steps are eager.
 
     Raises:
         ValueError: a stack that does not parse, a value outside its domain, an empty list of
@@ -45,7 +47,11 @@ class HyperOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], stack: Stack | Rule | str, *, compile: bool = True
+        self,
+        params: Iterable[Any],
+        stack: Stack | Rule | str,
+        *,
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
         self.stack = parse(stack)
         self._engine = Engine(self.stack, compile)
@@ -163,8 +169,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         return self._engine.skipped
 
     @property
-    def compile(self) -> bool:
-        """Whether steps are to be compiled."""
+    def compile(self) -> bool | str:
+        """Whether steps are to be compiled: True, False or "auto"."""
         return self._engine.compile
 
     @property

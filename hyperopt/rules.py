@@ -1,29 +1,27 @@
-"""The rules: each one is its hyperparameters, its state and one pure ``update``.
+"""The rules. Each is its hyperparameters, its state and one pure ``update``.
 
-To add an optimizer to the project, write one class here. Hypergradients, towers, notation,
-checkpoints and speed follow from its ``update``; no derivative is written by hand.
+To add a rule, write one class here. Hypergradients, towers, notation, checkpoints and compiled
+steps follow from its ``update``; no derivative is written by hand.
 
-What ``update`` may rely on:
+``update(w, g, s, h)`` gets
 
-* ``w`` and ``g`` are 1-D tensors of one floating dtype: some of the weights that the rule moves,
-  and their gradient. Which weights come together is not for ``update`` to know: a large tensor
-  comes by itself, small ones come joined, and there may be none. So each weight's update depends on
-  what is known of that weight alone, and on no norm or mean. (On an upper level, the "weights" are
-  the hyperparameters of the level below.)
-* ``h.lr``, ``h.beta1``, ... are the hyperparameters' values, as float64 tensors that broadcast
-  against ``w``; a 0-dim one does not change its dtype. They are differentiated.
-* ``s["..."]`` is the state that ``init`` or the last ``update`` returned, always with the same
+* ``w`` and ``g``: 1-D tensors of one floating dtype, the weights and their gradient. ``update``
+  must be elementwise: it may receive any slice of the parameters, also an empty one, so that norms
+  and means have no meaning. (On an upper level, the "weights" are the hyperparameters of the level
+  below.)
+* ``h.lr``, ``h.beta1``, ...: the hyperparameters' values, float64 tensors that broadcast against
+  ``w``; a 0-dim one does not change its dtype. They are differentiated.
+* ``s["..."]``: the state that ``init`` or the last ``update`` returned, always with the same
   entries in the same order. Vectors in it have ``w``'s shape; 0-dim entries are float64.
-* ``self.is_active("momentum")`` tells whether an optional hyperparameter takes part at all. One
-  that is 0 and not tuned costs nothing.
+
+``self.is_active("momentum")`` tells whether an optional hyperparameter takes part at all. One that
+is 0 and not tuned costs nothing.
 
 The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
 its variants, and the constants in which the paper's own package
-(``gradient-descent-the-ultimate-optimizer`` 1.0) differs.
-
-The domains of lr, of SGD's momentum and of the betas are the paper's. All others keep a
-hyperparameter in its legal values wherever it is moved to, so that one that is 0 cannot be moved
-before it is given a value.
+(``gradient-descent-the-ultimate-optimizer`` 1.0) differs. The domains of lr, of SGD's momentum and
+of the betas are the paper's. All other domains keep a hyperparameter legal wherever it is moved;
+one that is 0 must be given a value before it can be tuned.
 """
 
 from __future__ import annotations
@@ -41,25 +39,22 @@ from .tuning import Hyper, Option
 def root(v: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0.
 
-    A weight that never sees a gradient has a second moment of 0 for ever, and the derivative of the
-    square root there is infinite; but no hyperparameter moves such a weight.
+    A weight that never has a gradient keeps a second moment of 0, where the derivative of the
+    square root is infinite. No hyperparameter moves such a weight, so its derivative is 0.
     """
     positive = v > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, v, 1.0)), 0.0)
 
 
 def decay(w: Tensor, g: Tensor, h: Values, decoupled: bool) -> tuple[Tensor, Tensor]:
-    """The weights and their gradient after a weight decay that may be of either kind."""
+    """The weights and their gradient after weight decay, decoupled or not."""
     if decoupled:  # Loshchilov and Hutter 2019
         return w - h.lr * h.weight_decay * w, g
     return w, g + h.weight_decay * w
 
 
 def average(mean: Tensor, new: Tensor, beta: Tensor) -> Tensor:
-    """The exponential moving average that forgets by a factor of beta.
-
-    In this form beta occurs once, so that its derivative is one sum over the weights, and not two.
-    """
+    """beta * mean + (1 - beta) * new; beta occurs once, so that its derivative is one sum."""
     return mean + (1 - beta) * (new - mean)
 
 
@@ -73,8 +68,8 @@ def counter() -> Tensor:
 class SGD(Rule):
     """Stochastic gradient descent, as ``torch.optim.SGD``.
 
-    Momentum is Polyak's (1964) or, with ``nesterov``, Sutskever et al.'s form of Nesterov's (2013),
-    which raises a ValueError where there is no momentum.
+    Momentum is Polyak's (1964) or, with ``nesterov``, Nesterov's in the form of Sutskever et al.
+    (2013). ``nesterov`` without momentum raises a ValueError.
     """
 
     lr = Hyper(1e-3)
@@ -212,7 +207,7 @@ class Adam(Rule):
         return self.adapt(w, g, s, h)
 
     def adapt(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        """The update proper, once the weight decay is dealt with."""
+        """The update without weight decay."""
         step = s["step"] + 1
         exp_avg = average(s["exp_avg"], g, h.beta1)
         exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
@@ -261,7 +256,7 @@ class NAdam(Rule):
     decoupled_weight_decay = Option(False)
 
     def init(self, w: Tensor) -> State:
-        # Hyperparameters below that have betas of their own have products of their own.
+        # Betas per hyperparameter below need products per hyperparameter.
         several = any(isinstance(self.values[n], dict) for n in ("beta1", "momentum_decay"))
         return {
             "step": counter(),
@@ -329,7 +324,7 @@ class RAdam(Rule):
         limit = 2 / (1 - h.beta2) - 1
         length = limit - 2 * step * power / (1 - power)
         rectified = length > 5
-        # Where the branch is not taken, its derivative must be finite all the same, to be left out.
+        # The derivative of the branch that is not taken must be finite too.
         limit, length = (torch.where(rectified, x, 6.0) for x in (limit, length))
         ratio = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
         adapted = torch.sqrt(ratio * (1 - power)) * torch.reciprocal(root(exp_avg_sq) + h.eps)
@@ -341,9 +336,8 @@ class RAdam(Rule):
 class Lion(Rule):
     """Lion (Chen et al. 2023, Algorithm 2), whose weight decay is decoupled.
 
-    beta1 reaches the weights through a sign, which is flat, and beta2 only from the next step on,
-    for which this one is a constant: the hypergradients of both are 0. So the level above does not
-    move them, unless it is told to; then they stay where they are.
+    The hypergradients of both betas are 0: beta1 reaches the weights through a sign, which is flat,
+    and beta2 only from the next step on. So they are not tuned by default.
     """
 
     lr = Hyper(1e-4)
@@ -367,10 +361,10 @@ class ScheduleFreeAdam(Rule):
 
     It is ``AdamWScheduleFree`` of the authors' package ``schedulefree``, at ``weight_lr_power=0``.
 
-    Two points stand behind the weights y, which are those that gradients are taken at: z makes
-    Adam's steps without momentum, and x is the mean of all z. y lies between them, a share of beta1
-    of the way to x. Kept is ``ahead`` = z - y, so that x is y - (1 / beta1 - 1) * ahead. In the
-    mean, the z of step t counts for t^r.
+    Gradients are taken at the weights y. Two points stand behind them: z makes Adam's steps without
+    momentum, and x is the mean of all z, in which the z of step t has the weight t^r.
+    y = (1 - beta1) z + beta1 x. The state keeps ``ahead`` = z - y, so that
+    x = y - (1 / beta1 - 1) * ahead.
     """
 
     lr = Hyper(2.5e-3)

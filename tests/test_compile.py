@@ -42,7 +42,9 @@ def compilations(monkeypatch) -> list:
     monkeypatch.setattr(hyperopt._engine.compiler, "_compile", counted)
     monkeypatch.setattr(hyperopt._engine.compiler, "_compiled", {})
     monkeypatch.setattr(hyperopt._engine.compiler, "_broken", [])
-    monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 500)  # so that there are shards of both kinds
+    monkeypatch.setattr(
+        hyperopt._engine.shards, "LARGE", 500
+    )  # so that there are shards of both kinds
     return layouts
 
 
@@ -111,7 +113,9 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
         torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=precision, atol=0)
         if t == 0:
             done = len(compilations)
-            monkeypatch.setattr(hyperopt._engine.compiler, "make_fx", None)  # nothing is traced any more
+            monkeypatch.setattr(
+                hyperopt._engine.compiler, "make_fx", None
+            )  # nothing is traced any more
         if t == 10 and fast.stack.height == 0:  # what may be set, without compiling anew
             for group in fast.param_groups + slow.param_groups:
                 group["lr"] /= 2

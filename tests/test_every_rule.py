@@ -264,7 +264,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name):
 def test_compiled_is_eager_to_rounding(name):
     stack = f"{whole(name, **other(name))} / SGD(1e-4)"
     (ours, groups), (theirs, their_groups) = (made(torch.float64, {}) for _ in range(2))
-    fast = HyperOptimizer(groups, stack)
+    fast = HyperOptimizer(groups, stack, compile=True)
     slow = HyperOptimizer(their_groups, stack, compile=False)
     for t in range(12):
         step(ours, fast, t)

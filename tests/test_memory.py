@@ -60,7 +60,7 @@ def test_memory_is_flat_from_step_to_step(stack, without_collector):
 @pytest.mark.slow
 def test_memory_of_compiled_steps_is_flat(without_collector):
     w = torch.randn(1000, requires_grad=True)
-    optimizer = HyperOptimizer([w], STACK)
+    optimizer = HyperOptimizer([w], STACK, compile=True)
 
     def steps(n: int) -> None:
         for _ in range(n):
@@ -102,7 +102,7 @@ def test_a_compiled_step_holds_no_optimizer_and_no_weights(shards, monkeypatch):
 
     def train() -> weakref.ref:
         params = [torch.randn(1234, requires_grad=True) for _ in range(shards)]
-        optimizer = HyperOptimizer(params, "SGD(0.1, momentum=0.9) / SGD(1e-3)")
+        optimizer = HyperOptimizer(params, "SGD(0.1, momentum=0.9) / SGD(1e-3)", compile=True)
         for _ in range(4):
             for w in params:
                 w.grad = torch.randn(1234)

@@ -20,10 +20,11 @@ All that is private to torch and is used here, each with the version that brough
 - `torch._inductor.compile_fx.compile_fx_inner` (2.0), of whose result `current_callable` (2.2)
 - `torch._inductor.decomposition.select_decomp_table` (2.0)
 - `torch._inductor.virtualized.V` (2.0)
-- `torch._inductor.config`: size_asserts, realize_reads_threshold, cpp.vec_isa_ok (2.0)
+- `torch._inductor.config`: size_asserts, realize_reads_threshold (2.0)
 - what saves time, and is passed over where it is not found: `codecache.triton_key`,
   `cpp_builder._get_optimization_cflags` (2.6), `async_compile.AsyncCompile.wait` (2.0),
-  `cpu_vec_isa.valid_vec_isa_list` (2.5)
+  `codecache._get_cpp_prefix_header` (2.8), `cpu_vec_isa.valid_vec_isa_list`, `.x86_isa_checker`
+  and `.supported_vec_isa_list` (2.5)
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import contextlib
 import gc
 import operator
 import os
+import platform
 import sys
 import threading
 import warnings
@@ -51,17 +53,15 @@ FEW = 500
 # pays, such as whether to use several threads.
 TYPICAL = 100_003
 
+# In a process that compiles more kernels than this, headers are compiled in advance.
+MANY = 8
+
 FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler its -O3
 
 Run = Callable[[list], Any]
 
 _compiled: dict[tuple, Any] = {}  # a kernel, or None where each length has its own
 _lock = threading.RLock()  # held by whoever traces or compiles
-
-
-def is_disabled() -> bool:
-    """Whether torch's own switches forbid to compile."""
-    return any(os.environ.get(n) == "1" for n in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"))
 
 
 class Untraced(Exception):
@@ -89,7 +89,7 @@ class Kernel:
         Raises:
             Exception: whatever a missing or broken compiler raises.
         """
-        with _lock:
+        with _compiling():
             if self._making is not None:
                 self._run = self._making()
                 self._making = None
@@ -134,7 +134,7 @@ def compiled(
     of_small = tuple((t.shape, t.dtype, t.device) for t in small)
     of_vectors = tuple((t.dtype, t.device) for t in vectors)
     whole = name, key, of_small, of_vectors, threads
-    with _lock:
+    with _compiling():
         if whole not in _compiled:
             try:
                 _compiled[whole] = _kernel(function, of_small, of_vectors, None, recompute)
@@ -274,9 +274,10 @@ def _compile(
     if size and (env.guards or env.replacements):
         raise _Sized
     # What is there twice is, for the most part, a move beside its own derivative.
+    graph.graph.eliminate_dead_code()
     graph.graph = fx_graph_cse(graph.graph)
-    if vectors:
-        _realize_scalars(graph)
+    if vectors and n != 1:
+        _realize_scalars(graph, [*(size or [n])])
     recompute = recompute and len(graph.graph.nodes) < FEW
     options = {"realize_reads_threshold": 16} if recompute else {}
     return _start(graph, [*size, *arguments], mode, options)
@@ -314,6 +315,12 @@ def _works_in_place(
     return True
 
 
+def enabled() -> bool:
+    """Whether torch's own switches allow to compile."""
+    switches = "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"
+    return not any(os.environ.get(switch) == "1" for switch in switches)
+
+
 def reason(error: Exception) -> str:
     """What an error says, in one line."""
     lines = (line for line in str(error).splitlines() if line.strip())
@@ -321,29 +328,35 @@ def reason(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for garbage, which compiling makes little of, for a quarter of its time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _compiling() -> Iterator[None]:
+    """One thread at a time.
+
+    And without looking for garbage, which compiling makes little of, for a quarter of its time.
+    """
+    with _lock:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
     """The graph of what a function does to tensors like these; it writes to them at its end."""
-    with _lock:
+    with _compiling():
         return _trace(function, arguments, "fake")
 
 
-@_uncollected()
 def _trace(function: Callable[..., Any], arguments: Sequence[Any], mode: str) -> fx.GraphModule:
     from torch._inductor.decomposition import select_decomp_table
 
     pure = torch.func.functionalize(function, remove="mutations")
     graph = make_fx(pure, select_decomp_table(), tracing_mode=mode)(*arguments)
+    # Inductor asks for it, and finds no name in its cache for a graph that has it itself. Each graph
+    # is of a class of its own.
+    type(graph).shape_env = vars(graph).pop("shape_env", None)  # type: ignore[attr-defined]
     _read_first(graph)
     return graph
 
@@ -388,13 +401,12 @@ def compile_graph(
     # Inductor looks into its cache on disk only where there is an environment of shapes; it need
     # not be told that the shapes are fixed if the arguments are stand-ins of fixed shapes already.
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    with _lock:
+    with _compiling():
         stand_ins = [mode.from_tensor(t, static_shapes=True) for t in arguments]
         run = _start(graph, stand_ins, mode, options)()
     return lambda *tensors: run([*tensors])
 
 
-@_uncollected()
 def _start(
     graph: fx.GraphModule, stand_ins: Sequence[Any], mode: Any, options: dict[str, Any]
 ) -> Callable[[], Run]:
@@ -410,7 +422,8 @@ def _start(
     if not torch.cuda.is_available():
         unhashed = mock.patch.object(codecache, "triton_key", lambda: "", create=True)
 
-    # Its loops are vectors already: the C++ compiler finds nothing more in twice the time.
+    # Its loops are vectors already: the C++ compiler finds nothing more in twice the time. But a loop
+    # over any number of elements ends with a rest, which the compiler has to take out of the loop.
     moderately: Any = contextlib.nullcontext()
     if flags := getattr(cpp_builder, FLAGS, None):
 
@@ -418,22 +431,37 @@ def _start(
             found = flags(*args)  # from torch 2.9 on two lists, for compiling and for linking
             compiling = found[0] if isinstance(found, tuple) else found
             compiling[:] = ["O2" if flag == "O3" else flag for flag in compiling]
+            if "O2" in compiling and cpp_builder.is_gcc():
+                compiling.append("fsplit-loops")
             return found
 
         moderately = mock.patch.object(cpp_builder, FLAGS, moderate)
 
-    def attempt(options: dict[str, Any], ours: bool) -> Callable[[], Run]:
+    # Taking the processor's word for what it can do saves the seconds in which Inductor would let
+    # the C++ compiler try its instruction sets, once on each machine.
+    trusting: Any = contextlib.nullcontext()
+    if sets := _instruction_sets():
+        trusting = mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", lambda: sets)
+
+    def attempt(options: dict[str, Any], trusting: Any, moderately: Any) -> Callable[[], Run]:
         later: list[Callable[[], None]] = []
-        wait = AsyncCompile.wait
-        deferred = mock.patch.object(
-            AsyncCompile, "wait", lambda own, scope: later.append(lambda: wait(own, scope))
-        )
+        wait, thread = AsyncCompile.wait, threading.get_ident()
+
+        def defer(own: Any, scope: dict[str, Any]) -> None:
+            if threading.get_ident() != thread:  # which compiles something else
+                wait(own, scope)
+            else:
+                later.append(lambda: wait(own, scope))
+
+        deferred = mock.patch.object(AsyncCompile, "wait", defer)
         with (
             tracing(TracingContext(mode)),
             config.patch(options),
             V.set_fake_mode(mode),
             unhashed,
+            trusting,
             moderately,
+            headers,
             deferred,
             warnings.catch_warnings(),
         ):
@@ -448,31 +476,52 @@ def _start(
         return finish
 
     options = {"size_asserts": False, **options}
+    # To compile the headers in advance takes as long as to compile four kernels with them.
+    headers: Any = contextlib.nullcontext()
+    if len(_compiled) < MANY and hasattr(codecache, "_get_cpp_prefix_header"):
+        headers = mock.patch.object(codecache, "_get_cpp_prefix_header", lambda device: None)
+    nothing: Any = contextlib.nullcontext()
     try:
-        # Taking the C++ compiler's word for what this processor can do saves the ten seconds in
-        # which Inductor would try all of its instruction sets, once on each machine.
-        begun = attempt({"cpp.vec_isa_ok": True, **options}, True)
+        begun = attempt(options, trusting, moderately)
     except Exception:
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        return attempt(options, False)
+        return attempt(options, nothing, nothing)
 
     def finish() -> Run:
         try:
             return begun()
         except Exception:
-            cpu_vec_isa.valid_vec_isa_list.cache_clear()
-            return attempt(options, False)()
+            return attempt(options, nothing, nothing)()
 
     return finish
 
 
-def _realize_scalars(graph: fx.GraphModule) -> None:
+def _instruction_sets() -> list:
+    """Those of this processor that Inductor makes vectors for; none, where it should find out."""
+    from torch._inductor import cpu_vec_isa
+
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return []
+    try:
+        able, known = cpu_vec_isa.x86_isa_checker(), cpu_vec_isa.supported_vec_isa_list
+    except AttributeError:
+        return []
+    ours = [type(one) for one in known if str(one) in ("avx512", "avx2") and str(one) in able]
+    # Whether one is true says whether the compiler and the processor have passed a trial of it.
+    return [type(one.__name__, (one,), {"__bool__": lambda self: True})() for one in ours]
+
+
+def _realize_scalars(graph: fx.GraphModule, shape: list) -> None:
     """Make the scalars that a vector operation reads outputs of the graph, in its precision.
 
     Inductor writes outputs to memory. Without that it repeats the arithmetic of a scalar, powers
     and rounding included, for each element of the vector.
     """
-    vectors = {node for node in graph.graph.nodes if _is_vector(node)}
+
+    def is_vector(node: fx.Node) -> bool:
+        value = node.meta.get("val")
+        return isinstance(value, Tensor) and list(value.shape) == shape
+
+    vectors = {node for node in graph.graph.nodes if is_vector(node)}
     scalars: dict[tuple, fx.Node] = {}
     for node in list(graph.graph.nodes):
         if node not in vectors or node.op != "call_function":
@@ -493,8 +542,3 @@ def _realize_scalars(graph: fx.GraphModule) -> None:
             node.replace_input_with(scalar, scalars[key])
     graph.graph.output_node().args = ((*scalars.values(),),)
     graph.recompile()
-
-
-def _is_vector(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape)

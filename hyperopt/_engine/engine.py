@@ -25,13 +25,17 @@ from .step import Step, compiled_step, eager_step
 from .updates import LastUpdate, Numbers
 from .views import OTHERS, ParamGroupView, TrackedDict
 
+# With compile="auto" the step is compiled after so many steps: a short script never waits for the
+# compiler. The number is fixed, so that runs stay reproducible and resume bit for bit.
+EAGER_STEPS = 20
+
 
 class Engine:
     """All that a `HyperOptimizer` keeps.
 
     Args:
         stack: what it computes.
-        compile: whether to compile the step.
+        compile: whether to compile the step; "auto" does so after `EAGER_STEPS`.
 
     Attributes:
         groups: the param groups.
@@ -52,13 +56,16 @@ class Engine:
     _state: defaultdict[Tensor, State]
     _mutations: list[str]  # of `_state` since it was made
 
-    def __init__(self, stack: Stack, compile: bool) -> None:
+    def __init__(self, stack: Stack, compile: bool | str) -> None:
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
         self.stack, self.compile, self.is_compiled = stack, compile, False
         self.betas = betas(stack.levels[0])
         self._overrides: list[frozenset[str]] = []  # the values that each group has to itself
         self._shards: list[Shard] = []  # what the last step moved
         self._inactive_shards: list[Shard] = []  # what only earlier steps moved
         self._known_groups = 0  # how many there were when the layout was made
+        self._steps_made = 0
 
     @property
     def is_started(self) -> bool:
@@ -72,6 +79,7 @@ class Engine:
         self.sync()
         names = ("stack", "compile", "is_compiled", "betas", "groups", "layout", "packed")
         own = ("_rule", "_overrides", "_shards", "_inactive_shards", "_known_groups")
+        own += ("_steps_made",)
         return {name: self.__dict__[name] for name in names + own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,18 +197,19 @@ class Engine:
         if not self._shards:
             return
         vectors = [shard.read() for shard in self._shards]
-        if self._step is None:
+        if self._step is None or (self.compile == "auto" and self._steps_made == EAGER_STEPS):
             self._step = self._make_step(vectors)
         self._step(vectors)
+        self._steps_made += 1
         for shard in self._shards:
             shard.write()
         self._view.mark_clean()
 
     def _make_step(self, vectors: Sequence[Vectors]) -> Step:
         step = None
-        if self.compile:
+        if self.compile is True or (self.compile and self._steps_made >= EAGER_STEPS):
             step = compiled_step(self.layout, self._numbers, vectors)
-            self.is_compiled = step is not None
+        self.is_compiled = step is not None
         return step or eager_step(self.layout, self._numbers, vectors)
 
     def sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
@@ -441,6 +450,7 @@ class Engine:
         # All else is in a group, since torch.distributed.checkpoint takes only groups and state.
         saved_groups[0]["tower"] = {
             "format": checkpoint.FORMAT,
+            "steps_made": self._steps_made,
             "stack": str(self.stack),
             "on": self._active_hypers,
             "levels": self._export(),
@@ -466,11 +476,14 @@ class Engine:
                 f"this state is not a whole one: a parameter has no {missing}"
             ) from None
         self._shards, self._inactive_shards = shards
+        # Version 0.1 compiled from the first step on.
+        tower = state_dict["param_groups"][0]["tower"]
+        self._steps_made = tower.get("steps_made", EAGER_STEPS)
         self._overrides = [frozenset(group.get("own", ())) for group in state_dict["param_groups"]]
         both = [*zip(self.groups, state_dict["param_groups"], strict=True)]
         for group, saved in both:
             group.update({name: saved[name] for name in saved.keys() - {"own", "params", "tower"}})
-        self._rebuild_layout(state_dict["param_groups"][0]["tower"]["levels"])
+        self._rebuild_layout(tower["levels"])
         for group, saved in both:  # an lr that was edited in the state_dict, for example
             group.update({n: saved[n] for n in self._rule.hypers if isinstance(group[n], float)})
         self._view.sync(self.groups)
