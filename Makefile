@@ -25,7 +25,7 @@ RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER
 TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(RUN_OPTIONS) $(if $(START),start=$(START)) \
 	$(if $(SEEDS),seeds=$(SEEDS))
 
-PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.push_wandb,:)
+PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.records.push_wandb,:)
 
 # Only a PYTHON= that was asked for can make an existing .venv the wrong one.
 ifneq ($(origin PYTHON),file)
@@ -64,35 +64,35 @@ format: setup ## format the code and mend what ruff can mend
 	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
 
 reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PRESET=quick for a trial)
-	@$(PY) -m experiments.table1 $(TABLE_OPTIONS)
+	@$(PY) -m experiments.studies table1 $(TABLE_OPTIONS)
 
 reproduce-figure2: setup ## train ResNet-20 from all starts of Figure 2 and draw it (PRESET=cpu or paper)
-	@$(PY) -m experiments.figure2 $(TABLE_OPTIONS)
+	@$(PY) -m experiments.studies figure2 $(TABLE_OPTIONS)
 
 reproduce-figure3: setup ## train towers from 21 initial step sizes and draw Figure 3 (PRESET=cpu, paper or quick)
-	@$(PY) -m experiments.figure3 $(TABLE_OPTIONS)
+	@$(PY) -m experiments.studies figure3 $(TABLE_OPTIONS)
 
 reproduce-char-rnn: setup ## train the character RNN from all starts and draw it (PRESET=cpu or paper)
-	@$(PY) -m experiments.char_rnn $(TABLE_OPTIONS)
+	@$(PY) -m experiments.studies char_rnn $(TABLE_OPTIONS)
 
 reproduce-robustness: setup ## train from many initial lrs, beside the learning-rate-free (PRESET=cpu or paper)
-	@$(PY) -m experiments.robustness $(TABLE_OPTIONS) \
+	@$(PY) -m experiments.studies robustness $(TABLE_OPTIONS) \
 		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS)) $(if $(LRS),lrs=$(LRS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them
-	@$(PY) -m experiments.tables_v1 $(TABLE_OPTIONS)
+	@$(PY) -m experiments.studies tables_v1 $(TABLE_OPTIONS)
 
 check-figure3: setup ## print what the paper says of taller towers, in numbers of ours
-	@$(PY) -m scripts.figure3
+	@$(PY) -m experiments.studies.figure3.report
 
 figures: reproduce-figure3 gallery ## train what the figures of towers show where it is not done, and draw them
-	@$(PY) -m experiments.surface $(RUN_OPTIONS)
+	@$(PY) -m experiments.studies surface $(RUN_OPTIONS)
 
 gallery: setup ## draw the gallery of paths in two dimensions, with its animation
-	@$(PY) -m scripts.gallery && $(PUSH)
+	@$(PY) -m experiments.studies gallery && $(PUSH)
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
-	@$(PY) -m scripts.benchmark && $(PUSH)
+	@$(PY) -m experiments.studies step_time && $(PUSH)
 
 tables: setup ## redraw every table and figure from the results in the repository, without training
 	@$(PY) -m scripts.tables && $(PUSH)

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from experiments.cli import asked_for_help, guarded, number, split
+from experiments.records.store import RunStore
 from models.char_rnn import CharRNN
-
-from .command import asked_for_help, number, split
-from .run import guarded
-from .store import RunStore
 
 
 @dataclass(frozen=True)

@@ -22,26 +22,19 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hyperopt.tuning import did_you_mean as near
-
-from .command import asked_for_help, provenance
-from .images import Images
-from .peers import parse
-from .run import guarded
-from .store import RunStore, csv_text, write_json, write_text
-from .text import Text
-
-JUDGED_BY = (Images.metrics[-1], Text.metrics[-1])
-RESULTS = (*Images.metrics, "objective", *Text.metrics, "train_loss", "diverged", "epochs", "steps")
-# Of a summary, what is neither a setting nor a result.
-LEFT_OUT = ("hash", "hyperparameters", "tuned", "data_source", "data_sha256", "provenance")
+from experiments.cli import asked_for_help, guarded
+from experiments.config.baselines import parse
+from experiments.files import write_json, write_text
+from experiments.records.provenance import provenance
+from experiments.records.tidy import JUDGED_BY, RESULTS, is_known, read_summaries, tidy_csv
+from hyperopt import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,72 +47,11 @@ class Options:
     csv: str = ""
 
 
-def tidy(summary: dict[str, Any]) -> dict[str, Any]:
-    """One line of the tidy CSV: a finished run's hash, settings and results, by their columns."""
-    settings = {k: v for k, v in summary.items() if k not in (*LEFT_OUT, *RESULTS)}
-    levels = parse(summary["stack"]).levels
-    line = {"hash": summary["hash"], **dict(_flat(settings))}
-    line |= {"stack.rule": levels[0].name, "stack.height": len(levels) - 1}
-    line |= dict(_flat({str(k): level.values for k, level in enumerate(levels)}))
-    line |= {name: summary[name] for name in RESULTS if name in summary}
-    for k, (level, values) in enumerate(zip(levels, summary["hyperparameters"], strict=True)):
-        constant = (
-            level.hypers.keys() - level.tuned.keys() if k < len(levels) - 1 else values.keys()
-        )
-        line |= {f"learned.{k}.{n}": v for n, v in values.items() if n not in constant}
-        # The notation leaves out what was at its default, which may have become another since.
-        if k or "schedule" not in summary:
-            kept = {f"{k}.{n}": values[n] for n in constant & values.keys()}
-            line |= {name: v for name, v in kept.items() if name in line and v is not None}
-    return line
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def tidy_csv(summaries: Iterable[dict[str, Any]]) -> str:
-    """The tidy CSV: settings first, results last, empty where a run does not have the column.
-
-    It holds no times and no paths, so that the same runs give the same bytes wherever they were
-    done.
-    """
-    lines = [tidy(summary) for summary in summaries]
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    results = [name for name in names if name in RESULTS or name.startswith("learned.")]
-    columns = [name for name in names if name not in results] + results
-    return csv_text([columns, *([line.get(name) for name in columns] for line in lines)])
-
-
-def read_summaries(store: Path) -> list[dict[str, Any]]:
-    """Those of all finished runs of a store, by their stack, seed and hash."""
-    paths = store.glob("*/summary.json")
-    found = [RunStore(store).summary(path.parent.name) for path in paths]
-    return sorted(
-        (summary for summary in found if summary is not None),
-        key=lambda summary: (summary["stack"], summary["seed"], summary["hash"]),
-    )
-
-
 def select(table: pd.DataFrame, wanted: dict[str, list[str]]) -> pd.DataFrame:
     """The lines that have, in each of the columns, one of the values; 1e-2 is 0.01, null empty."""
     for column, values in wanted.items():
         table = table[table[column].map(_canonical).isin([_canonical(value) for value in values])]
     return table
-
-
-def _known(summary: dict[str, Any]) -> bool:
-    """Whether this version knows a run's rules; one that it does not is named on standard error."""
-    try:
-        parse(summary["stack"])
-    except ValueError as error:
-        print(f"run {summary['hash']} is left out: {error}", file=sys.stderr)
-        return False
-    return True
 
 
 def _canonical(value: Any) -> str:
@@ -186,7 +118,7 @@ def main() -> int:
     options, wanted = _arguments(sys.argv[1:])
     if Path(options.csv).suffix == ".json":
         raise ValueError(f"csv={options.csv} is the name of what goes beside a CSV; give another")
-    summaries = [*filter(_known, read_summaries(Path(options.store)))]
+    summaries = [*filter(is_known, read_summaries(Path(options.store)))]
     if not summaries:
         raise ValueError(f"there is no finished run in store={options.store}")
     text = tidy_csv(summaries)
@@ -196,7 +128,7 @@ def main() -> int:
     for name in (*wanted, *by, *show):
         if name not in table:
             known = (*table.columns, *(f.name for f in fields(Options)))
-            raise ValueError(f"the runs have no column {name!r}; {near(name, known)}")
+            raise ValueError(f"the runs have no column {name!r}; {did_you_mean(name, known)}")
     table = select(table, wanted)
     if table.empty:
         asked = " ".join(f"{key}={','.join(values)}" for key, values in wanted.items())

@@ -1,6 +1,7 @@
 """Hydra's launcher `pool`, the default: the jobs of a sweep through the pool of this machine.
 
-Hydra finds launchers in the packages of this name alone; what it does is in `experiments.sweep`.
+Hydra finds launchers in packages of this name alone; the work is done in
+`experiments.execution.sweep`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class PoolLauncher(Launcher):
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> list[JobReturn]:
-        from experiments.sweep import launch  # late: Hydra loads its plugins for --help too
+        from experiments.execution.sweep import launch
 
         composed = [self.loader.load_sweep_config(self.config, list(job)) for job in job_overrides]
         return launch(composed, initial_job_idx)

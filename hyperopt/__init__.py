@@ -27,7 +27,7 @@ from .rules import (
     RMSProp,
     ScheduleFreeAdam,
 )
-from .tuning import Hyper, Option, Tuning
+from .tuning import Hyper, Option, Tuning, did_you_mean, format_value
 
 __all__ = [
     "DOMAINS",
@@ -54,6 +54,8 @@ __all__ = [
     "Stack",
     "Tuning",
     "compile_graph",
+    "did_you_mean",
+    "format_value",
     "parse",
     "trace",
 ]

@@ -20,12 +20,12 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-from experiments.command import asked_for_help, number, split
-from experiments.config import compose
-from experiments.logger import WandbLogger, prepare
-from experiments.run import guarded, resolve_all
-from experiments.store import RunDirectory
-from experiments.train import train
+from experiments.cli import asked_for_help, guarded, number, split
+from experiments.config.compose import compose
+from experiments.config.resolve import resolve_all
+from experiments.records.store import RunDirectory
+from experiments.records.wandb import WandbLogger, prepare
+from experiments.training.trainer import train
 
 STACK = "Adam(0.001) / SGD(1e-5)"
 

@@ -5,26 +5,37 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import running
 
-from experiments import book, char_rnn, command, sample
-from experiments.char_rnn import CELLS, LRS, PRESETS, WAVES, Cell, cell_config, cell_of
-from experiments.config import Config, resolve, run_hash
-from experiments.pool import Outcome
-from experiments.records import read_records
+from experiments import sample
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve
+from experiments.data import corpus
+from experiments.records.archive import import_runs, read_records
+from experiments.records.store import RunStore
 from experiments.sample import Options
-from experiments.store import RunStore
-from experiments.train import train
+from experiments.studies import style
+from experiments.studies.char_rnn.report import read_runs, verdicts
+from experiments.studies.char_rnn.runs import (
+    CELLS,
+    LRS,
+    PRESETS,
+    STUDY,
+    WAVES,
+    Cell,
+    cell_config,
+    cell_of,
+)
+from experiments.studies.study import Preset
+from experiments.training.trainer import train
 from hyperopt import parse
-from scripts import report, style
-from scripts.char_rnn import draw_char_rnn, read_runs, verdicts
-from scripts.tables import draw_all
+from scripts import report
 
 LINES = "to be or not to be, that is the question: whether 'tis nobler in the mind. " * 8
 
@@ -55,7 +66,7 @@ def test_the_grid_is_the_papers() -> None:
 
 
 def test_the_setting_is_char_rnns() -> None:
-    config = cell_config(CELLS[0], 0, PRESETS["paper"])
+    config = cell_config(CELLS[0], 0, PRESETS["paper"].overrides)
     model, trainer, schedule = config.model, config.trainer, config.schedule
     assert (model.name, model.hidden, model.layers) == ("char_rnn", 128, 2)
     assert (config.data.name, config.data.validation) == ("war_and_peace", False)
@@ -66,13 +77,18 @@ def test_the_setting_is_char_rnns() -> None:
 
 def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
     """Else the committed records are those of other runs."""
-    configs = [resolve(cell_config(c, 0, PRESETS["cpu"]), "war_and_peace") for c in CELLS]
+    configs = [resolve(cell_config(c, 0, PRESETS["cpu"].overrides), "war_and_peace") for c in CELLS]
     assert run_hash(configs[0]) == "07f0c1c134852d1a"
     assert run_hash(configs[CELLS.index(Cell("plain", 1e-4))]) == "cd7f96c13469b221"
     assert len({run_hash(config) for config in configs}) == len(CELLS)
 
 
 # The whole command, on a tiny text.
+
+
+def results_of(folder: Path) -> Path:
+    return folder / "results" / "char_rnn" / "cpu"
+
 
 SHORT = (
     *("model.hidden=4", "trainer.batch_size=3", "trainer.sequence_length=9", "trainer.epochs=2"),
@@ -84,51 +100,30 @@ SHORT = (
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A data root with 600 characters that go by the name of the book."""
     root = tmp_path_factory.mktemp("data")
-    (root / book.FILE).write_text(LINES)
+    (root / corpus.FILE).write_text(LINES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(book, "SHA256", hashlib.sha256(LINES.encode()).hexdigest())
+        patch.setattr(corpus, "SHA256", hashlib.sha256(LINES.encode()).hexdigest())
         yield root
 
 
-def execute(
-    folder: Path, lines: Path, *more: str, stop_after: int | None = None, draw: bool = False
-) -> list[Cell]:
+def execute(folder: Path, lines: Path, *more: str, **how: Any) -> list[Cell]:
     """The command in this process, on a preset of 40 steps; returns the cells it has made."""
-    made: list[Cell] = []
-
-    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
-        outcomes = []
-        for config in configs:
-            if len(made) == stop_after:
-                raise KeyboardInterrupt
-            new = RunStore(config.store).summary(run_hash(config)) is None
-            outcomes.append(Outcome(config, train(config)))
-            made.extend([cell_of(outcomes[-1].summary or {})] * new)
-        return outcomes
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "cpu", SHORT)
-        patch.setattr(command, "run_all", run_all)
-        patch.setattr(char_rnn, "draw", lambda results: draw and draw_all(results))
-        places = [f"data.root={lines}", f"store={folder}/runs", f"results={folder}/results"]
-        patch.setattr(sys, "argv", ["char_rnn", "preset=cpu", "seeds=0,1", *places, *more])
-        try:
-            assert char_rnn.main() == 0
-        except KeyboardInterrupt:
-            assert len(made) == stop_after
-    return made
+        patch.setitem(PRESETS, "cpu", Preset(SHORT))
+        arguments = ("preset=cpu", "seeds=0,1", f"data.root={lines}", *more)
+        return [cell_of(run) for run in running.execute(STUDY, folder, *arguments, **how)]
 
 
 @pytest.fixture(scope="module")
 def done(lines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("done")
-    assert execute(folder, lines, draw=True) == [*CELLS, *CELLS]  # seed by seed
+    assert execute(folder, lines) == [*CELLS, *CELLS]  # seed by seed
     return folder
 
 
 def test_towers_move_what_they_tune_and_nothing_else_moves(done: Path) -> None:
     moving = {"plain": [], "decay": ["0.lr"], "tower": ["0.lr"], "free": ["0.lr"]}
-    for run in read_runs(done / "results" / "char_rnn_cpu.jsonl.gz", cell_of):
+    for run in read_runs(results_of(done) / "records", cell_of):
         moved = [name for name in run.values.columns[1:] if run.values[name].nunique() > 1]
         assert moved == moving.get(run.cell.kind, ["0.lr", "0.beta1", "0.beta2"]), run.cell
 
@@ -136,27 +131,26 @@ def test_towers_move_what_they_tune_and_nothing_else_moves(done: Path) -> None:
 def test_tables_are_drawn_from_the_records_alone(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, saved = done / "results", list[str]()
-    source = tmp_path / "char_rnn_cpu.jsonl.gz"
-    source.write_bytes((results / source.name).read_bytes())
+    shutil.copytree(results_of(done) / "records", tmp_path / "cpu" / "records")
+    saved = list[str]()
 
     def save(figure: Any, path: Path) -> list[Path]:
         saved.append(path.name)
         return []
 
     monkeypatch.setattr(style, "save", save)
-    drawn = draw_char_rnn(source)
+    drawn = STUDY.draw(tmp_path / "cpu")
     assert {path.suffix for path in drawn} == {".csv", ".md", ".tex", ".json"}
     for path in drawn:
-        assert path.read_bytes() == (results / path.name).read_bytes(), path.name
-    assert saved == ["char_rnn_cpu"]
-    assert all((results / f"char_rnn_cpu{suffix}").exists() for suffix in (".png", ".pdf"))
+        assert path.read_bytes() == (results_of(done) / path.name).read_bytes(), path.name
+    assert saved == ["figure"]
+    assert all((results_of(done) / f"figure{suffix}").exists() for suffix in (".png", ".pdf"))
 
 
 def test_the_table_states_its_setting_and_where_each_number_is_from(done: Path) -> None:
-    text = (done / "results" / "char_rnn_cpu.md").read_text()
+    text = (results_of(done) / "README.md").read_text()
     assert text.startswith("# Character RNN on War and Peace, preset cpu, 2 epochs; a reduced")
-    with open(done / "results" / "char_rnn_cpu_runs.csv", newline="") as file:
+    with open(results_of(done) / "runs.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 18
     for line in table:
@@ -190,7 +184,7 @@ def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:
     }
     runs = [
         replace(run, summary={**run.summary, "test_perplexity": perplexity})
-        for run in read_runs(done / "results" / "char_rnn_cpu.jsonl.gz", cell_of)
+        for run in read_runs(results_of(done) / "records", cell_of)
         if (perplexity := by_hand.get((run.cell.kind, run.cell.lr)))
     ]
     said = verdicts(runs)
@@ -213,15 +207,15 @@ def test_what_is_finished_is_recorded_and_need_not_be_done_again(
     """Stopped in the second wave, and gone on with elsewhere from the records alone."""
     (here := tmp_path / "here").mkdir()
     n = len(WAVES[0]) + 2
-    assert execute(here, lines, stop_after=n) == list(CELLS[:n])
-    assert len(read_records(here / "results" / "char_rnn_cpu.jsonl.gz")) == n
+    assert execute(here, lines, stop_after=n, draw=False) == list(CELLS[:n])
+    assert len(read_records(results_of(here) / "records")) == n
     (there := tmp_path / "there").mkdir()
     (here / "results").rename(there / "results")
-    assert execute(there, lines, "start=records") == [*CELLS[n:], *CELLS]
+    assert execute(there, lines, "start=records", draw=False) == [*CELLS[n:], *CELLS]
     texts = [
         {
             name: files["curves.csv"]
-            for name, files in read_records(folder / "results" / "char_rnn_cpu.jsonl.gz").items()
+            for name, files in read_records(results_of(folder) / "records").items()
         }
         for folder in (there, done)
     ]
@@ -230,11 +224,11 @@ def test_what_is_finished_is_recorded_and_need_not_be_done_again(
 
 def test_runs_on_another_edition_are_kept_apart(done: Path, lines: Path, tmp_path: Path) -> None:
     shutil.copytree(done / "results", tmp_path / "results")
-    before = (tmp_path / "results" / "char_rnn_cpu.jsonl.gz").read_bytes()
-    (tmp_path / book.FILE).write_text(LINES + LINES)
-    assert execute(tmp_path, tmp_path, stop_after=1) == [CELLS[0]]
-    assert (tmp_path / "results" / "char_rnn_cpu.jsonl.gz").read_bytes() == before
-    (other,) = (tmp_path / "results").glob("war_and_peace-*/char_rnn_cpu.jsonl.gz")
+    before = running.written(results_of(tmp_path))
+    (tmp_path / corpus.FILE).write_text(LINES + LINES)
+    assert execute(tmp_path, tmp_path, stop_after=1, draw=False) == [CELLS[0]]
+    assert running.written(results_of(tmp_path)) == before
+    (other,) = (tmp_path / "results" / "char_rnn").glob("cpu-war_and_peace-*/records")
     assert len(read_records(other)) == 1
 
 
@@ -297,9 +291,6 @@ def test_a_bad_option_of_a_sample_gets_one_clear_line(
 
 def test_a_run_from_records_has_no_weights_to_write_with(done: Path, tmp_path: Path) -> None:
     options = run_of(done)
-    source = done / "results" / "char_rnn_cpu.jsonl.gz"
-    from experiments.records import import_runs
-
-    import_runs(source, RunStore(tmp_path))
+    import_runs(results_of(done) / "records", RunStore(tmp_path))
     with pytest.raises(ValueError, match="has kept no weights in"):
         sample.sample(replace(options, store=str(tmp_path)))

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10 as CIFAR10Folder
 
-from experiments import data
-from experiments.config import compose
-from experiments.data import (
+from experiments.config.compose import compose
+from experiments.config.resolve import resolve_all
+from experiments.data import images as data
+from experiments.data.catalog import resolve
+from experiments.data.images import (
     CIFAR10_MEAN,
     CIFAR10_SD,
     CIFAR10_SHA256,
@@ -22,9 +24,7 @@ from experiments.data import (
     Dataset,
     load,
     pixels,
-    resolve,
 )
-from experiments.run import resolve_all
 
 FULL = Path(os.environ.get("HYPEROPT_DATA", "data"), "mnist.npz")
 needs_mnist = pytest.mark.skipif(not FULL.is_file(), reason="needs the full MNIST")

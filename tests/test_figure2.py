@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +12,32 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import running
 import torch
 
-from experiments import command, data, figure2
-from experiments.command import LongOptions, long_arguments
-from experiments.config import Config, resolve, run_hash
-from experiments.figure2 import CELLS, HE, PRESETS, REPLAY, REPLAYED, Cell, cell_config, cell_of
-from experiments.pool import Outcome
-from experiments.records import export_runs, import_runs, read_records
-from experiments.store import RunStore
-from experiments.train import Progress, train
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
+from experiments.data import images as data
+from experiments.records.archive import export_runs, import_runs, read_records
+from experiments.records.store import RunStore
+from experiments.studies import style
+from experiments.studies.figure2.report import read_figure2
+from experiments.studies.figure2.runs import (
+    CELLS,
+    HE,
+    PRESETS,
+    REPLAY,
+    REPLAYED,
+    STUDY,
+    Cell,
+    cell_config,
+    cell_of,
+)
+from experiments.studies.study import Preset
+from experiments.training.trainer import Progress, train
 from hyperopt import parse
-from scripts import report, style
-from scripts.figure2 import draw_figure2, read_figure2
-from scripts.tables import draw_all
+from scripts import report
 
 CIFAR10 = Path(os.environ.get("HYPEROPT_DATA", "data"), "cifar10.npz")
 
@@ -54,7 +64,7 @@ def test_the_grid_is_the_papers() -> None:
 
 
 def test_the_setting_is_that_of_he_et_al() -> None:
-    config = cell_config(HE, 0, PRESETS["paper"])
+    config = cell_config(HE, 0, PRESETS["paper"].overrides)
     assert (config.model.name, config.data.name, config.data.augment) == (
         *("resnet20", "cifar10"),
         True,
@@ -65,14 +75,14 @@ def test_the_setting_is_that_of_he_et_al() -> None:
     assert not (trainer.autocast or trainer.compile_model)
     assert (config.schedule.name, config.schedule.factor) == ("steps", 0.1)
     assert config.schedule.milestones == [0.5, 0.75]
-    short = cell_config(HE, 0, PRESETS["cpu"])
+    short = cell_config(HE, 0, PRESETS["cpu"].overrides)
     assert (short.trainer.epochs, short.trainer.steps) == (10, None)
     assert {cell_config(c, 0, ()).schedule.name for c in CELLS[1:]} == {"constant"}
 
 
 def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
     """Else the committed records are those of other runs."""
-    configs = [resolve(cell_config(cell, 0, PRESETS["cpu"]), "cifar10") for cell in CELLS]
+    configs = [resolve(cell_config(cell, 0, PRESETS["cpu"].overrides), "cifar10") for cell in CELLS]
     assert run_hash(configs[0]) == "5a29e44676a9c428"
     assert run_hash(configs[CELLS.index(REPLAYED)]) == "d8c0e149c63b7c89"
     assert len({run_hash(config) for config in configs}) == 19
@@ -81,7 +91,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("preset=quick", "preset='quick' is not one of paper, cpu"),
+        ("preset=short", "preset='short' is not one of cpu, paper"),
         ("start=own", "start='own' is not one of scratch, records"),
         ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
         ("seeds=0,0", "seeds='0,0' has a seed twice"),
@@ -91,7 +101,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
 )
 def test_a_bad_option_gets_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        long_arguments([argument], PRESETS, LongOptions)
+        STUDY.request([argument])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -124,39 +134,22 @@ SHORT = (
 )
 
 
-def execute(
-    folder: Path, cifar: Path, *more: str, stop_after: int | None = None, draw: bool = False
-) -> int:
+def execute(folder: Path, cifar: Path, *more: str, **how: Any) -> int:
     """The command in this process, on a preset of four steps; returns how many runs it has made."""
-    made = 0
-
-    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
-        nonlocal made
-        outcomes = []
-        for config in configs:
-            if made == stop_after:
-                raise KeyboardInterrupt
-            made += RunStore(config.store).summary(run_hash(config)) is None
-            outcomes.append(Outcome(config, train(config)))
-        return outcomes
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "cpu", SHORT)
-        patch.setattr(command, "run_all", run_all)
-        patch.setattr(figure2, "draw", lambda results: draw and draw_all(results))
-        places = [f"data.root={cifar}", f"store={folder}/runs", f"results={folder}/results"]
-        patch.setattr(sys, "argv", ["figure2", "preset=cpu", "seeds=0", *places, *more])
-        try:
-            assert figure2.main() == 0
-        except KeyboardInterrupt:
-            assert made == stop_after
-    return made
+        patch.setitem(PRESETS, "cpu", Preset(SHORT))
+        arguments = ("preset=cpu", "seeds=0", f"data.root={cifar}", *more)
+        return len(running.execute(STUDY, folder, *arguments, **how))
+
+
+def results_of(folder: Path) -> Path:
+    return folder / "results" / "figure2" / "cpu"
 
 
 @pytest.fixture(scope="module")
 def done(cifar: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("done")
-    assert execute(folder, cifar, draw=True) == 20  # the grid, He et al. and the replay
+    assert execute(folder, cifar) == 20  # the grid, He et al. and the replay
     return folder
 
 
@@ -203,7 +196,7 @@ def test_the_replay_is_the_tower_again(done: Path) -> None:
     tower, replay = values(done, REPLAYED), values(done, REPLAY)
     for name in ("0.lr", "0.momentum"):
         np.testing.assert_allclose([r[name] for r in replay], [t[name] for t in tower], rtol=1e-12)
-    runs = (done / "results" / "figure2_cpu_runs.csv").read_text().splitlines()
+    runs = (results_of(done) / "runs.csv").read_text().splitlines()
     lines = [dict(zip(runs[0].split(","), line.split(","), strict=True)) for line in runs[1:]]
     losses = {
         line["kind"]: float(line["train_loss"])
@@ -217,30 +210,33 @@ def test_the_replay_is_the_tower_again(done: Path) -> None:
 def test_tables_are_drawn_from_the_records_alone(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, saved = done / "results", list[str]()
-    for name in ("figure2_cpu.jsonl.gz", "figure2_cpu_replay.csv"):
-        (tmp_path / name).write_bytes((results / name).read_bytes())
+    folder, saved = copy_of_records(done, tmp_path), list[str]()
 
     def save(figure: Any, path: Path) -> list[Path]:
         saved.append(path.name)
         return []
 
     monkeypatch.setattr(style, "save", save)
-    drawn = draw_figure2(tmp_path / "figure2_cpu.jsonl.gz")
+    drawn = STUDY.draw(folder)
     assert {path.suffix for path in drawn} == {".csv", ".md", ".tex", ".json"}
     for path in drawn:
-        assert path.read_bytes() == (results / path.name).read_bytes(), path.name
-    assert saved == [
-        f"figure2_cpu_{what}" for what in ("train_loss", "test_error", "lr", "momentum", "replay")
-    ]
+        assert path.read_bytes() == (results_of(done) / path.name).read_bytes(), path.name
+    assert saved == ["train_loss", "test_error", "lr", "momentum", "replay"]
     for name in saved:
-        assert all((results / f"{name}{suffix}").exists() for suffix in (".png", ".pdf"))
+        assert all((results_of(done) / f"{name}{suffix}").exists() for suffix in (".png", ".pdf"))
+
+
+def copy_of_records(done: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "cpu"
+    shutil.copytree(results_of(done) / "records", folder / "records")
+    shutil.copy(results_of(done) / "replay.csv", folder)
+    return folder
 
 
 def test_the_table_states_n_and_where_each_number_is_from(done: Path) -> None:
-    text = (done / "results" / "figure2_cpu.md").read_text()
+    text = (results_of(done) / "README.md").read_text()
     assert "a reduced setting, the paper's is 64,000 steps" in text and "n = 1" in text
-    with open(done / "results" / "figure2_cpu_runs.csv", newline="") as file:
+    with open(results_of(done) / "runs.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 20
     for line in lines:
@@ -268,13 +264,13 @@ def test_the_table_states_n_and_where_each_number_is_from(done: Path) -> None:
 def test_records_are_finished_runs_elsewhere(done: Path, cifar: Path, tmp_path: Path) -> None:
     """Half of the runs here, the rest on another machine, which has the records alone."""
     (here := tmp_path / "here").mkdir()
-    assert execute(here, cifar, stop_after=7) == 7
-    records = read_records(here / "results" / "figure2_cpu.jsonl.gz")
+    assert execute(here, cifar, stop_after=7, draw=False) == 7
+    records = read_records(results_of(here) / "records")
     assert len(records) == 7
     (there := tmp_path / "there").mkdir()
     (here / "results").rename(there / "results")
-    assert execute(there, cifar, "start=records") == 13
-    assert execute(there, cifar) == 0
+    assert execute(there, cifar, "start=records", draw=False) == 13
+    assert execute(there, cifar, draw=False) == 0
     again = {**run_files(here), **run_files(there)}
     whole = run_files(done)
     assert again.keys() == whole.keys()
@@ -299,18 +295,19 @@ def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None
     assert path.read_bytes() == before
 
 
-def test_a_new_run_leaves_the_bytes_of_the_others(done: Path, tmp_path: Path) -> None:
-    """Git stores those once, so that a file to which runs are added does not swell a repository."""
-    path, store = tmp_path / "records.jsonl.gz", RunStore(done / "runs")
-    hashes = sorted(run.name for run in (done / "runs").iterdir())
-    begins = [name[:2] for name in hashes]
-    new = next(name for name in hashes[5:-5] if begins.count(name[:2]) == 1)
-    export_runs(store, [name for name in hashes if name != new], path)
-    before = path.read_bytes()
-    export_runs(store, [new], path)
-    after = path.read_bytes()
-    start = next(at for at in range(len(before)) if before[at] != after[at])
-    assert start > 0 and after.endswith(before[start:]) and len(after) > len(before)
+def test_new_runs_are_added_as_a_new_file(done: Path, cifar: Path, tmp_path: Path) -> None:
+    """Git stores a file of records once, so that none is ever written again."""
+    assert execute(tmp_path, cifar, stop_after=7, draw=False) == 7
+    (first,) = (results_of(tmp_path) / "records").iterdir()
+    before = first.read_bytes()
+    assert execute(tmp_path, cifar, draw=False) == 13
+    parts = sorted((results_of(tmp_path) / "records").iterdir())
+    assert len(parts) == 2 and first.read_bytes() == before
+    runs = [read_records(part) for part in parts]
+    assert [len(part) for part in sorted(runs, key=len)] == [7, 13]
+    assert runs[0].keys().isdisjoint(runs[1])
+    assert execute(tmp_path, cifar, draw=False) == 0
+    assert sorted((results_of(tmp_path) / "records").iterdir()) == parts
 
 
 def test_exports_at_once_lose_no_run(done: Path, tmp_path: Path) -> None:
@@ -340,39 +337,35 @@ def test_damaged_records_are_refused(done: Path, tmp_path: Path, harm: str) -> N
 
 
 def test_replays_of_another_schedule_are_left_out(done: Path, tmp_path: Path) -> None:
-    for name in ("figure2_cpu.jsonl.gz", "figure2_cpu_replay.csv"):
-        (tmp_path / name).write_bytes((done / "results" / name).read_bytes())
-    assert len(read_figure2(tmp_path / "figure2_cpu.jsonl.gz")) == 20
-    (tmp_path / "figure2_cpu_replay.csv").write_text("step,lr,momentum\n1,0.1,0.9\n")
-    kinds = [run.cell.kind for run in read_figure2(tmp_path / "figure2_cpu.jsonl.gz")]
+    folder = copy_of_records(done, tmp_path)
+    assert len(read_figure2(folder)) == 20
+    (folder / "replay.csv").write_text("step,lr,momentum\n1,0.1,0.9\n")
+    kinds = [run.cell.kind for run in read_figure2(folder)]
     assert len(kinds) == 19 and "replay" not in kinds
 
 
 def test_runs_of_several_settings_are_not_mixed(done: Path, cifar: Path, tmp_path: Path) -> None:
-    path = tmp_path / "figure2_cpu.jsonl.gz"
-    path.write_bytes((done / "results" / path.name).read_bytes())
+    folder = copy_of_records(done, tmp_path)
     longer = (*SHORT, "trainer.batch_size=20", f"data.root={cifar}", f"store={tmp_path}/runs")
     other = resolve(cell_config(CELLS[1], 0, longer), "cifar10")
     train(other)
-    export_runs(RunStore(other.store), [run_hash(other)], path)
+    export_runs(RunStore(other.store), [run_hash(other)], folder / "records" / "other.jsonl.gz")
     with pytest.raises(ValueError, match=r"holds runs of several settings"):
-        draw_figure2(path)
+        STUDY.draw(folder)
 
 
-def test_what_cannot_be_drawn_gets_a_line_and_not_a_traceback(
-    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    damaged = tmp_path / "figure2_cpu.jsonl.gz"
+def test_what_cannot_be_drawn_gets_a_line(done: Path, tmp_path: Path) -> None:
+    folder = copy_of_records(done, tmp_path)
+    damaged = folder / "records" / "damaged.jsonl.gz"
     damaged.write_text("x")
-    unwritable = tmp_path / "unwritable"
-    shutil.copytree(done / "results", unwritable)
-    (unwritable / "figure2_cpu.md").unlink()
-    (unwritable / "figure2_cpu.md").mkdir()
-    for folder, why in ((tmp_path, f"{damaged} cannot be read"), (unwritable, "Is a directory")):
-        with pytest.raises(ValueError, match=f"not all of results={folder} could be drawn; the ru"):
-            command.draw(folder)
-        said = capfd.readouterr().err
-        assert said.startswith("error: ") and why in said and said.count("\n") == 1
+    with pytest.raises(ValueError) as caught:
+        STUDY.draw(folder)
+    said = str(caught.value)
+    assert f"{damaged} cannot be read" in said and "make tables" in said and "\n" not in said
+    damaged.unlink()
+    (folder / "README.md").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        STUDY.draw(folder)
 
 
 # One run.
@@ -435,7 +428,7 @@ def test_a_tower_learns_on_real_images(tmp_path: Path, monkeypatch: pytest.Monke
     few = torch.randperm(50_000)[:128]
     x, y = images.x_train[few], images.y_train[few]
     some = replace(images, x_train=x, y_train=y, x_test=x, y_test=y)
-    monkeypatch.setattr("experiments.train.load", lambda name, root: some)
+    monkeypatch.setattr("experiments.training.trainer.load", lambda name, root: some)
     lengths = ("trainer.epochs=10", "trainer.batch_size=32")
     summary = train(config_of(CIFAR10.parent, tmp_path, REPLAYED, *lengths))
     losses = pd.read_csv(tmp_path / summary["hash"] / "curves.csv").train_loss

@@ -8,23 +8,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import running
+from running import planned
 
-from experiments import command, figure3
-from experiments.config import Config, resolve, run_hash
-from experiments.figure3 import PRESETS, STARTS, Preset, figure_runs
-from experiments.pool import Outcome, structure
-from experiments.run import guarded
-from experiments.store import RunStore
-from experiments.train import train
+from experiments.cli import ROOT, guarded
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve
+from experiments.execution.pool import structure
+from experiments.studies.figure3 import report as drawn
+from experiments.studies.figure3 import runs as figure3
+from experiments.studies.figure3.runs import PRESETS, STARTS, STUDY, Figure3Preset
 from hyperopt import parse
-from scripts import figure3 as drawn
-from scripts.tables import draw_all
+
+RESULTS = ROOT / "results" / "figure3"
 
 
 def test_the_runs_are_those_of_the_issue() -> None:
     """Heights 0 to 5, 21 starts, 3 seeds of each rule; all levels start at the same step size."""
     assert (STARTS[0], STARTS[1], STARTS[-1], len(STARTS)) == (1e-8, 3.162e-8, 1e2, 21)
-    runs = figure_runs(PRESETS["cpu"])
+    runs = planned(STUDY, "preset=cpu")
     assert len(runs) == 756
     for tower, config in runs:
         stack = parse(config.stack.notation or "")
@@ -35,29 +37,28 @@ def test_the_runs_are_those_of_the_issue() -> None:
         assert all(constants.items() <= rule.settings.items() for rule in stack.levels)
         assert (config.trainer.epochs, config.trainer.batch_size) == (5, 256)
         assert (config.model.name, config.data.name, config.device) == ("mlp", "mnist", "cpu")
-    assert {config.trainer.epochs for _, config in figure_runs(PRESETS["paper"])} == {30}
-    assert len(figure_runs(PRESETS["paper"])) == 756
+    assert {config.trainer.epochs for _, config in planned(STUDY, "preset=paper")} == {30}
+    assert len(planned(STUDY, "preset=paper")) == 756
 
 
-def test_the_committed_runs_are_those_of_the_presets() -> None:
-    for name, preset in PRESETS.items():
-        path = command.ROOT / "results" / f"figure3_{name}_runs.csv"
-        if path.exists():
-            committed = pd.read_csv(path)
-            runs = figure_runs(preset, sorted(committed.seed.unique().tolist()))
-            configs = [resolve(config, "mnist") for _, config in runs]
-            assert list(committed.hash) == list(map(run_hash, configs))
+@pytest.mark.parametrize("name", ["cpu", "quick"])
+def test_the_committed_runs_are_those_of_the_presets(name: str) -> None:
+    committed = pd.read_csv(RESULTS / name / "runs.csv")
+    seeds = ",".join(map(str, sorted(committed.seed.unique())))
+    runs = planned(STUDY, f"preset={name}", f"seeds={seeds}")
+    configs = [resolve(config, "mnist") for _, config in runs]
+    assert list(committed.hash) == list(map(run_hash, configs))
 
 
 def test_starts_and_seeds_share_compiled_steps() -> None:
-    runs = [resolve(config, "mnist") for _, config in figure_runs(PRESETS["cpu"])]
+    runs = [resolve(config, "mnist") for _, config in planned(STUDY, "preset=cpu")]
     assert len({structure(config) for config in runs}) == 12
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("preset=short", "preset='short' is not one of paper, cpu, quick"),
+        ("preset=short", "preset='short' is not one of cpu, paper, quick"),
         ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
         ("worker=2", "did you mean workers"),
         ("trainer.epochs=1", "is not an option of this command"),
@@ -65,38 +66,25 @@ def test_starts_and_seeds_share_compiled_steps() -> None:
 )
 def test_a_bad_option_gets_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        figure3._arguments([argument])
+        STUDY.request([argument])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def execute(folder: Path) -> int:
     """The command in this process on a few towers; returns how many runs it has made."""
-    made = 0
-
-    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
-        nonlocal made
-        store = RunStore(configs[0].store)
-        made += sum(store.summary(run_hash(config)) is None for config in configs)
-        return [Outcome(config, train(config)) for config in configs]
-
     with pytest.MonkeyPatch.context() as patch:
-        small = Preset(1, (1e-2, 1e38), ("device=cpu", "trainer.compile_model=false"))
-        patch.setitem(PRESETS, "quick", small)
+        overrides = ("trainer.epochs=1", "device=cpu", "trainer.compile_model=false")
+        patch.setitem(PRESETS, "quick", Figure3Preset(overrides, (0,), (1e-2, 1e38)))
         patch.setattr(figure3, "HEIGHTS", (0, 1))
-        patch.setattr(command, "run_all", run_all)
-        patch.setattr(figure3, "draw", draw_all)
         # No data but the 5,000 digits.
-        places = [f"data.root={folder}", f"store={folder}/runs", f"results={folder}/results"]
-        more = ["data.download=false", "trainer.compile=false"]
-        patch.setattr(sys, "argv", ["figure3", "preset=quick", "seeds=0", *places, *more])
-        assert figure3.main() == 0
-    return made
+        data = (f"data.root={folder}", "data.download=false", "trainer.compile=false")
+        return len(running.execute(STUDY, folder, "preset=quick", *data))
 
 
 def test_the_whole_command_trains_once_and_counts_what_diverged(tmp_path: Path) -> None:
     assert execute(tmp_path) == 8
-    results = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
-    with open(results / "figure3_quick_runs.csv", newline="") as file:
+    results = tmp_path / "results" / "figure3" / "quick-mnist-5k"  # not where those of MNIST are
+    with open(results / "runs.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 8
     for line in lines:
@@ -108,7 +96,7 @@ def test_the_whole_command_trains_once_and_counts_what_diverged(tmp_path: Path) 
         assert (stack.height, start) == (int(line["height"]), float(line["lr"]))
     count = sum(line["diverged"] == "True" for line in lines)
     assert count > 0
-    text = (results / "figure3_quick.md").read_text()
+    text = (results / "README.md").read_text()
     assert f"{count} of 8 did" in text and "MNIST-5k, batch 256, 1 epoch" in text
     before = {path.name: path.read_bytes() for path in results.iterdir()}
     assert execute(tmp_path) == 0
@@ -140,8 +128,10 @@ ERRORS = {
 
 
 def table(tmp_path: Path, errors: Mapping[tuple[str, int], Sequence[float]]) -> pd.DataFrame:
-    (tmp_path / "figure3_quick_runs.csv").write_text(fake_runs(errors, STARTS_BY_HALVES))
-    return drawn.points(pd.read_csv(tmp_path / "figure3_quick_runs.csv"))
+    path = tmp_path / "figure3" / "quick" / "runs.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(fake_runs(errors, STARTS_BY_HALVES))
+    return drawn.points(pd.read_csv(path))
 
 
 def test_decades_of_robustness_are_starts_near_the_best_plain_error(tmp_path: Path) -> None:
@@ -185,18 +175,9 @@ def test_the_check_says_what_it_found(
     published.write_text(near + "SGD,2,1e-2,4.7\n")
     assert guarded(drawn.main) == 1
     assert "3 of 4 agree" in capsys.readouterr().out
-    (tmp_path / "figure3_a_runs.csv").mkdir()  # which cannot be read
+    (tmp_path / "figure3" / "a" / "runs.csv").mkdir(parents=True)  # which cannot be read
     for folder, message in (("", "Is a directory"), ("empty", "make reproduce-figure3")):
         monkeypatch.setattr(sys, "argv", ["figure3", f"results={tmp_path / folder}"])
         assert guarded(drawn.main) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
-
-
-def test_what_is_committed_is_redrawn_from_its_csv(tmp_path: Path) -> None:
-    committed = command.ROOT / "results"
-    for source in committed.glob("figure3_*_runs.csv"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-        for path in drawn.draw_figure3(tmp_path / source.name):
-            if path.suffix in (".md", ".csv"):  # figures depend on matplotlib's version
-                assert path.read_bytes() == (committed / path.name).read_bytes(), path.name

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import gallery
-from scripts.gallery import GROUPS, SURFACES, TOWERS, best, by_tower
+from experiments.studies.gallery import report
+from experiments.studies.gallery import walks as gallery
+from experiments.studies.gallery.runs import STUDY
+from experiments.studies.gallery.walks import GROUPS, SURFACES, TOWERS, best, by_tower
 
 VALLEY = SURFACES[0]
 
@@ -20,7 +21,8 @@ VALLEY = SURFACES[0]
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "STEPS", 4)
-    monkeypatch.setattr(gallery, "FRAMES", 3)
+    monkeypatch.setattr(report, "FRAMES", 3)
+    monkeypatch.setattr(report, "STEPS", 4)
     for methods in GROUPS.values():
         for name, (walk, grid) in methods.items():
             monkeypatch.setitem(methods, name, (walk, grid[7:8] or grid))
@@ -88,13 +90,11 @@ def test_the_best_of_a_grid_is_the_lowest_on_the_whole(short: None) -> None:
     assert chosen.size == 2.0
 
 
-def test_the_files(short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gallery", f"results={tmp_path}"])
-    assert gallery.main() == 0
-    table = pd.read_csv(tmp_path / "gallery.csv")
-    assert len(table) == 4 * (9 + len(TOWERS))
-    with Image.open(tmp_path / "gallery.gif") as image:
+def test_the_files(short: None, tmp_path: Path) -> None:
+    assert STUDY.main([f"results={tmp_path}"]) == 0
+    folder = tmp_path / "gallery"
+    assert len(pd.read_csv(folder / "table.csv")) == 4 * (9 + len(TOWERS))
+    with Image.open(folder / "animation.gif") as image:
         assert image.format == "GIF" and getattr(image, "n_frames", 1) == 3
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("gallery.csv", "gallery.gif", "gallery.pdf", "gallery.png")
-    }
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"table.csv", "animation.gif", "figure.pdf", "figure.png"}

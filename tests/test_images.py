@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments.data import CIFAR10_MEAN, CIFAR10_SD, Dataset, normalised
-from experiments.images import Images
+from experiments.data.images import CIFAR10_MEAN, CIFAR10_SD, Dataset, normalised
+from experiments.tasks.classification import Images
 from models.resnet import ResNet
 
 

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Config, compose, resolve
-from experiments.pool import Outcome, _Pool, _Silence, _Worker, explain, run_all, structure
-from experiments.run import describe
-from experiments.train import train
+from experiments.config.compose import compose
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
+from experiments.execution.outcome import Outcome, describe, explain
+from experiments.execution.pool import _Pool, _Worker, run_all, structure
+from experiments.execution.progress import Silence
+from experiments.training.trainer import train
 
 
 def config(store: Path, *overrides: str) -> Config:
@@ -37,7 +40,7 @@ def test_outcomes_come_in_the_order_of_the_configs_and_equal_those_of_single_run
 def test_finished_runs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [config(tmp_path, f"seed={seed}") for seed in range(2)]
     first = run_all(configs, workers=1)
-    monkeypatch.setattr("experiments.pool._Pool", None)  # nothing is left for a pool
+    monkeypatch.setattr("experiments.execution.pool._Pool", None)  # nothing is left for a pool
     assert run_all(configs, workers=1) == first
 
 
@@ -70,7 +73,7 @@ def test_a_process_that_dies_takes_only_its_run_with_it(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_between_two_runs_is_replaced(tmp_path: Path) -> None:
     job = Outcome(config(tmp_path))
-    pool = _Pool([job], 1, _Silence())
+    pool = _Pool([job], 1, Silence())
     pool.workers = [dead] = [_Worker(0)]
     dead.process.kill()
     dead.process.join()
@@ -137,7 +140,7 @@ def test_the_longest_run_goes_first_and_compiled_steps_are_kept(tmp_path: Path) 
         for stack, epochs in ((sgd, 1), (adam, 5), (sgd, 5), (adagrad, 5))
         for seed in (0, 1)
     ]
-    pool = _Pool(list(jobs), 2, _Silence())
+    pool = _Pool(list(jobs), 2, Silence())
     pool.workers = [FakeWorker(), FakeWorker()]
     given = []
     for slot in (0, 1, 0, 1, 0, 1, 0, 1):

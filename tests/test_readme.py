@@ -17,15 +17,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT, make, make_targets
 from test_rules import PLAIN
 
-from experiments import char_rnn
-from experiments.char_rnn import cell_config
-from experiments.command import split
-from experiments.config import compose, protect_notation, resolve, run_hash
+from experiments.cli import split
+from experiments.config.compose import compose
+from experiments.config.identity import run_hash
+from experiments.config.overrides import protect_notation
+from experiments.config.resolve import resolve
 from experiments.sample import Options
-from hyperopt import RULES, Rule, parse
-from hyperopt.tuning import format_value as write
-from scripts.benchmark import bars
-from scripts.cost import words
+from experiments.studies.char_rnn import runs as char_rnn
+from experiments.studies.char_rnn.runs import cell_config
+from experiments.studies.figure2.cost import words
+from experiments.studies.step_time.report import bars
+from hyperopt import RULES, Rule, format_value, parse
 
 README = (ROOT / "README.md").read_text()
 
@@ -78,7 +80,7 @@ def test_run_commands_compose(command: str) -> None:
 def test_sample_commands_name_a_run_that_the_readme_makes(command: str) -> None:
     options, overrides = split(shlex.split(command)[3:], Options, ())
     assert not overrides
-    first = cell_config(char_rnn.CELLS[0], 0, char_rnn.PRESETS["cpu"])
+    first = cell_config(char_rnn.CELLS[0], 0, char_rnn.PRESETS["cpu"].overrides)
     assert options.run == run_hash(resolve(first, first.data.name))
 
 
@@ -125,7 +127,7 @@ def test_python_examples_run_and_learn(
 def test_results_are_those_of_the_committed_table(results: Path) -> None:
     shown = re.findall(r"^\| `(.+?)` \| (\S+ ± \S+) \| (\S+ ± \S+) \|$", README, re.MULTILINE)
     agreeing = re.findall(r"Of the (\d+) rows of the paper's Table 1,[^.]*? (\d+) agree", README)
-    table = (results / "table1.csv").read_text()
+    table = (results / "table1" / "paper" / "table.csv").read_text()
     rows = {row["row"]: row for row in csv.DictReader(table.splitlines())}
     assert shown
     for stack, *errors in shown:
@@ -144,7 +146,7 @@ def cell(rule: type[Rule], names: Iterable[str]) -> str:
     """Hyperparameters with their defaults and domains; in parentheses if off by default."""
     texts = []
     for hyper in map(rule.hypers.__getitem__, names):
-        text = f"`{hyper.name}={write(hyper.default)}` {hyper.domain.name}"
+        text = f"`{hyper.name}={format_value(hyper.default)}` {hyper.domain.name}"
         texts.append(text if hyper.default or not hyper.tuned else f"({text})")
     return ", ".join(texts)
 
@@ -160,7 +162,7 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
             [n for n, h in rule.hypers.items() if h.tuned is t] for t in (True, False)
         )
         own = {n: option.default for n, option in rule.options.items() if n not in vars(Rule)}
-        options = ", ".join(f"`{n}={write(default)}`" for n, default in own.items())
+        options = ", ".join(f"`{n}={format_value(default)}`" for n, default in own.items())
         elsewhere = {"Lion": "its paper", "AdamWScheduleFree": "its authors' package"}
         peer = elsewhere.get(peers[name], f"`torch.optim.{peers[name]}`")
         rows.append(
@@ -173,7 +175,7 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
 
 def test_the_costs_are_those_of_the_committed_benchmark(results: Path) -> None:
     times, compiling = (
-        pd.read_csv(results / name) for name in ("benchmark.csv", "benchmark_compile.csv")
+        pd.read_csv(results / "step_time" / name) for name in ("times.csv", "compile.csv")
     )
     found = [value for _, _, _, value in bars(times, compiling)]
     (share,) = re.findall(r"takes ([\d.]+) times as long as torch's own Adam", README)
@@ -183,7 +185,7 @@ def test_the_costs_are_those_of_the_committed_benchmark(results: Path) -> None:
 
 
 def test_the_errors_of_taller_towers_are_those_of_the_committed_figure(results: Path) -> None:
-    points = pd.read_csv(results / "figure3_cpu.csv")
+    points = pd.read_csv(results / "figure3" / "cpu" / "table.csv")
     errors = points.set_index(["rule", "height", "lr"]).sort_index().test_error
     plain, tall = re.findall(
         r"gets ([\d.]+) % of the\s+test digits.*?ends at ([\d.]+) %", README, re.S
@@ -197,7 +199,7 @@ def test_the_errors_of_taller_towers_are_those_of_the_committed_figure(results: 
 
 
 def test_auto_s_worst_starts_are_those_of_the_committed_benchmark(results: Path) -> None:
-    points = pd.read_csv(results / "robustness_paper.csv")
+    points = pd.read_csv(results / "robustness" / "paper" / "table.csv")
     auto = points[points.method == "Auto"]
     ratios = auto.groupby("task").ratio
     section = README.partition("## Any start")[2].partition("\n## ")[0]
@@ -212,7 +214,7 @@ def test_auto_s_worst_starts_are_those_of_the_committed_benchmark(results: Path)
 
 
 def test_the_perplexities_are_those_of_the_committed_table(results: Path) -> None:
-    cells = pd.read_csv(results / "char_rnn_cpu.csv").set_index(["kind", "lr"])
+    cells = pd.read_csv(results / "char_rnn" / "cpu" / "table.csv").set_index(["kind", "lr"])
     section = README.partition("## A character RNN")[2].partition("\n## ")[0]
     found = re.findall(r"\b\d+\.\d\d\b", section)
     runs = [(kind, lr) for lr in (1e-4, 1e-2) for kind in ("plain", "tower")] + [("free", 1e-4)]
@@ -220,7 +222,7 @@ def test_the_perplexities_are_those_of_the_committed_table(results: Path) -> Non
 
 
 def test_the_errors_of_figure_2_are_those_of_the_committed_table(results: Path) -> None:
-    table = pd.read_csv(results / "figure2_cpu.csv")
+    table = pd.read_csv(results / "figure2" / "cpu" / "table.csv")
     cells = table.set_index(["kind", "lr", "momentum"])
     plain, tower, error = cells.loc["plain"], cells.loc["tower"], cells.test_error
     above = tower.train_loss - plain.train_loss
@@ -245,7 +247,7 @@ def test_the_errors_of_figure_2_are_those_of_the_committed_table(results: Path) 
 
 def test_the_cost_of_figure_2_is_what_was_counted(results: Path) -> None:
     gflop, operators = re.findall(r"a step\s+is ([\d.]+) GFLOP in (\d+) operators", README)[0]
-    cost = json.loads((results / "figure2_cost.json").read_text())
+    cost = json.loads((results / "figure2" / "cost.json").read_text())
     assert (gflop, int(operators)) == (f"{cost['gflop']:.1f}", cost["operators"])
     minutes, hours = re.findall(r"about (\d+) minutes,\s+and all 60 take (\d+) hours", README)[0]
     estimate = words(cost)

@@ -15,13 +15,17 @@ import pandas as pd
 import pytest
 from test_project import ROOT
 
-from experiments.config import compose, resolve
-from experiments.run import guarded
-from experiments.train import train
-from scripts import figure2, report
-from scripts.runs import Run
+from experiments.cli import guarded
+from experiments.config.compose import compose
+from experiments.config.resolve import resolve
+from experiments.studies.curves import Run
+from experiments.studies.figure2 import report as figure2
+from experiments.studies.step_time import report as step_time
+from experiments.training.trainer import train
+from scripts import report
 
-TABLE1 = ROOT / "results" / "table1_runs.csv"
+OWN = Path("table1", "paper")
+TABLE1 = ROOT / "results" / OWN / "runs.csv"
 
 
 class Page(HTMLParser):
@@ -70,9 +74,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not TABLE1.exists():
         pytest.skip("Table 1 is not there")
     folder = tmp_path_factory.mktemp("report")
-    (folder / "results").mkdir()
-    for name in ("table1_runs.csv", "table1_runs.json", "table1.csv", "table1.png"):
-        shutil.copy(ROOT / "results" / name, folder / "results")
+    (folder / "results" / OWN).mkdir(parents=True)
+    for name in ("runs.csv", "runs.json", "table.csv", "figure.png"):
+        shutil.copy(ROOT / "results" / OWN / name, folder / "results" / OWN)
     fast = ["trainer.epochs=2", "trainer.compile=false", "trainer.compile_model=false"]
     fixed = ["data=mnist-5k", "device=cpu", "stack=SGD(0.1) / SGD(1e-3)"]
     train(resolve(compose([*fast, *fixed, f"store={folder / 'runs'}"]), "mnist-5k"))
@@ -98,7 +102,7 @@ def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
         "runs",
     ]
     assert heads == expected
-    table = pd.read_csv(ROOT / "results" / "table1.csv")
+    table = pd.read_csv(ROOT / "results" / OWN / "table.csv")
     runs = pd.read_csv(TABLE1)
     assert len(rows) == len(table)
     for row, (_, line) in zip(rows, table.iterrows(), strict=True):
@@ -113,15 +117,15 @@ def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
 
 
 def test_every_table_figure_and_run_is_there(page: Page, folder: Path) -> None:
-    for name in ("table1", "table1_runs"):
+    for name in ("table1/paper/table", "table1/paper/runs"):
         content = pd.read_csv(folder / "results" / f"{name}.csv")
         assert page.tables[name][0] == list(content.columns)
-        if name == "table1":
+        if name == "table1/paper/table":
             assert len(page.tables[name]) == 1 + len(content)
     (picture,) = page.sources
     kind, _, data = picture.partition(",")
     assert kind == "data:image/png;base64"
-    assert base64.b64decode(data) == (folder / "results" / "table1.png").read_bytes()
+    assert base64.b64decode(data) == (folder / "results" / OWN / "figure.png").read_bytes()
     (own,) = (path.parent for path in (folder / "runs").glob("*/summary.json"))
     hashes = [row[0] for row in page.tables["Runs"][1:]]
     assert set(hashes) == {own.name, *pd.read_csv(TABLE1).hash} and hashes[0] == own.name
@@ -160,22 +164,22 @@ def run(kind: str, seed: int, train_loss: float, lr: float) -> Run:
 
 def test_claims_of_figure_2_are_of_the_seeds_that_both_have() -> None:
     runs = [run("plain", 0, 0.5, 0.1), run("plain", 1, 0.7, 0.1), run("tower", 0, 0.4, 0.05)]
-    better, falls = report.figure2_claims(runs)
+    better, falls = figure2.claims_of(runs)
     assert (better.ours, better.n, better.verdict) == ("0.400 against 0.500", 1, "yes")
     assert better.runs == "plain-0 tower-0"
     assert (falls.ours, falls.n, falls.verdict, falls.runs) == ("0.5", 1, "yes", "tower-0")
     runs += [run("tower", 1, 0.9, 0.45), run("tower", 2, math.inf, math.nan)]
-    better, falls = report.figure2_claims(runs)
+    better, falls = figure2.claims_of(runs)
     assert (better.ours, better.n, better.verdict) == ("0.650 against 0.600", 2, "no")
     assert (falls.ours, falls.n, falls.verdict) == ("2.5 ± 2.8", 2, "no")
 
 
 def test_runs_that_both_diverged_are_no_claim() -> None:
     runs = [run("plain", 0, math.inf, 0.1), run("tower", 0, math.inf, 0.1)]
-    assert not [*report.figure2_claims(runs)]
+    assert not [*figure2.claims_of(runs)]
     cells = figure2.cell_table(figure2.run_table(runs))
-    assert "no worse than the plain run's from 0 of 0" in figure2.markdown(runs, cells, "name", "")
-    (better, _) = report.figure2_claims([runs[0], run("tower", 0, 0.4, 0.05)])
+    assert "no worse than the plain run's from 0 of 0" in figure2.markdown(runs, cells, "")
+    (better, _) = figure2.claims_of([runs[0], run("tower", 0, 0.4, 0.05)])
     assert (better.ours, better.verdict) == ("0.400 against inf", "yes")
 
 
@@ -183,8 +187,8 @@ def test_rows_in_the_papers_setting_and_in_a_reduced_one_are_counted_apart() -> 
     runs = [run("plain", 0, 0.5, 0.1), run("tower", 0, 0.4, 0.09)]
     for each in runs:
         each.summary["trainer"]["steps"] = figure2.PAPERS_STEPS
-    whole = [*report.figure2_claims(runs)]
-    short = [*report.figure2_claims([run("plain", 0, 0.5, 0.1), run("tower", 0, 0.6, 0.09)])]
+    whole = [*figure2.claims_of(runs)]
+    short = [*figure2.claims_of([run("plain", 0, 0.5, 0.1), run("tower", 0, 0.6, 0.09)])]
     said, _ = report._claims([*whole, *short])
     assert "1 of 2 judged rows in the paper's setting" in said
     assert "0 of 2 judged rows in a reduced one agree" in said
@@ -198,10 +202,10 @@ def test_the_claim_of_a_levels_time_is_a_share_of_the_step() -> None:
         ("resnet20", "published", "SGD", 20, 9e9, 9e9),
         ("mlp", "compiled", "SGD", 20, 9e9, 9e9),
     ]
-    (claim,) = report.time_claims(pd.DataFrame(lines, columns=columns))
+    (claim,) = step_time.claims_of(pd.DataFrame(lines, columns=columns))
     assert (claim.published, claim.ours, claim.verdict) == ("1 to 2", "0.5", "yes")
     slow = [(*line[:4], 10 * line[4], line[5]) for line in lines]
-    (claim,) = report.time_claims(pd.DataFrame(slow, columns=columns))
+    (claim,) = step_time.claims_of(pd.DataFrame(slow, columns=columns))
     assert (claim.ours, claim.verdict) == ("5", "no")
 
 
@@ -294,7 +298,7 @@ def test_in_a_browser_tables_sort_and_runs_open(folder: Path, tmp_path: Path) ->
         timeout=300,
     )
     (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)[:1]
-    epochs = sorted(pd.read_csv(folder / "results" / "table1.csv").epochs)
+    epochs = sorted(pd.read_csv(folder / "results" / OWN / "table.csv").epochs)
     for width, said in zip(WIDTHS, json.loads(f"[{html.unescape(title)}]"), strict=True):
         assert said["errors"] == []
         assert said["up"] == epochs and said["down"] == epochs[::-1]  # 5 before 30, and after

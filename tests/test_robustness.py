@@ -4,8 +4,7 @@ import functools
 import io
 import json
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,37 +12,39 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import running
 import torch
 
-from experiments import command, robustness
-from experiments.config import Config, identity, resolve, run_hash
-from experiments.peers import parse
-from experiments.pool import Outcome
-from experiments.records import read_records
-from experiments.robustness import (
+from experiments.cli import ROOT
+from experiments.config.baselines import parse
+from experiments.config.identity import identity, run_hash
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
+from experiments.records.archive import read_records
+from experiments.studies import study
+from experiments.studies.robustness import report as drawn
+from experiments.studies.robustness import runs as robustness
+from experiments.studies.robustness import times
+from experiments.studies.robustness.runs import (
     ABLATION,
     FIXED,
     FREE,
     METHODS,
     PRESETS,
+    STUDY,
     TASKS,
     Cell,
-    Options,
+    RobustnessPreset,
     Setting,
     cell_config,
     cell_of,
     cells,
-    plan,
     starts,
 )
-from experiments.store import RunStore
-from experiments.train import train
 from hyperopt import Auto
-from scripts import robustness as drawn
-from scripts.tables import draw_all
 
-RESULTS = command.ROOT / "results"
-PAGE = command.ROOT / "docs" / "start-anywhere.md"
+RESULTS = ROOT / "results" / "robustness"
+PAGE = ROOT / "docs" / "start-anywhere.md"
 DATA = {"char_rnn": "war_and_peace", "resnet": "cifar10"}
 
 
@@ -55,7 +56,7 @@ def resolved(preset: str, cell: Cell, seed: int = 0) -> Config:
 
 
 def test_the_benchmark_is_the_issue_s() -> None:
-    for task, setting in PRESETS["paper"].items():
+    for task, setting in PRESETS["paper"].tasks.items():
         assert len(setting.starts) == (21 if task.startswith("mlp") or task == "softmax" else 11)
         assert (setting.starts[0], setting.starts[-1]) == (1e-8, 1e2)
     epochs = {"mlp": 5, "softmax": 5, "mlp30": 30, "char_rnn": 3, "resnet": 2}
@@ -72,7 +73,7 @@ def test_the_benchmark_is_the_issue_s() -> None:
 def test_a_method_has_one_setting_and_its_own_start() -> None:
     for method in METHODS:
         if method in FREE:
-            assert starts(method, PRESETS["cpu"]["mlp"]) == [None]
+            assert starts(method, PRESETS["cpu"].tasks["mlp"]) == [None]
             continue
         for lr in (1e-8, 1e-3, 1e2):
             cell = Cell("mlp", method, lr)
@@ -117,10 +118,16 @@ def test_every_run_is_known_by_its_summary() -> None:
         cell_of(preset, summary)
 
 
+def plan(*arguments: str) -> list[list[Config]]:
+    """The batches of configs that a command line asks for."""
+    part = next(STUDY.parts(STUDY.request(["preset=cpu", *arguments])))
+    return [[config for _, config in batch] for batch in part.batches]
+
+
 def test_what_tells_most_comes_first() -> None:
-    waves = plan(Options("cpu"), [0, 1], ())
+    waves = plan("seeds=0,1")
     assert len(waves) == 8
-    first = [config for config in waves[0]]
+    first = waves[0]
     assert {config.seed for config in first} == {0}
     bars = {config.row for config in first}
     assert {"Auto from 1e-08, mlp", "Adam from 0.003162, mlp", "Prodigy, softmax"} < bars
@@ -128,9 +135,9 @@ def test_what_tells_most_comes_first() -> None:
     # The long tasks have one seed.
     seeds = {config.seed for wave in waves for config in wave if config.model.name == "resnet20"}
     assert seeds == {0}
-    few = plan(Options("cpu", tasks="mlp", methods="Auto,Prodigy"), [0], ())
+    few = plan("seeds=0", "tasks=mlp", "methods=Auto,Prodigy")
     assert [len(wave) for wave in few] == [12]
-    from_two = plan(Options("cpu", methods="Auto,Adam,Prodigy", lrs="1e-3,0.003162"), [0], ())
+    from_two = plan("seeds=0", "methods=Auto,Adam,Prodigy", "lrs=1e-3,0.003162")
     rows = ["Auto from 0.001", "Adam from 0.001", "Adam from 0.003162"]
     assert [c.row for c in from_two[0] if c.model.name == "resnet20"] == [
         f"{row}, resnet" for row in rows
@@ -140,7 +147,7 @@ def test_what_tells_most_comes_first() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("preset=quick", "preset='quick' is not one of paper, cpu"),
+        ("preset=short", "preset='short' is not one of cpu, paper"),
         ("tasks=mpl", "tasks='mpl' is not one of mlp, softmax"),
         ("methods=Auto,adam", "methods='adam' is not one of Auto, Adam"),
         ("method=Auto", "did you mean methods"),
@@ -148,18 +155,15 @@ def test_what_tells_most_comes_first() -> None:
         ("lrs=1e-3;1", "lrs='1e-3;1' is not one of 1e-08, "),
     ],
 )
-def test_a_bad_option_gets_one_clear_line(
-    argument: str, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["robustness", argument])
+def test_a_bad_option_gets_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        robustness.main()
+        plan(argument)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_no_runs_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match="methods=no-log has no runs for tasks=resnet"):
-        plan(Options("cpu", tasks="resnet", methods="no-log"), [0], ())
+        plan("tasks=resnet", "methods=no-log")
 
 
 # The command.
@@ -172,27 +176,14 @@ SLICE = {
 
 def execute(folder: Path, *arguments: str) -> int:
     """The command in this process on the embedded digits; returns how many runs it has made."""
-    made = 0
-
-    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
-        nonlocal made
-        store = RunStore(configs[0].store)
-        made += sum(store.summary(run_hash(config)) is None for config in configs)
-        return [Outcome(config, train(config)) for config in configs]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "run_all", run_all)
-        patch.setattr(robustness, "draw", draw_all)
-        fixed = ["preset=cpu", "seeds=0", f"data.root={folder}", "data.download=false"]
-        fast = ["trainer.compile=false", "trainer.compile_model=false", "progress=false"]
-        patch.setattr(sys, "argv", ["robustness", *fixed, *fast, *arguments])
-        assert robustness.main() == 0
-    return made
+    fixed = ["preset=cpu", "seeds=0", f"data.root={folder}", "data.download=false"]
+    fast = ["trainer.compile=false", "trainer.compile_model=false", "progress=false"]
+    return len(running.execute(STUDY, folder, *fixed, *fast, *arguments))
 
 
 @pytest.fixture
 def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "cpu", SLICE)
+    monkeypatch.setitem(PRESETS, "cpu", RobustnessPreset(("device=cpu",), tasks=SLICE))
     caches = robustness._setting, robustness._by_run
     for cache in caches:
         monkeypatch.setattr(robustness, cache.__name__, functools.lru_cache(cache.__wrapped__))
@@ -207,14 +198,15 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     # Another machine, which has the records alone.
     more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
     assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
-    folder = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
+    folder = tmp_path / "results" / "robustness" / "cpu-mnist-5k"  # not where those of MNIST are
     differs = "compile=false, and these would have trainer.compile=true; give the same, or another"
     with pytest.raises(ValueError, match=differs):
         execute(tmp_path, *first, "trainer.compile=true")
     others = [resolved("paper", Cell(task, "Adam", 1e-3)) for task in ("mlp", "char_rnn", "resnet")]
-    assert command.results_of("results", others) == Path("results")
-    assert len(read_records(folder / "robustness_cpu.jsonl.gz")) == 17
-    lines = pd.read_csv(folder / "robustness_cpu_runs.csv")
+    where = STUDY.folder(STUDY.request(["preset=paper"]), others)
+    assert where == Path("results", "robustness", "paper")
+    assert len(read_records(folder / "records")) == 17
+    lines = pd.read_csv(folder / "runs.csv")
     for line in lines.itertuples():
         store = "one" if (tmp_path / "one" / line.hash).exists() else "two"
         summary = json.loads((tmp_path / store / line.hash / "summary.json").read_text())
@@ -223,28 +215,28 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     assert set(lines.task) == {"mlp", "softmax"} and len(lines) == 17
     diverged = lines[lines.diverged]
     assert set(diverged.start) == {1e38} and diverged.error.map(math.isinf).any()
-    text = (folder / "robustness_cpu.md").read_text()
+    text = (folder / "README.md").read_text()
     assert "Reduced settings: " in text and "MNIST-5k" in text and "diverged" in text
-    made = json.loads((folder / "robustness_cpu_runs.json").read_text())
+    made = json.loads((folder / "runs.json").read_text())
     assert made["mlp"]["runs"] == 9 and made["softmax"]["peers"] == [command_version()]
-    for suffix in ("png", "pdf", "csv"):
-        assert (folder / f"robustness_cpu.{suffix}").stat().st_size > 0
+    for name in ("figure.png", "figure.pdf", "table.csv"):
+        assert (folder / name).stat().st_size > 0
 
 
 @pytest.mark.parametrize("preset", [*PRESETS])
 def test_more_runs_of_a_preset_have_the_setting_of_its_records(preset: str) -> None:
-    records = command.ROOT / "results" / f"robustness_{preset}.jsonl.gz"
+    records = RESULTS / preset / "records"
     one_of_each = {cell.task: resolved(preset, cell) for cell in cells(preset)}
     configs = [replace(config, device="cpu") for config in one_of_each.values()]
 
     def task_of(run: dict[str, Any]) -> str:
         return cell_of(preset, run).task
 
-    command.check_setting(configs, records, task_of)
+    study.check_setting(configs, records, task_of)
     on_a_gpu = [replace(config, device="cuda") for config in configs]
     with pytest.raises(ValueError, match="device=cpu, and these would have device=cuda"):
-        command.check_setting(on_a_gpu, records, task_of)
-    command.check_setting(on_a_gpu, records.with_name("none.jsonl.gz"), task_of)
+        study.check_setting(on_a_gpu, records, task_of)
+    study.check_setting(on_a_gpu, records.with_name("none"), task_of)
 
 
 def command_version() -> str:
@@ -267,7 +259,7 @@ def table(errors: Mapping[str, Mapping[Any, float]]) -> pd.DataFrame:
 
 
 def test_decades_are_counted_by_the_best_fixed_lr() -> None:
-    there = PRESETS["cpu"]["mlp"].starts  # one in each power of ten
+    there = PRESETS["cpu"].tasks["mlp"].starts  # one in each power of ten
     adam = dict.fromkeys(there, 50.0) | {1e-3: 4.0, 3.162e-3: 2.0}  # the best is between them
     auto = dict.fromkeys(there, 2.2) | {1e-8: 2.9, 1e-7: 3.1}
     momentum = dict.fromkeys(there[:6], 2.0)  # of 11
@@ -292,7 +284,7 @@ def test_decades_are_counted_by_the_best_fixed_lr() -> None:
     ("preset", "task", "whole"), [("paper", "mlp", 11), ("cpu", "mlp30", 11), ("cpu", "resnet", 9)]
 )
 def test_however_many_starts_there_are_the_powers_of_ten_are_the_same(preset, task, whole) -> None:
-    there = PRESETS[preset][task].starts
+    there = PRESETS[preset].tasks[task].starts
     runs = table({"Adam": dict.fromkeys(there, 2.0)}).assign(task=task)
     found = drawn.robustness(runs, preset)
     assert found["decades_1.1"].item() == pytest.approx(whole)
@@ -301,7 +293,7 @@ def test_however_many_starts_there_are_the_powers_of_ten_are_the_same(preset, ta
 
 
 def test_verdicts_name_limit_and_peer() -> None:
-    there = PRESETS["cpu"]["mlp"].starts
+    there = PRESETS["cpu"].tasks["mlp"].starts
     errors: dict[str, dict[Any, float]] = {"Adam": {1e-3: 2.0}, "Prodigy": {None: 2.1}}
     auto = dict.fromkeys(there, 2.2) | {1e2: 2.05, 1e-8: 3.0}
     (said,) = drawn.verdicts(table({**errors, "Auto": auto}), "cpu")
@@ -316,13 +308,13 @@ def test_without_a_fixed_lr_that_ended_well_nothing_is_said_to_be_near_it(fixed)
     robust = drawn.robustness(points, "cpu")
     assert robust[["decades_1.1", "decades_1.5", "worst_ratio"]].isna().all(axis=None)
     runs = pd.DataFrame({"task": ["mlp"], "data": ["mnist"]})
-    text = drawn.markdown(points, runs, "cpu", "name", None)
+    text = drawn.markdown(points, runs, "cpu", None)
     assert "| Auto | - |" in text and "there is no fixed lr to compare with" in text
     assert "nan" not in text and "\nAuto:\n" not in text
 
 
 def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
-    grid = PRESETS["cpu"]["mlp"].grid
+    grid = PRESETS["cpu"].tasks["mlp"].grid
     some = table({"Adam": {1e-8: 9.0, 0.03162: 2.0, 1e-2: 3.0}, "SGD": dict.fromkeys(grid, 4.0)})
     (said, _) = drawn.remarks(some, "cpu", "mlp", "MNIST")
     lrs = ", ".join(f"{lr:g}" for lr in grid)
@@ -336,7 +328,7 @@ def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
 
 
 def test_what_was_not_run_is_hatched() -> None:
-    there = PRESETS["cpu"]["mlp"].starts
+    there = PRESETS["cpu"].tasks["mlp"].starts
     own = table({"Adam": dict.fromkeys(there[:4], 2.0), "Prodigy": {None: 2.0}})
     fig = drawn.figure(own, "cpu")
     shown = [bar for axis in fig.axes for bar in axis.collections]
@@ -347,12 +339,12 @@ def test_what_was_not_run_is_hatched() -> None:
 
 
 def test_the_number_of_seeds_is_that_of_what_the_figure_shows() -> None:
-    assert 0.03162 not in PRESETS["cpu"]["mlp"].starts  # only a fixed lr is searched there
+    assert 0.03162 not in PRESETS["cpu"].tasks["mlp"].starts  # only a fixed lr is searched there
     fixed, free = {0.03162: 1.0, 1e-2: 2.0}, {None: 3.0}
     for numbers, said in (([1, 3, 1, 3], "n = 3"), ([1, 3, 1, 2], "n = 2 to 3")):
         own = table({"SGD": fixed, "no-log": {1e-2: 9.0}, "Prodigy": free}).assign(n=numbers)
         assert drawn.figure(own, "cpu").get_suptitle() == f"Start anywhere, preset cpu; {said}"
-        text = drawn.markdown(own, own.assign(data="mnist"), "cpu", "robustness_cpu", None)
+        text = drawn.markdown(own, own.assign(data="mnist"), "cpu", None)
         assert f"{drawn.CAPTION} {said}.\n" in text
     assert drawn.count(own[:0]) == "n = 0"
 
@@ -379,21 +371,19 @@ def test_means_are_over_seeds_and_a_diverged_one_counts() -> None:
     assert list(found.error) == [0.6, math.inf, 800, 3e4, math.inf, 90]
     assert list(found.diverged) == [0, 1, 0, 0, 2, 1]
     assert found.ratio[1e-3] == 1 and found.sd[1e-3] == pytest.approx(0.1 * 2**0.5)
-    table = drawn.markdown(
-        drawn.points(runs), runs.assign(data="mnist"), "cpu", "name", {"Adam": 1.0}
-    )
+    table = drawn.markdown(drawn.points(runs), runs.assign(data="mnist"), "cpu", {"Adam": 1.0})
     loss = "0.6000 ± 0.14 | diverged (1 of 2) | 800.0000 ± 141 | 3e04 ± 1e04 | diverged |"
     assert f"{loss} 90.0000 ± 1.4 (1 of 2 diverged) |" in table
 
 
 def test_all_methods_are_timed_beside_torch_s_adam() -> None:
-    measured = drawn.measure(count=1, at_least=0.0, compile=False)
+    measured = times.measure(count=1, at_least=0.0, compile=False)
     assert set(measured["relative"]) == {drawn.REFERENCE, *drawn.MAIN}
     assert measured["relative"][drawn.REFERENCE] == 1.0
 
 
 def test_what_auto_adds_to_a_step_is_beside_both_adams() -> None:
-    (shares,) = drawn.overheads({"mlp": 2}, compile=False).values()
+    (shares,) = times.overheads({"mlp": 2}, compile=False).values()
     assert set(shares) == {drawn.REFERENCE, "Adam"}
     assert 0 < shares["Adam"] < 10  # eager, Auto takes many times as long
 
@@ -403,7 +393,7 @@ def test_what_auto_adds_to_a_step_is_beside_both_adams() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
-    source = RESULTS / f"robustness_{preset}.jsonl.gz"
+    source = RESULTS / preset / "records"
     if not source.exists():
         pytest.skip("there are none")
     summaries: list[dict[str, Any]] = [
@@ -413,16 +403,16 @@ def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
         config = resolved(preset, cell_of(preset, summary), summary["seed"])
         assert run_hash(replace(config, device=summary["device"])) == summary["hash"]
         assert summary["provenance"]["dirty"] is False
-    lines = pd.read_csv(RESULTS / f"robustness_{preset}_runs.csv")
+    lines = pd.read_csv(RESULTS / preset / "runs.csv")
     assert sorted(lines.hash) == sorted(summary["hash"] for summary in summaries)
     shown = drawn.points(lines).to_csv(index=False, lineterminator="\n", float_format="%.6g")
-    assert (RESULTS / f"robustness_{preset}.csv").read_text() == shown
+    assert (RESULTS / preset / "table.csv").read_text() == shown
 
 
 def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
     page, results = PAGE.read_text(), committed(str(PAGE))
     found, less = (
-        drawn.points(pd.read_csv(results / f"robustness_{preset}_runs.csv"))
+        drawn.points(pd.read_csv(results / "robustness" / preset / "runs.csv"))
         for preset in ("paper", "cpu")
     )
     for lines in (
@@ -469,7 +459,7 @@ def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
         if method == "no-mean":
             assert means[task, "Auto"] < means[task, method]
     lrs: dict[Any, list[float]] = {}
-    for files in read_records(results / "robustness_cpu.jsonl.gz").values():
+    for files in read_records(results / "robustness" / "cpu" / "records").values():
         cell = cell_of("cpu", json.loads(files["summary.json"]))
         if (cell.task, cell.method) == ("mlp", "Auto"):
             values = pd.read_csv(io.StringIO(files["hyperparameters.csv"])).set_index("step")
@@ -481,9 +471,11 @@ def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
 def test_the_page_says_how_many_seeds_there_are(committed: Callable[[str], Path]) -> None:
     words = " ".join(PAGE.read_text().split())
     assert "All methods have three seeds from all starts" in words
-    runs = pd.read_csv(committed(str(PAGE)) / "robustness_paper_runs.csv").fillna({"start": 0})
+    runs = pd.read_csv(committed(str(PAGE)) / "robustness" / "paper" / "runs.csv").fillna(
+        {"start": 0}
+    )
     number = runs.groupby(["task", "method", "start"]).seed.nunique()
-    there = {*PRESETS["paper"]["resnet"].starts}
+    there = {*PRESETS["paper"].tasks["resnet"].starts}
     half = []
     for cell in cells("paper"):
         seeds = number.get((cell.task, cell.method, cell.start or 0), 0)
@@ -502,8 +494,8 @@ def test_the_page_says_how_many_seeds_there_are(committed: Callable[[str], Path]
 
 def test_the_page_says_what_auto_costs(committed: Callable[[str], Path]) -> None:
     page = " ".join(PAGE.read_text().split())
-    times = json.loads((committed(str(PAGE)) / drawn.TIMES).read_text())
-    relative, added = times["relative"], times["overheads_of_auto"]
+    timed = json.loads((committed(str(PAGE)) / "robustness" / drawn.TIMES).read_text())
+    relative, added = timed["relative"], timed["overheads_of_auto"]
     auto, adam = relative["Auto"], relative["Adam"]
     assert f"one with Auto takes {auto:.2f}, one with our own Adam {adam:.2f}" in page
     assert "takes less than that of torch's Adam on all three models" in page

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config import Config, compose, resolve
-from experiments.schedule import make_schedule
+from experiments.config.compose import compose
+from experiments.config.lr_schedules import make_schedule
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
 
 
 def lrs(steps: int, *overrides: str) -> list[float]:

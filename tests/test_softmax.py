@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from conftest import Digits
 
-from experiments.config import compose, resolve
-from experiments.data import MNIST_SHA256, Dataset
-from experiments.images import Images
-from experiments.optimum import PATH, least_objective
+from experiments.config.compose import compose
+from experiments.config.resolve import resolve
+from experiments.data.images import MNIST_SHA256, Dataset
+from experiments.studies.robustness.softmax_optimum import PATH, least_objective
+from experiments.tasks.classification import Images
 from models.softmax import Softmax
 
 L2 = 0.3

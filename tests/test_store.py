@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.config import Config, compose, identity, resolve, run_hash
-from experiments.data import load
-from experiments.schedule import ScheduleConfig
-from experiments.store import RunDirectory, RunStore, make_folder, write_text
-from experiments.train import train
+from experiments.config.compose import compose
+from experiments.config.identity import identity, run_hash
+from experiments.config.lr_schedules import ScheduleConfig
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
+from experiments.data.images import load
+from experiments.files import make_folder, write_text
+from experiments.records.store import RunDirectory, RunStore
+from experiments.training.trainer import train
 
 
 def resolved(*overrides: str) -> Config:

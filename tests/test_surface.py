@@ -2,24 +2,24 @@
 
 import csv
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import running
 import torch
+from running import planned
 
-from experiments import command, surface
-from experiments.config import Config, compose, identity, resolve, run_hash
-from experiments.data import load
-from experiments.pool import Outcome
-from experiments.store import RunStore
-from experiments.train import train
+from experiments.config.compose import compose
+from experiments.config.identity import identity, run_hash
+from experiments.config.resolve import resolve
+from experiments.data.images import load
+from experiments.records.store import RunStore
+from experiments.studies.surface import runs as surface
+from experiments.studies.surface.runs import STUDY
+from experiments.training.trainer import train
 from models.mlp import MLP
-from scripts.surface import draw_surface
-from scripts.tables import draw_all
 
 
 def test_the_loss_of_a_step_is_that_of_its_batch_before_it(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_the_loss_of_a_step_is_that_of_its_batch_before_it(tmp_path: Path) -> No
     options = [f"store={tmp_path}", "device=cpu", "trainer.compile=false"]
     (config,) = [
         resolve(c, "mnist-5k")
-        for c in surface.surface_runs([*options, "trainer.compile_model=false"])
+        for _, c in planned(STUDY, *options, "trainer.compile_model=false")
         if c.stack.notation == "SGD(0.1)"
     ]
     summary = train(config)
@@ -60,29 +60,16 @@ def test_the_record_is_part_of_a_run_and_leaves_earlier_hashes_alone() -> None:
 def test_the_whole_command_trains_once_and_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = 0
-
-    def run_all(configs: Sequence[Config], workers: int | None) -> list[Outcome]:
-        nonlocal made
-        store = RunStore(configs[0].store)
-        made += sum(store.summary(run_hash(config)) is None for config in configs)
-        return [Outcome(config, train(config)) for config in configs]
-
-    plain = [f"SGD({lr})" for lr in (0.001, 0.01, 0.1, 1.0)]
-    stacks = (*plain, "SGD(1e38)", *surface.TOWERS)
-    monkeypatch.setattr(surface, "STACKS", stacks)
-    monkeypatch.setattr(command, "run_all", run_all)
-    monkeypatch.setattr(surface, "draw", draw_all)
+    monkeypatch.setattr(surface, "LRS", (0.001, 0.01, 0.1, 1.0, 1e38))
     # No data but the 5,000 digits.
-    places = [f"data.root={tmp_path}", f"store={tmp_path}/runs", f"results={tmp_path}/results"]
-    more = ["data.download=false", "trainer.compile=false", "trainer.compile_model=false"]
-    monkeypatch.setattr(sys, "argv", ["surface", *places, *more, "device=cpu"])
-    assert surface.main() == 0 and made == 8
-    results = tmp_path / "results" / "mnist-5k"  # not where those of MNIST are
-    with open(results / "surface_curves.csv", newline="") as file:
+    fast = ["trainer.compile=false", "trainer.compile_model=false", "device=cpu"]
+    arguments = [f"data.root={tmp_path}", "data.download=false", *fast]
+    assert len(running.execute(STUDY, tmp_path, *arguments)) == 8
+    results = tmp_path / "results" / "surface" / "paper-mnist-5k"  # not where those of MNIST are
+    with open(results / "curves.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 14 and len(rows[0]) == 1 + 8 + 3
-    for line in pd.read_csv(results / "surface_runs.csv").itertuples():
+    for line in pd.read_csv(results / "runs.csv").itertuples():
         folder = tmp_path / "runs" / str(line.hash)
         summary = json.loads((folder / "summary.json").read_text())
         assert line.test_error == summary["test_error"]
@@ -92,18 +79,8 @@ def test_the_whole_command_trains_once_and_draws(
         if "/" in str(line.stack):
             shown = [float(row[f"lr of {line.stack}"]) for row in rows]
             np.testing.assert_allclose(shown, kept["0.lr"], rtol=1e-4)
-    assert "MNIST-5k, one epoch in the order" in (results / "surface.md").read_text()
+    assert "MNIST-5k, one epoch in the order" in (results / "README.md").read_text()
     before = {path.name: path.read_bytes() for path in results.iterdir()}
-    assert {name for name in before if name.endswith(".png")} == {"surface.png", "surface_flat.png"}
-    assert surface.main() == 0 and made == 8
+    assert {name for name in before if name.endswith(".png")} == {"figure.png", "flat.png"}
+    assert running.execute(STUDY, tmp_path, *arguments) == []
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
-
-
-def test_what_is_committed_is_redrawn_from_its_csv(tmp_path: Path) -> None:
-    committed = command.ROOT / "results"
-    if not (committed / "surface_runs.csv").exists():
-        pytest.skip("no results are committed yet")
-    for name in ("surface_runs.csv", "surface_curves.csv"):
-        (tmp_path / name).write_bytes((committed / name).read_bytes())
-    draw_surface(tmp_path / "surface_runs.csv")
-    assert (tmp_path / "surface.md").read_bytes() == (committed / "surface.md").read_bytes()

@@ -23,13 +23,19 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_project import ROOT
 from test_readme import SUMMARISE
 
-from experiments import records, run, summarise
-from experiments.command import do_and_record, do_in_waves
-from experiments.config import compose, protect_notation, resolve, run_hash
-from experiments.pool import use_gpu
-from experiments.store import RunDirectory
-from experiments.summarise import read_summaries, tidy, tidy_csv
-from experiments.train import train
+from experiments import run, summarise
+from experiments.cli import guarded
+from experiments.config.compose import compose
+from experiments.config.identity import run_hash
+from experiments.config.overrides import protect_notation
+from experiments.config.resolve import resolve
+from experiments.execution.pool import use_gpu
+from experiments.records import archive as records
+from experiments.records.store import RunDirectory
+from experiments.records.tidy import read_summaries, tidy, tidy_csv
+from experiments.studies.catalog import find, names
+from experiments.studies.study import Part, Study, train_and_archive, train_and_list
+from experiments.training.trainer import train
 from hyperopt import Adam, parse
 
 EAGER = ("trainer.compile=false", "trainer.compile_model=false", "trainer.epochs=1")
@@ -45,7 +51,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Command:
     def call(main: Callable[[], int], *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["command", *arguments])
         monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which the command sets
-        return run.guarded(main)
+        return guarded(main)
 
     return call
 
@@ -326,13 +332,14 @@ def test_a_run_without_a_store_gets_one_line(
 def test_a_folder_of_results_is_tried_before_anything_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experiments.command.run_all", None)
-    configs, path = [resolve(compose([*FIXED, f"store={tmp_path}"]), "mnist-5k")], Path("/dev/null")
+    monkeypatch.setattr("experiments.studies.study.run_all", None)
+    config, path = resolve(compose([*FIXED, f"store={tmp_path}"]), "mnist-5k"), Path("/dev/null")
     told = "/dev/null/x cannot be written: Not a directory; give a folder that can be written to"
     with pytest.raises(OSError, match=told):
-        do_in_waves([configs], path / "x" / "figure2_cpu.jsonl.gz", "scratch")
+        train_and_archive([[config]], path / "x" / "new.jsonl.gz", "scratch")
     with pytest.raises(OSError, match=told):
-        do_and_record(configs, path / "x" / "table1_runs", lambda summaries: [])
+        part = Part([[("", config)]], configs=[config])
+        train_and_list(part, path / "x" / "runs.csv", lambda cell, summary: {})
 
 
 @pytest.mark.parametrize(
@@ -355,19 +362,36 @@ def test_records_of_nothing_get_one_line(
 
 def entry_points() -> list[str]:
     found = []
-    for path in sorted(ROOT.glob("*/*.py")):
-        if path.parent.name in ("experiments", "scripts") and "__main__" in path.read_text():
-            found.append(f"{path.parent.name}.{path.stem}")
+    for folder in ("experiments", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if 'if __name__ == "__main__"' in path.read_text():
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found.append(name.removesuffix(".__main__"))
     return found
+
+
+@pytest.mark.parametrize("name", names())
+def test_help_of_a_study_shows_its_options(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    study: Any = find(name)
+    assert study.main(["--help"]) == 0
+    said = capsys.readouterr()
+    assert f"python -m experiments.studies {name}" in said.out and said.err == ""
+    if isinstance(study, Study):
+        assert "data.root, data.download, device, logger, progress, store" in said.out
+        for option in fields(study.options):
+            assert f" {option.name}=" in said.out
 
 
 @pytest.mark.parametrize("name", entry_points())
 def test_help_shows_commands_and_does_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    if name == "experiments.dashboard":
+    if name == "experiments.records.dashboard":
         pytest.importorskip("wandb_workspaces")
+    if name == "experiments.studies":
+        name = "experiments.studies.__main__"
     module: Any = importlib.import_module(name)
+    name = name.removesuffix(".__main__")
     main = module.main
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     try:
@@ -376,11 +400,9 @@ def test_help_shows_commands_and_does_nothing(
         assert ended.code == 0
     said = capsys.readouterr()
     assert f"python -m {name}" in said.out and len(said.out) > 200 and said.err == ""
-    options = getattr(module, "Options", getattr(module, "LongOptions", None))
+    options = getattr(module, "Options", None)
     for option in fields(options) if options else ():
         assert f" {option.name}=" in said.out
-    if hasattr(module, "SETTABLE") or hasattr(module, "LONG_RUNS"):
-        assert "data.root, data.download, device, logger, progress, store" in said.out
 
 
 PAGE = (ROOT / "docs" / "sweeps.md").read_text()
@@ -394,7 +416,7 @@ SHOWN = [
 @pytest.mark.parametrize("line", SHOWN)
 def test_the_commands_of_the_page_are_known(line: str) -> None:
     """Entry points are there, runs compose, options of launchers are left to Hydra."""
-    (name, *_), words = re.findall(r"-m ((?:experiments|scripts)\.\w+)", line), shlex.split(line)
+    (name, *_), words = re.findall(r"-m ((?:experiments|scripts)[\w.]+)", line), shlex.split(line)
     assert name in entry_points()
     if name != "experiments.run":
         return
@@ -409,7 +431,7 @@ def test_the_commands_of_the_page_are_known(line: str) -> None:
 
 def test_the_page_compares_what_was_run() -> None:
     """Each of three seeds has the budget at the head of its column; of a search the best counts."""
-    runs = pd.read_csv(ROOT / "results" / "optuna_runs.csv")
+    runs = pd.read_csv(ROOT / "results" / "optuna" / "runs.csv")
     (heads,) = re.findall(
         r"^\| Stack \| (\d+) epochs in all \| (\d+) epochs in all \|$", PAGE, re.M
     )

@@ -14,14 +14,22 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from running import planned
 
-from experiments import table1
-from experiments.config import Config, resolve, run_hash
-from experiments.store import csv_text
-from experiments.table1 import COLUMNS, PRESETS, own_runs, reference, row_configs, table_runs
+from experiments.cli import ROOT
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
+from experiments.files import csv_text
+from experiments.studies.study import Part
+from experiments.studies.table1 import report as tables
+from experiments.studies.table1.runs import LEARNED, STUDY, own_runs, reference, row_configs
 from hyperopt import parse
-from scripts import tables
 
+COLUMNS = (
+    *("block", "row", "kind", "stack", "data", "epochs", "seed", "hash"),
+    *("test_error", "train_loss", "diverged", *(f"learned_{name}" for name in LEARNED)),
+)
 DIALECT: dict[str, dict[str, Any]] = {  # the published package's constants
     "SGD": {},
     "Adam": {"v0": 1e-8},
@@ -60,24 +68,23 @@ def test_each_config_is_its_row_in_the_papers_dialect(configs: dict[str, Config]
             assert rule.settings == expected
 
 
-def test_the_papers_preset_is_96_runs_of_359550_steps(configs: dict[str, Config]) -> None:
-    runs = table_runs(configs, PRESETS["paper"])
+def test_the_papers_preset_is_96_runs_of_359550_steps() -> None:
+    runs = planned(STUDY)
     assert len(runs) == 96
     assert sum(config.trainer.epochs * 235 for _, config in runs) == 359_550
 
 
 def test_options_of_other_experiments_leave_the_hashes_of_the_committed_runs_alone() -> None:
-    with open(table1.ROOT / "results" / "table1_runs.csv", newline="") as file:
-        committed = {line["hash"] for line in csv.DictReader(file)}
-    runs = table_runs(row_configs(["device=cpu"]), PRESETS["paper"])
-    assert {run_hash(resolve(config, "mnist")) for _, config in runs} == committed
+    committed = pd.read_csv(ROOT / "results" / "table1" / "paper" / "runs.csv")
+    runs = planned(STUDY, "device=cpu")
+    assert {run_hash(resolve(config, "mnist")) for _, config in runs} == set(committed.hash)
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("preset=fast", "preset='fast' is not one of paper, quick"),
-        ("start=ours", "start='ours' is not one of paper, own"),
+        ("start=ours", "start='ours' is not one of scratch, own"),
         ("worker=2", "did you mean workers"),
         ("trainer.epochs=1", "is not an option of this command"),
         ("quick", "'quick' is not an option of this command, as key=value"),
@@ -85,7 +92,7 @@ def test_options_of_other_experiments_leave_the_hashes_of_the_committed_runs_alo
 )
 def test_a_bad_option_gets_one_clear_line(argument: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        table1._arguments([argument])
+        STUDY.request([argument])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -102,7 +109,7 @@ def fake_runs(folder: Path, errors: Mapping[str, Sequence[float]], data: str = "
             start = (row["block"], row["stack"], row["kind"], row["stack"], data, row["epochs"])
             learned = (0.1 + seed, None, None, None) if row["kind"] == "tower" else (None,) * 4
             lines.append([*start, seed, f"{len(lines):016x}", error, 1.0, False, *learned])
-    (folder / "table1_runs.csv").write_text(csv_text(lines))
+    (folder / "runs.csv").write_text(csv_text(lines))
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -118,8 +125,8 @@ def test_the_table_has_means_deviations_and_a_verdict(tmp_path: Path) -> None:
         "RMSProp(0.0030)": (4.83, 5.23, 5.63),  # 1.30 points off, pooled sd 0.57
     }
     fake_runs(tmp_path, errors)
-    tables.draw_table1(tmp_path)
-    table = read(tmp_path / "table1.csv")
+    tables.draw(tmp_path)
+    table = read(tmp_path / "table.csv")
     assert list(table) == [row["stack"] for row in reference()]
     verdicts = {row: line["agrees"] for row, line in table.items() if row in errors}
     assert verdicts == dict(zip(errors, ("True", "False", "True", "False"), strict=True))
@@ -127,18 +134,18 @@ def test_the_table_has_means_deviations_and_a_verdict(tmp_path: Path) -> None:
     rmsprop = table["RMSProp(0.01)"]
     assert (rmsprop["our_error"], rmsprop["our_sd"], rmsprop["n"]) == ("5", "1", "3")
     assert table["SGD(0.01) / SGD(0.01)"]["learned_lr"] == "1.1"
-    text = (tmp_path / "table1.md").read_text()
+    text = (tmp_path / "README.md").read_text()
     assert "| `RMSProp(0.01)` | plain | 5 | 4.19 ± 0.47 | 4.22 ± 0.51 | 5.00 ± 1.00 | 3 |" in text
     assert "lr = 1.1" in text and "MNIST, 3 seeds" in text and "reduced" not in text
-    assert "5.00 $\\pm$ 1.00" in (tmp_path / "table1.tex").read_text()
+    assert "5.00 $\\pm$ 1.00" in (tmp_path / "table.tex").read_text()
 
 
 def test_redrawing_gives_the_same_bytes(tmp_path: Path) -> None:
     fake_runs(tmp_path, {})
-    first = {path: path.read_bytes() for path in tables.draw_table1(tmp_path)}
+    first = {path: path.read_bytes() for path in tables.draw(tmp_path)}
     assert {path.suffix for path in first} == {".md", ".csv", ".tex", ".pdf", ".png"}
     time.sleep(1.1)  # a time of drawing would show
-    assert {path: path.read_bytes() for path in tables.draw_table1(tmp_path)} == first
+    assert {path: path.read_bytes() for path in tables.draw(tmp_path)} == first
 
 
 @pytest.mark.parametrize("reduced", ["other data", "one seed"])
@@ -148,20 +155,19 @@ def test_a_reduced_setting_is_labelled_and_not_judged(tmp_path: Path, reduced: s
     else:
         errors = {row["stack"]: (float(row["published_error"]),) for row in reference()}
         fake_runs(tmp_path, errors)
-    tables.draw_table1(tmp_path)
-    for name in ("table1.md", "table1.tex"):
+    tables.draw(tmp_path)
+    for name in ("README.md", "table.tex"):
         text = (tmp_path / name).read_text()
         assert "a reduced setting, not comparable with the paper's" in text
         assert ("MNIST-5k" in text) == (reduced == "other data")
         assert "yes" not in text
-    assert "agrees" not in next(iter(read(tmp_path / "table1.csv").values()))
+    assert "agrees" not in next(iter(read(tmp_path / "table.csv").values()))
 
 
 def test_relearned_rows_start_at_the_mean_of_what_our_towers_learned(
-    configs: dict[str, Config], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    preset = PRESETS["paper"]
-    runs = table_runs(configs, preset)
+    runs = planned(STUDY)
     values = {
         "Adam(0.001) / Adam(0.001)": {"lr": 0.0012345, "beta1": 0.87, "beta2": 0.999},
         "SGD(0.01) / Adam(0.1)": {"lr": -0.2},
@@ -175,7 +181,8 @@ def test_relearned_rows_start_at_the_mean_of_what_our_towers_learned(
         for row, config in runs
         for learned in [values.get(row["stack"], {"lr": 1.0})]
     ]
-    own = own_runs(runs, summaries, preset)
+    table = Part([runs], configs=[config for _, config in runs], summaries=summaries)
+    own = own_runs(table, (0, 1, 2))
     said = capsys.readouterr().err
     assert "RMSProp(0.1) is left out" in said and "-0.2" not in said  # its mean is 0.8
     assert [config.seed for _, config in own] == [0, 1, 2] * 13
@@ -186,34 +193,18 @@ def test_relearned_rows_start_at_the_mean_of_what_our_towers_learned(
     assert "SGD(0.5920)" not in starts
 
     fake_runs(tmp_path, {})
-    table_csv = tmp_path / "table1_runs.csv"
+    table_csv = tmp_path / "runs.csv"
     lines = [line for line in table_csv.read_text().splitlines() if "relearned" in line]
     kept = [line.replace("relearned,SGD(0.4538)", "relearned,SGD(0.8)") for line in lines]
     kept = [line for line in kept if "SGD(0.5920)" not in line]
     header = ",".join(COLUMNS)
-    (tmp_path / "table1_own_runs.csv").write_text("\n".join([header, *kept]) + "\n")
-    tables.draw_table1(tmp_path)
-    text = (tmp_path / "table1.md").read_text()
+    (tmp_path / "own_runs.csv").write_text("\n".join([header, *kept]) + "\n")
+    tables.draw(tmp_path)
+    text = (tmp_path / "README.md").read_text()
     assert "| `SGD(0.01) / Adam(0.1)` | `SGD(0.8)` | 2.80 ± 0.09 | 3 | `SGD(0.4538)` |" in text
     assert "`SGD(0.01) / RMSProp(0.1)` is left out" in text
-    own_table = read(tmp_path / "table1_own.csv")
+    own_table = read(tmp_path / "own.csv")
     assert len(own_table) == 13 and own_table["SGD(0.4538)"]["start"] == "SGD(0.8)"
-
-
-def test_without_runs_there_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"python -m experiments\.table1 makes it"):
-        tables.draw_table1(tmp_path)
-
-
-def test_what_is_committed_is_redrawn_from_its_csv(tmp_path: Path) -> None:
-    committed = table1.ROOT / "results"
-    if not (committed / "table1_runs.csv").exists():
-        pytest.skip("no results are committed yet")
-    for path in committed.glob("table1*_runs.csv"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    for path in tables.draw_table1(tmp_path):
-        if path.suffix in (".md", ".csv", ".tex"):  # figures depend on matplotlib's version
-            assert path.read_bytes() == (committed / path.name).read_bytes(), path.name
 
 
 # The whole command.
@@ -223,11 +214,11 @@ def command(folder: Path, *more: str) -> list[str]:
     own = ["preset=quick", "data=mnist-5k", "device=cpu", "workers=2"]
     fast = ["trainer.compile=false", "trainer.compile_model=false"]
     places = [f"store={folder}/runs", f"results={folder}/results"]
-    return [sys.executable, "-m", "experiments.table1", *own, *fast, *places, *more]
+    return [sys.executable, "-m", "experiments.studies", "table1", *own, *fast, *places, *more]
 
 
 def drawn(folder: Path) -> dict[str, bytes]:
-    paths = (folder / "results" / "mnist-5k-quick").iterdir()
+    paths = (folder / "results" / "table1" / "quick-mnist-5k").iterdir()
     return {path.name: path.read_bytes() for path in paths if path.suffix != ".json"}
 
 
@@ -247,10 +238,9 @@ def test_the_command_killed_and_started_again_draws_the_same_table(tmp_path: Pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = subprocess.run(command(whole), capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
-    assert f"{whole}/results/mnist-5k-quick/table1.md" in done.stdout
     assert "32 of 32 runs are finished" in done.stderr
 
-    where = whole / "results" / "mnist-5k-quick" / "table1_runs.json"
+    where = whole / "results" / "table1" / "quick-mnist-5k" / "runs.json"
     provenance = where.read_text()
     again = subprocess.run(command(whole), capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
@@ -269,13 +259,13 @@ def test_the_command_killed_and_started_again_draws_the_same_table(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert drawn(broken) == drawn(whole)
 
-    table = pd.read_csv(whole / "results" / "mnist-5k-quick" / "table1.csv")
+    table = pd.read_csv(whole / "results" / "table1" / "quick-mnist-5k" / "table.csv")
     assert len(table) == 32 and (table.our_error < 75).all() and (table.n == 1).all()
-    runs_csv = pd.read_csv(whole / "results" / "mnist-5k-quick" / "table1_runs.csv")
+    runs_csv = pd.read_csv(whole / "results" / "table1" / "quick-mnist-5k" / "runs.csv")
     for line in runs_csv.itertuples():
         summary = json.loads((whole / "runs" / str(line.hash) / "summary.json").read_text())
         assert summary["test_error"] == line.test_error
-    made = json.loads((whole / "results" / "mnist-5k-quick" / "table1_runs.json").read_text())
+    made = json.loads((whole / "results" / "table1" / "quick-mnist-5k" / "runs.json").read_text())
     assert (made["runs"], made["data"], made["steps"]) == (32, "MNIST-5k", 32 * 2 * 16)
 
 

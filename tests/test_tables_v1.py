@@ -6,14 +6,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from running import planned
 
-from experiments.config import compose, identity, resolve, run_hash
-from experiments.data import load
-from experiments.images import Images
-from experiments.store import csv_text
-from experiments.tables_v1 import COLUMNS, REFERENCE, notation, reference, run_lines, table_runs
+from experiments.config.compose import compose
+from experiments.config.identity import identity, run_hash
+from experiments.config.resolve import resolve
+from experiments.data.images import load
+from experiments.studies.tables_v1.runs import REFERENCE, STUDY, line, notation, reference
+from experiments.tasks.classification import Images
 from hyperopt import parse
-from scripts.tables_v1 import draw_tables_v1
 
 
 def test_each_published_row_has_its_stack() -> None:
@@ -39,7 +40,7 @@ def test_per_hyperparameter_is_a_step_size_for_each_and_the_level_above_moves_al
 
 
 def test_the_setting_is_one_epoch_of_300_in_the_order_of_the_file() -> None:
-    runs = table_runs()
+    runs = planned(STUDY)
     assert len(runs) == 42
     for _, config in runs:
         assert (config.trainer.epochs, config.trainer.batch_size) == (1, 300)
@@ -80,28 +81,16 @@ def test_the_tables_have_ours_beside_the_published(tmp_path: Path) -> None:
         }
         for k, row in enumerate(rows)
     ]
-    source = tmp_path / "tables_v1_runs.csv"
-    lines = run_lines(rows, summaries)
-    assert lines[0] == list(COLUMNS)
-    source.write_text(csv_text(lines))
-    paths = draw_tables_v1(source)
-    table = pd.read_csv(tmp_path / "tables_v1.csv")
+    lines = [line(row, summary) for row, summary in zip(rows, summaries, strict=True)]
+    pd.DataFrame(lines).to_csv(tmp_path / "runs.csv", index=False)
+    paths = STUDY.draw(tmp_path)
+    table = pd.read_csv(tmp_path / "table.csv")
     published = pd.read_csv(REFERENCE)
     assert list(table["row"]) == list(published["stack"])
     assert list(table.accuracy) == pytest.approx(list(published.test_accuracy))
     assert all(math.isclose(sd, 1.0) for sd in table.sd)
-    text = (tmp_path / "tables_v1.md").read_text()
+    text = (tmp_path / "README.md").read_text()
     assert "| `SGD(0.01) / SGD(0.01)` | 88.35 | 88.35 ± 1.00 | 16 | 1.20 |" in text
     assert "in the order of the file, 3 seeds, a core" in text
     before = {path: path.read_bytes() for path in paths}
-    assert {path: path.read_bytes() for path in draw_tables_v1(source)} == before
-
-
-def test_what_is_committed_is_redrawn_from_its_csv(tmp_path: Path) -> None:
-    committed = REFERENCE.parents[1]
-    if not (committed / "tables_v1_runs.csv").exists():
-        pytest.skip("no results are committed yet")
-    source = tmp_path / "tables_v1_runs.csv"
-    source.write_bytes((committed / source.name).read_bytes())
-    for path in draw_tables_v1(source):
-        assert path.read_bytes() == (committed / path.name).read_bytes(), path.name
+    assert {path: path.read_bytes() for path in STUDY.draw(tmp_path)} == before

@@ -16,16 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments import book, summarise
-from experiments.book import CHARACTERS, LENGTH, SHA256, Book
-from experiments.config import Config, compose, resolve, run_hash
-from experiments.run import resolve_all
-from experiments.store import RunStore
-from experiments.text import Text
-from experiments.train import Progress, train
+from experiments import summarise
+from experiments.config.compose import compose
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve, resolve_all
+from experiments.config.schema import Config
+from experiments.data import corpus
+from experiments.data.corpus import CHARACTERS, LENGTH, SHA256, Book
+from experiments.records.store import RunStore
+from experiments.tasks.language_model import Text
+from experiments.training.trainer import Progress, train
 from models.char_rnn import CharRNN
 
-WHOLE = Path(os.environ.get("HYPEROPT_DATA", "data"), book.FILE)
+WHOLE = Path(os.environ.get("HYPEROPT_DATA", "data"), corpus.FILE)
 needs_book = pytest.mark.skipif(not WHOLE.is_file(), reason="needs War and Peace")
 
 TINY = "to be or not to be, that is the question: whether 'tis nobler in the mind. " * 8
@@ -92,10 +95,10 @@ def test_a_book_that_is_too_short_is_refused_in_one_line() -> None:
 
 @needs_book
 def test_the_parts_of_the_book_are_the_documented_ones() -> None:
-    whole = book.load(book.NAME, WHOLE.parent)
-    assert (whole.sha256, len(whole.text), whole.name) == (SHA256, LENGTH, book.NAME)
+    whole = corpus.load(corpus.NAME, WHOLE.parent)
+    assert (whole.sha256, len(whole.text), whole.name) == (SHA256, LENGTH, corpus.NAME)
     assert "".join(sorted(set(whole.text))) == "".join(sorted(CHARACTERS))
-    assert whole.text.startswith(book.OPENING)
+    assert whole.text.startswith(corpus.OPENING)
     task = Text(whole, 50, 50, False, "cpu")
     assert (task.train, task.end, len(task.vocabulary)) == (1214, 1278, 82)
     assert task.streams.shape == (50, 63_901)
@@ -216,9 +219,9 @@ SHORT = (
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data root with a few lines that go by the name of the book."""
-    monkeypatch.setattr(book, "SHA256", hashlib.sha256(TINY.encode()).hexdigest())
+    monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(TINY.encode()).hexdigest())
     (root := tmp_path / "data").mkdir()
-    (root / book.FILE).write_text(TINY)
+    (root / corpus.FILE).write_text(TINY)
     return root
 
 
@@ -402,7 +405,7 @@ def answer(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise TimeoutError
         return io.BytesIO(content)
 
-    monkeypatch.setattr(book.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(corpus.urllib.request, "urlopen", urlopen)
     return asked
 
 
@@ -411,34 +414,34 @@ def test_gutenbergs_header_and_licence_are_stripped(
 ) -> None:
     """The body of a download that is as expected goes by the same name as the bare file."""
     body = TINY.strip()
-    monkeypatch.setattr(book, "SHA256", hashlib.sha256(body.encode()).hexdigest())
+    monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(body.encode()).hexdigest())
     page = f"{HEADER}\r\n{body}\r\n{LICENCE}".encode("utf-8-sig")
     asked = answer(page, monkeypatch)
     root = tmp_path / "new"
-    assert book.resolve(book.NAME, root, download=True, timeout=1) == book.NAME
-    assert book.load(book.NAME, root).text == body
-    assert book.resolve(book.NAME, root, download=True, timeout=1) == book.NAME
-    assert asked == [book.URL]
+    assert corpus.resolve(corpus.NAME, root, download=True) == corpus.NAME
+    assert corpus.load(corpus.NAME, root).text == body
+    assert corpus.resolve(corpus.NAME, root, download=True) == corpus.NAME
+    assert asked == [corpus.URL]
 
 
 def test_another_edition_goes_by_another_name_and_it_is_said_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / book.FILE).write_text(TINY)
-    name = f"{book.NAME}-{hashlib.sha256(TINY.encode()).hexdigest()[:8]}"
+    (tmp_path / corpus.FILE).write_text(TINY)
+    name = f"{corpus.NAME}-{hashlib.sha256(TINY.encode()).hexdigest()[:8]}"
     wanted = compose([*SHORT, f"data.root={tmp_path}"])
     (found,) = resolve_all([wanted])
     assert found.data.name == name
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     for words in ("has 600 characters, not 3,196,211", "begins 'to be", "lacks", "NOT comparable"):
         assert words in said
-    assert book.load(name, tmp_path).label == f"War and Peace (edition {name[-8:]})"
-    (tmp_path / book.FILE).write_text(TINY + "!")
-    for other in (name, book.NAME):
+    assert corpus.load(name, tmp_path).label == f"War and Peace (edition {name[-8:]})"
+    (tmp_path / corpus.FILE).write_text(TINY + "!")
+    for other in (name, corpus.NAME):
         with pytest.raises(
             ValueError, match=r"is War and Peace \(edition \w+\), not War and Peace"
         ):
-            book.load(other, tmp_path)
+            corpus.load(other, tmp_path)
     with pytest.raises(ValueError, match=r"is War and Peace \(edition \w+\), not War and Peace"):
         resolve_all([replace(wanted, data=replace(wanted.data, name=name))])
 
@@ -450,11 +453,11 @@ def test_without_the_book_it_is_said_where_to_put_it(
     asked = answer(page.encode(), monkeypatch)
     for download in (False, True):
         with pytest.raises(ValueError) as caught:
-            book.resolve(book.NAME, tmp_path, download, 1)
+            corpus.resolve(corpus.NAME, tmp_path, download)
         said = str(caught.value)
         assert ("could not be downloaded" in said) == download == bool(asked)
-        assert f"put {book.FILE}" in said and "HYPEROPT_DATA" in said and "\n" not in said
-    assert not (tmp_path / book.FILE).exists()
+        assert f"put {corpus.FILE}" in said and "HYPEROPT_DATA" in said and "\n" not in said
+    assert not (tmp_path / corpus.FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -465,6 +468,6 @@ def test_without_the_book_it_is_said_where_to_put_it(
     ],
 )
 def test_a_damaged_book_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / book.FILE).write_bytes(content)
+    (tmp_path / corpus.FILE).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        book.resolve(book.NAME, tmp_path, False, 1)
+        corpus.resolve(corpus.NAME, tmp_path, False)

@@ -15,13 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.command import provenance as summed_up
-from experiments.config import Config, compose, resolve, run_hash
-from experiments.data import load, normalised, pixels
-from experiments.gradient import make_gradient
-from experiments.run import resolve_all
-from experiments.store import RunStore
-from experiments.train import Progress, provenance, train
+from experiments.config.compose import compose
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve, resolve_all
+from experiments.config.schema import Config
+from experiments.data.images import load, normalised, pixels
+from experiments.records.provenance import of_process
+from experiments.records.provenance import provenance as summed_up
+from experiments.records.store import RunStore
+from experiments.tasks.compiled_gradient import make_gradient
+from experiments.training.trainer import Progress, train
 from models import MLP
 
 
@@ -109,8 +112,8 @@ def test_provenance_is_of_the_code_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is committed during a run is not; what did a part of it before it was cut is."""
-    now = {**provenance(), "commit": "a"}
-    monkeypatch.setattr("experiments.train.provenance", lambda: dict(now))
+    now = {**of_process(), "commit": "a"}
+    monkeypatch.setattr("experiments.training.trainer.of_process", lambda: dict(now))
 
     def report(progress: Progress) -> None:
         now["commit"] = "b"

@@ -18,13 +18,17 @@ import test_text
 import wandb
 from wandb.proto import wandb_internal_pb2
 
-from experiments import book, push_wandb
-from experiments.config import Config, compose, resolve, run_hash
-from experiments.logger import offline, push_results, say_how_to_sync
-from experiments.run import guarded
-from experiments.store import RunStore
-from experiments.summarise import JUDGED_BY
-from experiments.train import Progress, train
+from experiments.cli import guarded
+from experiments.config.compose import compose
+from experiments.config.identity import run_hash
+from experiments.config.resolve import resolve
+from experiments.config.schema import Config
+from experiments.data import corpus
+from experiments.records import push_wandb
+from experiments.records.store import RunStore
+from experiments.records.tidy import JUDGED_BY
+from experiments.records.wandb import offline, push_results, say_how_to_sync
+from experiments.training.trainer import Progress, train
 
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
 
@@ -250,9 +254,9 @@ def test_tables_and_figures_are_artifacts_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results, store = tmp_path / "results", tmp_path / "store"
-    results.mkdir()
     store.mkdir()
-    for name in ("table1.csv", "table1_runs.csv", "figure2_cpu.csv"):
+    for name in ("table1/paper/table.csv", "table1/paper/runs.csv", "figure2/cpu/table.csv"):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
         (results / name).write_text(name)
     assert push_results(results, store, "hyperopt") == ["figure2", "table1"]
     say_how_to_sync(store)
@@ -260,9 +264,12 @@ def test_tables_and_figures_are_artifacts_once(
     (path,) = store.glob("wandb/offline-run-*/*.wandb")
     found = [r.artifact for r in records(path) if r.WhichOneof("record_type") == "artifact"]
     files = {a.name: sorted(entry.path for entry in a.manifest.contents) for a in found}
-    assert files == {"figure2": ["figure2_cpu.csv"], "table1": ["table1.csv", "table1_runs.csv"]}
+    assert files == {
+        "figure2": ["cpu/table.csv"],
+        "table1": ["paper/runs.csv", "paper/table.csv"],
+    }
     assert push_results(results, store, "hyperopt") == []
-    (results / "table1.csv").write_text("new")
+    (results / "table1/paper/table.csv").write_text("new")
     assert push_results(results, store, "hyperopt") == ["table1"]
 
 
@@ -277,8 +284,8 @@ def test_what_a_run_was_made_by_changes_it_not(tmp_path: Path) -> None:
 @pytest.fixture
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dict[str, Any]]]:
     """What W&B has of a run on images and of one on a text."""
-    monkeypatch.setattr(book, "SHA256", hashlib.sha256(test_text.TINY.encode()).hexdigest())
-    (tmp_path / book.FILE).write_text(test_text.TINY)
+    monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(test_text.TINY.encode()).hexdigest())
+    (tmp_path / corpus.FILE).write_text(test_text.TINY)
     train(config(tmp_path / "images", "logger=wandb"))
     train(test_text.config(tmp_path, tmp_path / "text", test_text.TOWER, "logger=wandb"))
     runs = [read(tmp_path / folder)[0] for folder in ("images", "text")]
@@ -304,7 +311,7 @@ def shown(panel: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]]]) -> None:
     """Its specification, without a server: all that a panel shows is there of a real run."""
-    dashboard = pytest.importorskip("experiments.dashboard")
+    dashboard = pytest.importorskip("experiments.records.dashboard")
     assert tuple(dashboard.MEASURES) == JUDGED_BY
     view = dashboard.workspace("someone", "hyperopt")._to_model()
     spec = view.model_dump(by_alias=True, exclude_none=True)["spec"]["section"]
@@ -322,7 +329,7 @@ def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]
 def test_the_heat_map_is_made_there_and_its_panels_fill_it(
     known: list[dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dashboard = pytest.importorskip("experiments.dashboard")
+    dashboard = pytest.importorskip("experiments.records.dashboard")
     made: list[dict[str, Any]] = []
 
     class Server:

@@ -1,0 +1,152 @@
+"""What all commands share: help, `key=value` options, errors of one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.errors import HydraException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Options = TypeVar("Options")
+
+
+def asked_for_help(
+    doc: str | None,
+    kind: type,
+    settable: Sequence[str] = (),
+    arguments: Sequence[str] | None = None,
+) -> bool:
+    """Whether the command line asks for help, which is printed then: `doc` and what may be set.
+
+    Args:
+        kind, settable: as `split` has them.
+        arguments: those of the command line by default.
+    """
+    if not set(sys.argv[1:] if arguments is None else arguments) & {"-h", "--help"}:
+        return False
+    print(doc)
+    defaults = vars(kind()).items()
+    options = (f"{key}={value if value.isprintable() else repr(value)}" for key, value in defaults)
+    told = {"Options, with their defaults": " ".join(options)}
+    if settable:
+        told["Keys of its runs, as in python -m experiments.run --help"] = ", ".join(settable)
+    for head, text in told.items():
+        print(f"{head}:")
+        print(textwrap.indent(textwrap.fill(text, 90, break_on_hyphens=False), "    "))
+    return True
+
+
+def split(
+    arguments: Sequence[str], kind: type[Options], settable: Sequence[str]
+) -> tuple[Options, list[str]]:
+    """Split a command line into the command's own options and the overrides of its runs.
+
+    Args:
+        kind: a dataclass of strings, the options with their defaults.
+        settable: the keys of the runs' config that may be set.
+
+    Raises:
+        ValueError: anything else, in one line.
+    """
+    own, overrides = {}, []
+    known = [*(f.name for f in fields(kind)), *settable]  # type: ignore[arg-type]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            near = difflib.get_close_matches(key, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            raise ValueError(f"{argument!r} is not an option of this command, as key=value; {hint}")
+        if key in settable:
+            overrides.append(argument)
+        else:
+            own[key] = value
+    return kind(**own), overrides
+
+
+def number(options: Any, name: str, kind: type = int) -> Any:
+    """The option of a name, as an int or a float.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    text = getattr(options, name)
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name}={text!r} is not {what}") from None
+
+
+def choose(name: str, value: str, known: Sequence[str]) -> str:
+    """`value`, which must be one of those that are known.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+    return value
+
+
+def seed_list(text: str) -> list[int]:
+    """The seeds in a text as "0,1,2"."""
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"seeds={text!r} is no list of numbers as in 0,1,2") from None
+    if len({*seeds}) < len(seeds):
+        raise ValueError(f"seeds={text!r} has a seed twice, which would be counted as two runs")
+    return seeds
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Call `main`; what was asked wrongly becomes one line and status 2, Ctrl-C a hint and 130."""
+    try:
+        return main()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # as of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted. Every run is kept up to the end of its last epoch; "
+            "the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf has against a command line, with its reason and what is near."""
+    reasons = [error, *([error.__cause__] if error.__cause__ else [])]
+    text = ": ".join(str(reason).splitlines()[0] for reason in reasons)
+    if "INTERVAL_SWEEP" in text:
+        return f"{text}; give hydra/sweeper=optuna"
+    node = getattr(reasons[-1], "parent_node", None)  # of a key that is not in it
+    if isinstance(reasons[-1], (ConfigAttributeError, ConfigKeyError)) and node is not None:
+        return f"{text}; {did_you_mean(str(reasons[-1].key), list(node))}"
+    _, _, files = str(error).partition("Available options in")
+    if files:
+        name = text.rpartition("/")[2].strip("'")
+        there, _, _ = files.partition("Config search path")
+        return f"{text}; {did_you_mean(name, there.split()[1:])}"
+    return text
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"

@@ -1,0 +1,53 @@
+"""The hash that identifies a run: what decides its result is in it, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from experiments.config.lr_schedules import schedule_identity
+from experiments.config.schema import Config
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The part of a resolved config that decides the run's result.
+
+    What is left at a default that changes nothing is left out, so that a new option leaves the
+    hashes of earlier runs alone.
+    """
+    trainer = asdict(config.trainer)
+    del trainer["checkpoint_every"]  # a run that is resumed ends as if it had not been
+    for name in ("steps", "autocast", "record_loss", "sequence_length", "clip_value", "l2"):
+        if not trainer[name]:
+            del trainer[name]
+    if config.trainer.processes == 1:
+        del trainer["processes"]
+    found = {
+        "model": {name: value for name, value in asdict(config.model).items() if value is not None},
+        "data": config.data.name,
+        "stack": config.stack.notation,
+        "trainer": trainer,
+        "seed": config.seed,
+        "device": config.device,
+    }
+    for name in ("augment", "validation"):
+        if getattr(config.data, name):
+            found[name] = True
+    if not config.data.shuffle:
+        found["shuffle"] = False
+    if config.schedule.name != "constant":
+        found["schedule"] = schedule_identity(config.schedule)
+    return found
+
+
+def run_hash(config: Config) -> str:
+    """The hash that names the run of a resolved config."""
+    return identity_hash(identity(config))
+
+
+def identity_hash(identity: dict[str, Any]) -> str:
+    """16 hex digits of the sha256 of an identity's canonical JSON."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

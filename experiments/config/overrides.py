@@ -1,0 +1,70 @@
+"""The command line of `experiments.run`, before Hydra reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import get_type_hints
+
+from experiments.cli import did_you_mean
+from experiments.config.schema import CONFIGS, Config
+
+HYDRAS_GROUPS = tuple(
+    f"hydra/{name}" for name in ("launcher", "sweeper", "sweeper/sampler", "help")
+)
+
+
+def protect_notation(arguments: Sequence[str]) -> list[str]:
+    """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
+
+    ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the file of the group
+    that leaves the rest unset) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``: commas
+    outside brackets separate the values of a sweep, as elsewhere in Hydra. ``stack=tower``, which
+    has no bracket, stays as it is.
+    """
+    protected = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in ("stack", "stack.notation") or "(" not in value:
+            protected.append(argument)
+            continue
+        stacks, depth = [""], 0
+        for character in value:
+            depth += (character in "([{") - (character in ")]}")
+            if character == "," and depth == 0:
+                stacks.append("")
+            else:
+                stacks[-1] += character
+        quoted = [stack if stack[:1] in ("'", '"') else f'"{stack.strip()}"' for stack in stacks]
+        protected += ["stack=notation", f"stack.notation={','.join(quoted)}"]
+    return protected
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Raise a ValueError that names what is near, for a key or a file of a group that is not there.
+
+    What Hydra knows of itself, and values in more than words and commas, are left for it to judge.
+    """
+    groups = {folder.name: folder for folder in CONFIGS.iterdir() if folder.is_dir()}
+    known = [*_keys(Config), *HYDRAS_GROUPS]
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        key = key.lstrip("+~").partition("@")[0]
+        if argument.startswith("-") or not (equals or argument.startswith("~")):
+            continue
+        if key not in known and not key.startswith("hydra."):
+            raise ValueError(f"there is no config key {key!r}; {did_you_mean(key, known)}")
+        if key in groups and re.fullmatch(r"[\w.,-]+", value):
+            files = sorted(path.stem for path in groups[key].glob("*.yaml"))
+            for name in value.split(","):
+                if name not in (*files, "null"):
+                    raise ValueError(f"there is no {key} {name!r}; {did_you_mean(name, files)}")
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        yield prefix + f.name
+        if is_dataclass(hints[f.name]):
+            yield from _keys(hints[f.name], f"{prefix}{f.name}.")

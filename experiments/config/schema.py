@@ -1,0 +1,98 @@
+"""What a run is: its typed configuration.
+
+The dataclasses give the types, the files under configs/ the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from experiments.config.lr_schedules import ScheduleConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    hidden: int | None = None  # units of each layer of char_rnn
+    layers: int | None = None  # of char_rnn
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str = MISSING  # not part of the identity
+    download: bool = MISSING  # not part of the identity
+    shuffle: bool = True  # images in a new order in every epoch; else in that of the file
+    augment: bool = False  # random crops and flips; see experiments/tasks/classification.py
+    validation: bool = False  # judge on a part of the training text, not on the test part
+
+
+@dataclass
+class StackConfig:
+    """Either the notation of a stack, or a rule, a height and an lr that all its levels share."""
+
+    notation: str | None = None  # or that of a peer; see experiments/config/baselines.py
+    rule: str | None = None
+    height: int | None = None
+    lr: float | None = None
+
+
+@dataclass
+class TrainerConfig:
+    epochs: int = MISSING
+    batch_size: int = MISSING
+    record_every: int = MISSING  # steps between two records of the hyperparameters
+    record_loss: bool = False  # beside them, that of the batch of the step
+    compile: bool = MISSING  # the optimizer's step; compiled and eager differ in rounding
+    compile_model: bool = MISSING  # the gradient; see experiments/tasks/compiled_gradient.py
+    threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
+    steps: int | None = None  # where the last epoch ends early; null is at the end of the data
+    processes: int = 1  # that do the run together; torchrun says how many
+    autocast: bool = False  # the model in bfloat16, as torch.autocast has it
+    sequence_length: int | None = None  # characters of a text that a step reads of each stream
+    clip_value: float | None = None  # what no element of the gradient exceeds
+    l2: float | None = None  # times half the squared norm of the weights is added to the loss
+    checkpoint_every: int | None = None  # steps; null is at the end of an epoch alone. Not identity
+
+
+@dataclass
+class LoggerConfig:
+    name: str = MISSING
+    project: str = "hyperopt"
+
+
+@dataclass
+class Config:
+    """Everything about one run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stack: StackConfig = field(default_factory=StackConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = MISSING
+    device: str = MISSING  # auto, cpu or cuda
+    experiment: str | None = None  # the table or figure that this run belongs to
+    preset: str | None = None  # the one of its presets
+    row: str | None = None  # the row or curve in it
+    store: str = MISSING  # folder of the runs
+    workers: int | None = None  # runs side by side; null is one for each core
+    progress: bool = True
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: Any) -> Config:
+    """Hydra's composed config as a `Config`."""
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,160 @@
+"""War and Peace: `war_and_peace.txt` under the data root, or else Project Gutenberg's.
+
+The text that the results are from is the body alone, without the headings of its chapters. Another
+edition goes by a name of its own, which ends in the beginning of its checksum, and of which it is
+said what differs. Gutenberg's header and licence are stripped wherever they are found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import urllib.request
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from experiments.files import write_bytes
+
+NAME, LABEL, FILE = "war_and_peace", "War and Peace", "war_and_peace.txt"
+DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer
+URL = "https://www.gutenberg.org/cache/epub/2600/pg2600.txt"
+
+# Of the expected body, in UTF-8 with bare newlines.
+SHA256 = "b0fc81c399971eaf738c8be89809e6a0d95c151749112b04f06b6af648d8a39f"
+LENGTH = 3_196_211
+OPENING = '"Well, Prince, so Genoa and Lucca'
+CHARACTERS = "\n !\"'()*,-./0123456789:;=?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyzàäéê"
+
+_HEADER = re.compile(r"^\*\*\* ?START OF TH(E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
+_LICENCE = re.compile(r"^\*\*\* ?END OF TH(E|IS) PROJECT GUTENBERG EBOOK.*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Book:
+    """A whole text, with bare newlines.
+
+    Attributes:
+        name: part of a run's identity.
+        source: where it was found.
+    """
+
+    text: str
+    source: str = FILE
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        return NAME if self.sha256 == SHA256 else f"{NAME}-{self.sha256[:8]}"
+
+    @property
+    def label(self) -> str:
+        return label(self.name)
+
+    def differences(self) -> list[str]:
+        """What differs from the expected body, in words."""
+        found = []
+        if len(self.text) != LENGTH:
+            found.append(f"it has {len(self.text):,} characters, not {LENGTH:,}")
+        more, missing = set(self.text) - set(CHARACTERS), set(CHARACTERS) - set(self.text)
+        for what, characters in (("has", more), ("lacks", missing)):
+            if characters:
+                some = "".join(sorted(characters)[:20])
+                found.append(f"it {what} {len(characters)} distinct characters, as in {some!r}")
+        if not self.text.startswith(OPENING):
+            found.append(f"it begins {self.text[: len(OPENING)]!r}, not {OPENING!r}")
+        return found or ["it differs somewhere inside"]
+
+
+def is_book(name: str) -> bool:
+    """Whether a data set of this name is the book, in whatever edition."""
+    return name.partition("-")[0] == NAME
+
+
+def label(name: str) -> str:
+    edition = name.partition("-")[2]
+    return f"{LABEL} (edition {edition})" if edition else LABEL
+
+
+def resolve(name: str, root: str | Path, download: bool) -> str:
+    """The name of the edition that a run asking for `name` gets, downloaded if need be.
+
+    Raises:
+        ValueError: it cannot be had, is not the edition that `name` says, or is damaged.
+    """
+    root = Path(root)
+    found = _read(root)
+    if found is None and download and _download(root / FILE):
+        found = _read(root)
+    if found is None:
+        raise ValueError(
+            f"{LABEL} is not under {str(root)!r}"
+            f"{' and it could not be downloaded' if download else ''}; put {FILE} (its text in "
+            "UTF-8) there, or set data.root or HYPEROPT_DATA to the folder that has it"
+        )
+    return found.name if name == NAME else _checked(found, name, root).name
+
+
+def load(name: str, root: str | Path) -> Book:
+    """The edition `name`, from the disk.
+
+    Raises:
+        FileNotFoundError: there is none under `root`.
+        ValueError: it is another edition, or damaged.
+    """
+    found = _read(Path(root))
+    if found is None:
+        raise FileNotFoundError(f"there is no {FILE} under {root}")
+    return _checked(found, name, root)
+
+
+def _checked(found: Book, name: str, root: str | Path) -> Book:
+    if found.name != name:
+        raise ValueError(
+            f"{FILE} under {root} is {found.label}, not {label(name)}; put that one there, or set "
+            "data.root to the folder that has it"
+        )
+    return found
+
+
+def _read(root: Path) -> Book | None:
+    path = root / FILE
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not text in UTF-8 ({error}); remove it or set data.root to another folder"
+        ) from None
+    return Book(_stripped(text.replace("\r\n", "\n"), path))
+
+
+def _stripped(text: str, path: Path) -> str:
+    """A text without Project Gutenberg's header and licence, if it has them."""
+    header = _HEADER.search(text)
+    if header is None:
+        return text
+    licence = _LICENCE.search(text, header.end())
+    if licence is None:
+        raise ValueError(
+            f"{path} has Project Gutenberg's header, but not the licence at its end, so it is cut "
+            "short; remove it to have it downloaded again"
+        )
+    return text[header.end() : licence.start()].strip()
+
+
+def _download(path: Path) -> bool:
+    """Whether it could be had from Project Gutenberg."""
+    try:
+        with urllib.request.urlopen(URL, timeout=DOWNLOAD_TIMEOUT) as answer:
+            content = answer.read()
+    except OSError:
+        return False
+    if _HEADER.search(content.decode("utf-8-sig", errors="replace")) is None:
+        return False  # a page about something else
+    write_bytes(path, content)
+    return True

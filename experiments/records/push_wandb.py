@@ -1,0 +1,98 @@
+"""Bring finished runs that were done without Weights & Biases there.
+
+    python -m experiments.records.push_wandb
+    python -m experiments.records.push_wandb store=runs project=hyperopt results=results
+
+replays the finished runs of the store, with the times at which they were done, and puts the tables
+and figures of the folder `results` there as artifacts. What is there already is left out. Without a
+key W&B keeps its files in the store, and a line says how to upload them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from experiments.cli import asked_for_help, guarded, split
+from experiments.config.schema import LoggerConfig
+from experiments.records.store import RunDirectory, RunStore
+from experiments.records.tidy import read_summaries
+from experiments.records.wandb import (
+    Row,
+    WandbLogger,
+    history,
+    push_results,
+    read_note,
+    say_how_to_sync,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    store: str = "runs"
+    project: str = field(default=LoggerConfig().project)
+    results: str = "results"
+
+
+def push(directory: RunDirectory, project: str) -> bool:
+    """Bring a finished run there; whether it was not there yet."""
+    summary = directory.summary()
+    if summary is None or read_note(directory).get("state") == "finished":
+        return False
+    settings = json.loads((directory.path / "config.json").read_text())
+    settings.pop("hash")
+    made = summary["provenance"]
+    logger = WandbLogger(directory, settings, made.get("made_by", {}), project)
+    curves, values, hypergradients = (
+        rows(directory.path / f"{name}.csv")
+        for name in ("curves", "hyperparameters", "hypergradients")
+    )
+    logger.log(history(0, curves, values, hypergradients, made.get("times", [])))
+    logger.finish(summary)
+    return read_note(directory).get("state") == "finished"
+
+
+def rows(path: Path) -> list[Row]:
+    """The rows of a CSV of numbers; none where there is no such file."""
+    try:
+        with open(path, newline="") as file:
+            return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
+
+
+def push_all(store: RunStore, hashes: Iterable[str], project: str) -> int:
+    """Bring those of the runs there that are not yet, and return how many these were."""
+    pushed = 0
+    for name in hashes:
+        with store.claim(name) as directory:
+            pushed += push(directory, project)
+    return pushed
+
+
+def main() -> int:
+    if asked_for_help(__doc__, Options):
+        return 0
+    options, _ = split(sys.argv[1:], Options, ())
+    store = RunStore(options.store)
+    if not store.root.exists() and options.store != Options.store:
+        raise ValueError(f"there is no store={options.store}; give the folder of the runs")
+    if not Path(options.results).is_dir() and options.results != Options.results:
+        raise ValueError(f"results={options.results} is no folder; give that of tables and figures")
+    hashes = [summary["hash"] for summary in read_summaries(store.root)]
+    pushed = push_all(store, hashes, options.project)
+    artifacts = push_results(Path(options.results), store.root, options.project)
+    print(f"{pushed} of {len(hashes)} runs and {len(artifacts)} artifacts are new there")
+    if pushed or artifacts:
+        say_how_to_sync(store.root)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

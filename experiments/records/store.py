@@ -1,0 +1,139 @@
+"""The run store: one directory for each run, named by the hash of its resolved config.
+
+    runs/0f3c.../config.json            what identifies the run, and its hash
+                 curves.csv             one row for each epoch
+                 hyperparameters.csv    their values, every few steps
+                 hypergradients.csv     what moved them in these steps
+                 checkpoint.pt          until the run is finished
+                 model.pt               the weights, where there is something to do with them
+                 summary.json           written last: a run that has one is finished
+                 lock                   held by the process that works on the run
+
+Every file but the growing curves is written beside its place and then moved there, so that it is
+whole whenever it is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.files import csv_text, named, write_json, write_tensors, write_text
+
+
+class RunDirectory:
+    """The files of one run. Only the process that claimed the run writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.hash = path.name
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or None for any other."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return None
+        whole = isinstance(summary, dict) and summary.keys() >= {"stack", "seed", "hyperparameters"}
+        return summary if whole and summary.get("hash") == self.hash else None
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, tensors on the CPU, or None where there is none.
+
+        Raises:
+            ValueError: a checkpoint that is cut short or of another run.
+        """
+        path = self.path / "checkpoint.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError):
+            raise ValueError(f"{path} cannot be read as a checkpoint") from None
+        if not isinstance(state, dict) or state.get("hash") != self.hash:
+            raise ValueError(f"{path} is not a checkpoint of run {self.hash}")
+        return state
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        state = {"hash": self.hash, **state}
+        write_tensors(self.path / "checkpoint.pt", state)
+
+    def save_config(self, identity: dict[str, Any]) -> None:
+        write_json(self.path / "config.json", {"hash": self.hash, **identity})
+
+    def save_curves(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write the whole of `name`.csv."""
+        write_text(self.path / f"{name}.csv", csv_text([header, *rows]))
+
+    def append_curves(self, name: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Add to `name`.csv what has come since; a run that resumes writes it whole again."""
+        path = self.path / f"{name}.csv"
+        try:
+            with open(path, "a") as file:
+                file.write(csv_text(rows))
+        except OSError as error:
+            raise named(error, path) from None
+
+    def save_model(self, kept: dict[str, Any]) -> None:
+        write_tensors(self.path / "model.pt", kept)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary, which marks the run as finished, and drop the checkpoint."""
+        write_json(self.path / "summary.json", {"hash": self.hash, **summary})
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+
+class RunStore:
+    """The folder of all runs."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def run(self, run_hash: str) -> RunDirectory:
+        return RunDirectory(self.root / run_hash)
+
+    def summary(self, run_hash: str) -> dict[str, Any] | None:
+        return self.run(run_hash).summary()
+
+    @contextmanager
+    def claim(self, run_hash: str) -> Iterator[RunDirectory]:
+        """Hold a run, waiting until no other process does; look then whether it is finished.
+
+        The lock is the kernel's: it ends with the process, however that ends.
+        """
+        directory = self.run(run_hash)
+        try:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            (directory.path / "lock").touch()
+        except OSError as error:
+            raise named(error, directory.path) from None
+        with open(directory.path / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for cut_short in directory.path.glob("*.tmp"):  # by a process that was killed
+                cut_short.unlink()
+            yield directory
+
+
+class NoRecords(RunDirectory):
+    """The directory of a run whose records another process keeps."""
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None: ...
+    def save_config(self, identity: dict[str, Any]) -> None: ...
+    def save_curves(self, name: str, header: Any, rows: Any) -> None: ...
+    def append_curves(self, name: str, rows: Any) -> None: ...
+    def save_model(self, state: Any) -> None: ...
+    def finish(self, summary: dict[str, Any]) -> None: ...
+
+
+@contextmanager
+def no_records(store: RunStore, run_hash: str) -> Iterator[RunDirectory]:
+    """In place of a claim, in all processes but the first."""
+    yield NoRecords(store.run(run_hash).path)

@@ -1,0 +1,405 @@
+"""Figure 2's curves, learned schedules, table and replay, drawn from the records of its runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from experiments.data.catalog import label as data_label
+from experiments.files import write_json
+from experiments.records.provenance import provenance
+from experiments.studies import style
+from experiments.studies.claim import Claim, paired, scale
+from experiments.studies.curves import (
+    Run,
+    count,
+    csv_of,
+    mean_of,
+    mean_text,
+    of,
+    read_runs,
+    write_all,
+)
+from experiments.studies.figure2 import cost
+from experiments.studies.figure2.runs import (
+    HE,
+    KINDS,
+    LRS,
+    MOMENTA,
+    REPLAY,
+    REPLAYED,
+    Cell,
+    cell_of,
+)
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "plain": {"color": style.ORANGE, "linestyle": "--"},
+    "tower": {"color": style.BLUE, "linestyle": "-"},
+    "he": {"color": style.BLACK, "linestyle": ":"},
+    "replay": {"color": style.GREEN, "linestyle": "-."},
+}
+PAPERS_STEPS = 64_000
+GRID = [(lr, momentum) for lr in sorted(LRS) for momentum in sorted(MOMENTA)]
+
+
+def read_figure2(folder: Path) -> list[Run]:
+    """The runs in a folder's records, by cell and seed, without replays of other schedules.
+
+    Raises:
+        ValueError: it holds runs of several settings.
+    """
+    replayed = folder / "replay.csv"
+    checksum = hashlib.sha256(replayed.read_bytes()).hexdigest() if replayed.exists() else None
+    runs = [
+        run
+        for run in read_runs(folder / "records", cell_of)
+        if run.cell.kind != "replay" or run.summary["schedule"]["file"] == checksum
+    ]
+    return sorted(runs, key=lambda run: (run.cell.lr, run.cell.momentum, run.cell.kind, run.seed))
+
+
+def setting(runs: list[Run]) -> str:
+    """The runs' setting in words, for captions; a shorter one than the paper's is named as such."""
+    summary = runs[0].summary
+    steps = summary["trainer"].get("steps")
+    length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
+    text = f"ResNet-20 on {data_label(summary['data'])}, {length}"
+    reduced = f"{text}; a reduced setting, the paper's is {PAPERS_STEPS:,} steps"
+    return text if is_papers(runs) else reduced
+
+
+def is_papers(runs: list[Run]) -> bool:
+    """Whether the runs are as long as the paper's."""
+    return runs[0].summary["trainer"].get("steps") == PAPERS_STEPS
+
+
+# Tables.
+
+
+def run_table(runs: list[Run]) -> pd.DataFrame:
+    """A line for each run."""
+    return pd.DataFrame(
+        {
+            "kind": run.cell.kind,
+            "lr": run.cell.lr,
+            "momentum": run.cell.momentum,
+            "seed": run.seed,
+            "hash": run.summary["hash"],
+            "test_error": run.summary["test_error"],
+            "train_loss": run.summary["train_loss"],
+            "diverged": run.summary["diverged"],
+            "learned_lr": run.summary["hyperparameters"][0]["lr"],
+            "learned_momentum": run.summary["hyperparameters"][0]["momentum"],
+        }
+        for run in runs
+    )
+
+
+def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each cell: means and sample standard deviations over its seeds."""
+    cells = runs.groupby(["kind", "lr", "momentum"])
+    return cells.agg(
+        n=("seed", "size"),
+        test_error=("test_error", "mean"),
+        test_error_sd=("test_error", "std"),
+        train_loss=("train_loss", "mean"),
+        train_loss_sd=("train_loss", "std"),
+        diverged=("diverged", "sum"),
+        learned_lr=("learned_lr", "mean"),
+        learned_momentum=("learned_momentum", "mean"),
+    ).reset_index()
+
+
+def cell_text(cells: pd.DataFrame, cell: Cell, what: str, digits: int) -> str:
+    """`mean_text` of a cell; nothing where it has not been run."""
+    line = cells[
+        (cells.kind == cell.kind) & (cells.lr == cell.lr) & (cells.momentum == cell.momentum)
+    ].squeeze()
+    return "" if line.empty else mean_text(line, what, digits)
+
+
+def compare(runs: list[Run]) -> dict[tuple[float, float], tuple[float, float]]:
+    """For each lr and momentum, the mean training loss of the plain runs and of the towers.
+
+    Only of seeds that both have; without the starts from which both have diverged.
+    """
+    found = {}
+    for start in GRID:
+        plain, tower = (
+            {run.seed: run.loss for run in of(runs, Cell(kind, *start))}
+            for kind in ("plain", "tower")
+        )
+        if both := sorted(plain.keys() & tower.keys()):
+            means = [sum(part[seed] for seed in both) / len(both) for part in (plain, tower)]
+            if math.isfinite(min(means)):
+                found[start] = (means[0], means[1])
+    return found
+
+
+def markdown(runs: list[Run], cells: pd.DataFrame, about: str) -> str:
+    """The table with the figures and what is to be said of them, as Markdown."""
+    losses = compare(runs)
+    lines = [
+        f"# Figure 2: {setting(runs)}",
+        "",
+        "Test error in percent after the last epoch and mean training loss in nats of that epoch: "
+        "mean ± standard deviation over n seeds. From each start plain SGD with lr and momentum "
+        "held fixed, and the tower that tunes both, with the paper's hyper-step sizes. Weight "
+        "decay 1e-4 throughout. *Learned* are the tower's final values, mean over seeds.",
+        "",
+        "| lr | momentum | Plain: error | Tower: error | Plain: loss | Tower: loss | n, plain "
+        "| n, tower | Learned lr | Learned momentum | Tower's loss no worse |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for lr, momentum in GRID:
+        plain, tower = Cell("plain", lr, momentum), Cell("tower", lr, momentum)
+        verdict = ""
+        if (lr, momentum) in losses:
+            before, after = losses[lr, momentum]
+            verdict = "yes" if after <= before else "no"
+        towers = [run.summary["hyperparameters"][0] for run in of(runs, tower)]
+        texts = [
+            *(cell_text(cells, cell, "test_error", 2) for cell in (plain, tower)),
+            *(cell_text(cells, cell, "train_loss", 3) for cell in (plain, tower)),
+            *(str(len(of(runs, cell))) for cell in (plain, tower)),
+            *(mean_of([values[key] for values in towers]) for key in ("lr", "momentum")),
+            verdict,
+        ]
+        lines.append(f"| {lr} | {momentum} | {' | '.join(texts)} |")
+    better = sum(after <= before for before, after in losses.values())
+    lines += [
+        "",
+        f"The tower's training loss is no worse than the plain run's from {better} of "
+        f"{len(losses)} starts.",
+        "",
+        "| From lr 0.1, momentum 0.9 | Test error | Training loss | n |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for cell in (Cell("plain", 0.1, 0.9), REPLAYED, REPLAY, HE):
+        if found := of(runs, cell):
+            error = cell_text(cells, cell, "test_error", 2)
+            loss = cell_text(cells, cell, "train_loss", 3)
+            lines.append(f"| {KINDS[cell.kind]} | {error} | {loss} | {len(found)} |")
+    if of(runs, REPLAY):
+        first = min(run.seed for run in of(runs, REPLAYED))
+        told = (
+            "The replay is plain SGD that follows the lr and the momentum that the tower learned "
+            f"with seed {first}, step by step."
+        )
+        once, again = (
+            {run.seed: run for run in of(runs, cell)}.get(first) for cell in (REPLAYED, REPLAY)
+        )
+        if once and again and not (once.summary["diverged"] or again.summary["diverged"]):
+            apart = abs(again.loss - once.loss)
+            error = abs(again.summary["test_error"] - once.summary["test_error"])
+            told += (
+                " With that seed these are the tower's own steps, but for rounding and for what "
+                "the tower did between two records, and yet it ends with a loss "
+                f"{apart:.3f} and an error {error:.2f} points away: smaller differences between "
+                "two single runs say nothing."
+            )
+        lines += ["", told]
+    for figure, caption in captions(runs).items():
+        lines += ["", f"![{caption}]({figure}.png)", "", caption]
+    return "\n".join([*lines, *(["", about] if about else [])]) + "\n"
+
+
+def captions(runs: list[Run]) -> dict[str, str]:
+    """What is drawn, with a line on each."""
+    found = {
+        "train_loss": "Training loss from nine starts: towers against plain SGD",
+        "test_error": "Test error from nine starts: towers against plain SGD",
+        "lr": "The lr that towers learned, beside He et al.'s schedule",
+        "momentum": "The momentum that towers learned, beside the 0.9 of He et al.",
+    }
+    if of(runs, REPLAY):
+        found["replay"] = "The learned schedule, replayed with plain SGD"
+    return {name: f"{text} ({count(runs)}, a line for each seed)." for name, text in found.items()}
+
+
+def latex(runs: list[Run], cells: pd.DataFrame) -> str:
+    """The table for a paper; needs the booktabs package."""
+    lines = [
+        "\\begin{table}",
+        f"  \\caption{{Test error (\\%) from nine starts, {count(runs)}. {setting(runs)}.}}",
+        "  \\centering\\small",
+        "  \\begin{tabular}{rrrr}",
+        "    \\toprule",
+        "    lr & momentum & plain & tower \\\\",
+        "    \\midrule",
+    ]
+    for lr, momentum in GRID:
+        texts = [
+            cell_text(cells, Cell(kind, lr, momentum), "test_error", 2)
+            for kind in ("plain", "tower")
+        ]
+        lines.append(f"    {lr} & {momentum} & {' & '.join(texts)} \\\\".replace("±", "$\\pm$"))
+    he = cell_text(cells, HE, "test_error", 2).replace("±", "$\\pm$")
+    lines += ["    \\midrule", f"    \\multicolumn{{3}}{{l}}{{{KINDS['he']}}} & {he} \\\\"]
+    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+
+
+# Figures.
+
+
+def grid_figure(
+    runs: list[Run], title: str, label: str, draw: Callable[[plt.Axes, float, float], None]
+) -> plt.Figure:
+    """3 x 3 panels, lr by momentum."""
+    lrs, momenta = sorted(LRS), sorted(MOMENTA)
+    figure, axes = plt.subplots(
+        len(lrs), len(momenta), figsize=(style.WIDTH, 5.2), sharex=True, squeeze=False
+    )
+    for row, lr in zip(axes, lrs, strict=True):
+        for axis, momentum in zip(row, momenta, strict=True):
+            draw(axis, lr, momentum)
+            axis.set_title(f"from lr {lr}, momentum {momentum}")
+    for axis in axes[-1]:
+        axis.set_xlabel("epoch")
+    for axis in axes[:, 0]:
+        axis.set_ylabel(label)
+    handles = {text: line for axis in axes.flat for line, text in zip(*labelled(axis), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"{title}\n{setting(runs)}; {count(runs)}", fontsize=8)
+    return figure
+
+
+def labelled(axis: plt.Axes) -> tuple[list[Any], list[str]]:
+    return axis.get_legend_handles_labels()
+
+
+def plot(axis: plt.Axes, runs: list[Run], column: str) -> None:
+    """One line for each run, by the epoch."""
+    for run in runs:
+        axis.plot(*run.columns(column), linewidth=1, **LOOKS[run.cell.kind])
+    if runs:
+        axis.plot([], [], label=KINDS[runs[0].cell.kind], **LOOKS[runs[0].cell.kind])
+
+
+def curves_figure(runs: list[Run], column: str, label: str) -> plt.Figure:
+    def draw(axis: plt.Axes, lr: float, momentum: float) -> None:
+        for cell in (HE, Cell("plain", lr, momentum), Cell("tower", lr, momentum)):
+            plot(axis, of(runs, cell), column)
+
+    return grid_figure(runs, "Towers against plain SGD from the same start", label, draw)
+
+
+def schedules_figure(runs: list[Run], column: str, label: str, log: bool) -> plt.Figure:
+    def draw(axis: plt.Axes, lr: float, momentum: float) -> None:
+        towers = of(runs, Cell("tower", lr, momentum))
+        for cell in (HE, Cell("tower", lr, momentum)):
+            plot(axis, of(runs, cell)[: 1 if cell == HE else None], column)
+        if log and all((run.values[column] > 0).all() for run in towers):
+            axis.set_yscale("log")
+        else:
+            axis.ticklabel_format(axis="y", useOffset=False)
+
+    return grid_figure(runs, f"The {label} that towers learned", label, draw)
+
+
+def replay_figure(runs: list[Run]) -> plt.Figure:
+    """Loss, error and lr of the tower, of its schedule replayed, of He et al., and of plain SGD."""
+    figure, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 2.4), squeeze=False)
+    shown = (Cell("plain", 0.1, 0.9), HE, REPLAYED, REPLAY)
+    panels = (
+        ("train_loss", "training loss (nats)"),
+        ("test_error", "test error (%)"),
+        ("0.lr", "lr"),
+    )
+    for axis, (column, label) in zip(axes[0], panels, strict=True):
+        for cell in shown:
+            plot(axis, of(runs, cell), column)
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(label)
+    axes[0, 2].set_yscale("log")
+    figure.legend(*labelled(axes[0, 0]), loc="outside lower center", ncols=4)
+    chosen = [run for cell in shown for run in of(runs, cell)]
+    figure.suptitle(f"From lr 0.1, momentum 0.9\n{setting(runs)}; {count(chosen)}", fontsize=8)
+    return figure
+
+
+# All of it.
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw Figure 2 from a folder's records; returns what was written there.
+
+    Raises:
+        ValueError: the records are damaged, or of several settings.
+    """
+    runs = read_figure2(folder)
+    table = run_table(runs)
+    cells = cell_table(table)
+    costs = folder.parent / "cost.json"
+    words = cost.words(json.loads(costs.read_text())) if costs.exists() else ""
+    paths = write_all(
+        folder,
+        {
+            "runs.csv": csv_of(table, None),
+            "table.csv": csv_of(cells),
+            "README.md": markdown(runs, cells, words),
+            "table.tex": latex(runs, cells),
+        },
+    )
+    write_json(folder / "runs.json", provenance([run.summary for run in runs]))
+    paths.append(folder / "runs.json")
+    figures = {
+        "train_loss": lambda: curves_figure(runs, "train_loss", "training loss (nats)"),
+        "test_error": lambda: curves_figure(runs, "test_error", "test error (%)"),
+        "lr": lambda: schedules_figure(runs, "0.lr", "lr", log=True),
+        "momentum": lambda: schedules_figure(runs, "0.momentum", "momentum", log=False),
+        "replay": lambda: replay_figure(runs),
+    }
+    for what in captions(runs):
+        paths += style.save(figures[what](), folder / what)
+    return paths
+
+
+def claims(folder: Path) -> Iterator[Claim]:
+    return claims_of(read_figure2(folder))
+
+
+def claims_of(runs: list[Run]) -> Iterator[Claim]:
+    """From each start, that the tower's training loss is no worse than without it.
+
+    And that the learned lr decays: at its end it is to be half of the start or less.
+    """
+    data, words = data_label(runs[0].summary["data"]), setting(runs)
+    how_much = scale(is_papers(runs))
+    for start, (plain, tower) in compare(runs).items():
+        seeds, hashes = paired(runs, *(Cell(kind, *start) for kind in ("plain", "tower")))
+        yield Claim(
+            data,
+            f"Figure 2, lr {start[0]}, momentum {start[1]}, {words}",
+            how_much,
+            "training loss (nats), tower against plain",
+            "lower",
+            f"{tower:.3f} against {plain:.3f}",
+            seeds,
+            "yes" if tower <= plain else "no",
+            hashes,
+        )
+    cell = REPLAYED
+    towers = [run for run in of(runs, cell) if not run.summary["diverged"]]
+    if towers:
+        left = [run.summary["hyperparameters"][0]["lr"] / cell.lr for run in towers]
+        mean, sd = fmean(left), f" ± {stdev(left):.2g}" if len(left) > 1 else ""
+        yield Claim(
+            data,
+            f"Figure 2, learned from lr {cell.lr}, momentum {cell.momentum}, {words}",
+            how_much,
+            "learned lr at the end, as a share of the start",
+            "decays",
+            f"{mean:.2g}{sd}",
+            len(towers),
+            "yes" if mean <= 0.5 else "no",
+            " ".join(run.summary["hash"] for run in towers),
+        )

@@ -1,0 +1,149 @@
+"""The paper's Figure 2: ResNet-20 on CIFAR-10, plain SGD and towers from a grid of starts.
+
+    python -m experiments.studies figure2 preset=cpu
+    python -m experiments.studies figure2 preset=paper seeds=0 workers=1 data.root=data store=runs
+    python -m experiments.studies figure2 preset=cpu start=records
+
+For each lr of 0.01, 0.1, 1.0 and momentum of 0.09, 0.9, 0.99 there is a plain run and the tower
+that tunes both; besides them He et al.'s schedule and, with plain SGD, a replay of the schedule
+that the tower from He et al.'s lr and momentum learned with the first seed.
+
+Runs that are finished in the store are not done again; with `start=records` nor are those whose
+records are in the results already.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.config.compose import compose
+from experiments.config.identity import run_hash
+from experiments.config.schema import Config, StackConfig
+from experiments.files import csv_text, write_text
+from experiments.records.store import RunDirectory, RunStore
+from experiments.studies.study import SETTABLE_WITH_RECORDS, Part, Preset, Request, Study
+from hyperopt import parse
+
+LRS = (0.1, 0.01, 1.0)
+MOMENTA = (0.9, 0.09, 0.99)
+WEIGHT_DECAY = 1e-4
+
+KINDS = {
+    "plain": "plain SGD",
+    "tower": "tower",
+    "he": "He et al.'s schedule",
+    "replay": "replay of the tower",
+}
+
+# The schedules stretch to whatever length there is.
+PRESETS = {
+    "cpu": Preset(
+        ("trainer.epochs=10", "trainer.steps=null", "trainer.record_every=50", "device=cpu")
+    ),
+    "paper": Preset(),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One curve of the figure.
+
+    Attributes:
+        kind: one of `KINDS`.
+        lr, momentum: the start.
+    """
+
+    kind: str
+    lr: float
+    momentum: float
+
+    @property
+    def stack(self) -> str:
+        """The notation; the hyper-step sizes are the paper's."""
+        plain = f"SGD({self.lr}, momentum={self.momentum}, weight_decay={WEIGHT_DECAY})"
+        if self.kind != "tower":
+            return plain
+        lr, momentum = f"{self.lr**2 * 1e-3:.6g}", f"{1e-6 / (1 - self.momentum):.6g}"
+        return f"{plain}[lr, momentum] / SGD({{lr: {lr}, momentum: {momentum}}})"
+
+    @property
+    def label(self) -> str:
+        return f"{KINDS[self.kind]}, lr {self.lr}, momentum {self.momentum}"
+
+
+HE = Cell("he", 0.1, 0.9)
+# The tower whose schedule is replayed, and by what.
+REPLAYED, REPLAY = Cell("tower", 0.1, 0.9), Cell("replay", 0.1, 0.9)
+
+# By what is most useful first, should one not wait for the last.
+CELLS = (
+    HE,
+    *(
+        Cell(kind, lr, momentum)
+        for momentum in MOMENTA
+        for lr in LRS
+        for kind in ("plain", "tower")
+    ),
+)
+
+
+def cell_config(cell: Cell, seed: int, overrides: Sequence[str]) -> Config:
+    """The config of one run; a replay's needs the file among the overrides."""
+    schedule = cell.kind if cell.kind in ("he", "replay") else "constant"
+    base = _compose(f"schedule={schedule}", *overrides)
+    return replace(base, stack=StackConfig(cell.stack), seed=seed, row=cell.label)
+
+
+@functools.lru_cache
+def _compose(*overrides: str) -> Config:
+    return compose(["experiment=figure2", *overrides])
+
+
+def cell_of(summary: dict[str, Any]) -> Cell:
+    """The cell that a run belongs to."""
+    stack = parse(summary["stack"])
+    kinds = {"steps": "he", "replay": "replay", None: "tower" if stack.height else "plain"}
+    start: Any = stack.levels[0].values
+    kind = kinds[summary.get("schedule", {}).get("name")]
+    return Cell(kind, start["lr"], start["momentum"])
+
+
+def learned(run: RunDirectory) -> list[list[Any]]:
+    """The schedule that a finished tower learned: what step was made with which lr and momentum.
+
+    Steps count from 1; the first is made with the initial values.
+    """
+    start = cell_of(run.summary() or {})
+    with open(run.path / "hyperparameters.csv", newline="") as file:
+        rows: list[list[Any]] = [
+            [int(row["step"]), row["0.lr"], row["0.momentum"]] for row in csv.DictReader(file)
+        ]
+    first = [[1, start.lr, start.momentum]] if rows[0][0] > 1 else []
+    return [["step", "lr", "momentum"], *first, *rows]
+
+
+def parts(request: Request) -> Iterator[Part]:
+    """The grid, and when it is done the replays."""
+    overrides, seeds = request.overrides, request.seeds
+    runs = [(cell, cell_config(cell, seed, overrides)) for seed in seeds for cell in CELLS]
+    grid = Part([runs])
+    yield grid
+    tower = grid.configs[CELLS.index(REPLAYED)]
+    path = request.folder / "replay.csv"
+    write_text(path, csv_text(learned(RunStore(tower.store).run(run_hash(tower)))))
+    overrides = (*overrides, f'schedule.file="{path}"')
+    yield Part([[(REPLAY, cell_config(REPLAY, seed, overrides)) for seed in seeds]])
+
+
+STUDY = Study(
+    "figure2",
+    PRESETS,
+    parts,
+    __doc__,
+    settable=SETTABLE_WITH_RECORDS,
+    starts=("scratch", "records"),
+)

@@ -1,0 +1,376 @@
+"""Figure 3: how far towers forgive their initial step sizes, and what each level costs.
+
+    python -m experiments.studies.figure3.report
+    python -m experiments.studies.figure3.report results=results
+
+checks what the paper says of it: it prints the decades of robustness of each height, and our test
+errors beside those of the published package. The exit status is 1 where the claim or the agreement
+does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+from experiments.cli import ROOT, asked_for_help, guarded, split
+from experiments.data.catalog import label as data_label
+from experiments.data.images import LABELS
+from experiments.studies import style
+from experiments.studies.claim import Claim, scale
+from experiments.studies.curves import csv_of, write_all
+from experiments.studies.step_time.report import plot_heights
+
+REFERENCE = Path(__file__).with_name("published.csv")
+TIMES = ROOT / "results" / "step_time" / "times.csv"
+PAPERS_EPOCHS = 30
+NEAR = 1.5  # times the best plain error is near enough
+GUESSING = 80.0  # percent; guessing one of ten digits gets about 90 of them wrong
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line sets."""
+
+    results: str = "results"
+
+
+def points(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each rule, height and start: mean and sample standard deviation over seeds."""
+    groups = runs.groupby(["rule", "height", "lr"], sort=False)
+    table = groups.agg(
+        n=("seed", "size"),
+        test_error=("test_error", "mean"),
+        sd=("test_error", "std"),
+        lowest=("test_error", "min"),
+        highest=("test_error", "max"),
+        diverged=("diverged", "sum"),
+    ).reset_index()
+    return table
+
+
+def robustness(table: pd.DataFrame) -> pd.DataFrame:
+    """A line for each rule and height: its decades of robustness.
+
+    These are how many powers of ten of starts end within 1.5 times the best error of that rule
+    without a tower: near starts, by how many of them there are in a power of ten. `below` counts
+    those alone that are less than the best start of the plain rule, and `reach` is how many powers
+    of ten below that one the least near start lies. `own_decades` and `own_reach` take the best
+    error of the height itself: how flat its curve is.
+    """
+    lines = []
+    for rule, own in table.groupby("rule", sort=False):
+        plain = own[own.height == 0]
+        best = plain.loc[plain.test_error.idxmin()]
+        starts = sorted(own.lr.unique())
+        per_decade = (len(starts) - 1) / math.log10(starts[-1] / starts[0])
+        for height, rows in own.groupby("height"):
+            near = rows.lr[rows.test_error <= NEAR * best.test_error]
+            near_own = rows.lr[rows.test_error <= NEAR * rows.test_error.min()]
+            lines.append(
+                {
+                    "rule": rule,
+                    "height": height,
+                    "decades": len(near) / per_decade,
+                    "below": (near < best.lr).sum() / per_decade,
+                    "reach": _decades_below(near, best.lr),
+                    "own_decades": len(near_own) / per_decade,
+                    "own_reach": _decades_below(near_own, best.lr),
+                    "best_error": rows.test_error.min(),
+                    "best_lr": rows.lr[rows.test_error.idxmin()],
+                    "diverged": rows.diverged.sum(),
+                    "runs": rows.n.sum(),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _decades_below(starts: pd.Series, lr: float) -> float:
+    """How many powers of ten the least of the starts lies below lr; 0 where none does."""
+    return max(0.0, round(math.log10(lr / starts.min()), 2)) if len(starts) else 0.0
+
+
+# The check.
+
+
+MEASURES = {  # by the names that the table has for them
+    "decades": ("Decades", "of starts near the plain rule's best error"),
+    "below": ("Too small", "decades of those that are too small"),
+    "reach": ("Reach", "decades down to the least of those"),
+    "own_decades": ("Own decades", "of starts near the height's best error"),
+    "own_reach": ("Own reach", "decades down to the least of those"),
+}
+CLAIMED = ("below", "reach", "own_reach")  # what is not to shrink with height
+
+
+def claim(robust: pd.DataFrame) -> dict[tuple[str, str], bool]:
+    """For each rule and each measure of starts that are too small, whether none shrinks."""
+    return {
+        (str(rule), measure): bool(own.sort_values("height")[measure].is_monotonic_increasing)
+        for rule, own in robust.groupby("rule", sort=False)
+        for measure in CLAIMED
+    }
+
+
+def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """Our means beside the published package's errors of one seed, where both have a start.
+
+    `agrees`: that one run is no more than three of our standard deviations off, or 15 % of the
+    error, whichever is more; errors of guessing agree with each other.
+    """
+    both = published.merge(table, on=["rule", "height", "lr"], suffixes=("_published", ""))
+    off = (both.test_error - both.test_error_published).abs()
+    guessing = both[["test_error", "test_error_published"]].min(axis=1) >= GUESSING
+    allowed = (3 * both.sd.fillna(0.0)).clip(lower=0.15 * both.test_error_published)
+    both["agrees"] = (off <= allowed) | guessing
+    return both
+
+
+def check(folder: Path) -> bool:
+    """Print the numbers behind the paper's claim, and whether it holds.
+
+    Raises:
+        ValueError: there are no runs.
+    """
+    sources = sorted(folder.glob("figure3/*/runs.csv"))
+    if not sources:
+        raise ValueError(f"there is no figure3/*/runs.csv in {folder}; make reproduce-figure3")
+    holds = True
+    for source in sources:
+        runs = pd.read_csv(source)
+        table = points(runs)
+        robust = robustness(table)
+        print(f"{source.parent.name}: {setting(runs)}")
+        for rule, own in robust.groupby("rule", sort=False):
+            print(f"  towers of {rule}")
+            print(f"    {'height':62}", *(f"{height:5d}" for height in own.height))
+            for measure, words in MEASURES.items():
+                print(f"    {', '.join(words):62}", *(f"{value:5.1f}" for value in own[measure]))
+            print(f"    {'runs that diverged':62}", *(f"{count:5d}" for count in own.diverged))
+        for (rule, measure), verdict in claim(robust).items():
+            answer = "never shrinks" if verdict else "SHRINKS"
+            print(f"  {rule}, {MEASURES[measure][0]}: {answer} with height")
+            holds &= verdict
+        if is_of_reference(runs):
+            both = beside_published(table, pd.read_csv(REFERENCE))
+            print("  test error (%) beside the published package, one seed")
+            for (rule, height), own in both.groupby(["rule", "height"], sort=False):
+                print(f"    towers of {rule} of height {height}")
+                print("      from     ", *(f"{lr:6.0e}" for lr in own.lr))
+                print("      published", *(f"{error:6.1f}" for error in own.test_error_published))
+                print("      ours     ", *(f"{error:6.1f}" for error in own.test_error))
+                if own.sd.notna().all():
+                    print("      sd       ", *(f"{sd:6.1f}" for sd in own.sd))
+            print(f"  {both.agrees.sum()} of {len(both)} agree")
+            holds &= bool(both.agrees.all())
+    return holds
+
+
+def is_of_reference(runs: pd.DataFrame) -> bool:
+    """Whether runs are in the setting of the published package's."""
+    return bool((runs.data == "mnist").all() and (runs.epochs == 2).all())
+
+
+def is_papers(runs: pd.DataFrame) -> bool:
+    """Whether runs are on the full MNIST and as long as the paper's."""
+    return bool((runs.data == "mnist").all() and (runs.epochs == PAPERS_EPOCHS).all())
+
+
+# What is said and drawn.
+
+
+def setting(runs: pd.DataFrame) -> str:
+    """The runs' setting in words, for captions."""
+    length, seeds = (
+        f"{count} {what}{'s' if count > 1 else ''}"
+        for count, what in ((runs.epochs.max(), "epoch"), (runs.seed.nunique(), "seed"))
+    )
+    data, devices = LABELS[runs.data.iloc[0]], " and ".join(runs.device.unique())
+    return f"MLP on {data}, batch 256, {length}, {seeds}, {devices}"
+
+
+def markdown(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> str:
+    """The figure with its caption, the decades of robustness, and every point, as Markdown."""
+    lines = [
+        f"# Figure 3: {setting(runs)}",
+        "",
+        f"![{caption(runs)}](figure.png)",
+        "",
+        caption(runs),
+        "",
+        "## Decades of robustness",
+        "",
+        f"How many powers of ten of starts end within {NEAR} times the best error of the plain "
+        "rule. *Too small*: of those alone that are less than the plain rule's best start. "
+        "*Reach*: how many powers of ten below that start the least of them lies. *Own*: the same "
+        "with the best error of the height itself, so how flat its curve is.",
+        "",
+        "| Towers of | Height | Decades | Too small | Reach | Own decades | Own reach "
+        "| Best error | from | Diverged | Runs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for line in robust.itertuples():
+        lines.append(
+            f"| {line.rule} | {line.height} | {line.decades:.1f} | {line.below:.1f} | "
+            f"{line.reach:.1f} | {line.own_decades:.1f} | {line.own_reach:.1f} | "
+            f"{line.best_error:.2f} | {line.best_lr:g} | {line.diverged} | {line.runs} |"
+        )
+    lines += ["", "With height:", ""]
+    for (rule, measure), verdict in claim(robust).items():
+        answer = "never shrinks" if verdict else "shrinks somewhere"
+        lines.append(f"- towers of {rule}: *{MEASURES[measure][0]}* {answer}.")
+    for rule, own in table.groupby("rule", sort=False):
+        heights = list(own.height.unique())
+        lines += [
+            "",
+            f"## Towers of {rule}: test error in percent",
+            "",
+            f"| Start | {' | '.join(f'height {height}' for height in heights)} |",
+            f"| ---: |{' ---: |' * len(heights)}",
+        ]
+        for lr, row in own.groupby("lr"):
+            cells = [
+                f"{one.test_error:.2f}"
+                + ("" if math.isnan(one.sd) else f" ± {one.sd:.2f}")
+                + (f" ({one.diverged} of {one.n} diverged)" if one.diverged else "")
+                for one in row.sort_values("height").itertuples()
+            ]
+            lines.append(f"| {lr:g} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def caption(runs: pd.DataFrame) -> str:
+    diverged = int(runs.diverged.sum())
+    return (
+        "(a) Test error after the last epoch against the step size at which all levels of a tower "
+        "start, mean and standard deviation over seeds. A cross above marks a start from which "
+        f"some run diverged; {diverged} of {len(runs)} did, and count with the error of their "
+        "last weights. Below, decades of robustness: how many powers of ten of starts end within "
+        f"{NEAR} times the best error of the plain rule (dotted line), and hatched, of the height "
+        "itself. (b) Time of a training step of the MLP against height, from results/step_time. "
+        f"{setting(runs)}."
+    )
+
+
+def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt.Figure:
+    """Error against the start for each rule, decades below it, and time against height."""
+    rules = list(table.rule.unique())
+    figure = plt.figure(figsize=(style.WIDTH, 3.9))
+    parts: Any = figure.subfigures(1, 2, width_ratios=[2.3, 1])
+    left, right = parts
+    axes = left.subplots(2, len(rules), sharey="row", height_ratios=[2.4, 1], squeeze=False)
+    for (above, below), rule in zip(axes.T, rules, strict=True):
+        draw_errors(above, table[table.rule == rule], rule)
+        draw_decades(below, robust[robust.rule == rule])
+    axes[0, 0].set_ylabel("test error (%)")
+    axes[1, 0].set_ylabel("decades of\nrobustness")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    left.legend(handles, labels, loc="outside lower center", ncols=len(labels), title="height")
+    axis = right.subplots()
+    plot_heights(axis, pd.read_csv(TIMES), "mlp")
+    axis.set(title="(b) a training step", ylabel="ms")
+    right.legend(*axis.get_legend_handles_labels(), loc="outside lower center", fontsize=7)
+    spread = "; mean ± standard deviation" if runs.seed.nunique() > 1 else ""
+    figure.suptitle(f"{setting(runs)}{spread}", fontsize=8)
+    return figure
+
+
+def draw_errors(axis: plt.Axes, table: pd.DataFrame, rule: str) -> None:
+    """A curve for each height; starts from which some run diverged are marked above."""
+    looks = style.sequence(table.height.nunique())
+    for (height, own), look in zip(table.groupby("height"), looks, strict=True):
+        rows = own.sort_values("lr")
+        sd = rows.sd.fillna(0.0)
+        axis.plot(rows.lr, rows.test_error, label=f"{height}", linewidth=1.1, **look)
+        low = (rows.test_error - sd).clip(lower=rows.lowest)
+        high = (rows.test_error + sd).clip(upper=100.0)
+        axis.fill_between(rows.lr, low, high, color=look["color"], alpha=0.18, linewidth=0)
+        bad = rows.lr[rows.diverged > 0]
+        place = 115 * 1.13**height  # above all errors, a line for each height
+        axis.plot(bad, [place] * len(bad), "x", color=look["color"], markersize=3.5)
+    best = table[table.height == 0].test_error.min()
+    axis.axhline(NEAR * best, color=style.BLACK, linewidth=0.7, linestyle=":")
+    axis.set(xscale="log", yscale="log", ylim=(2.5, 240), xlabel="initial step size of all levels")
+    axis.yaxis.set_major_locator(FixedLocator([3, 5, 10, 20, 50, 100]))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xticks([1e-8, 1e-6, 1e-4, 1e-2, 1e0, 1e2])
+    axis.set_title(f"(a) towers of {rule}")
+
+
+def draw_decades(axis: plt.Axes, robust: pd.DataFrame) -> None:
+    """A bar for each height; behind it, hatched, that by the best error of the same height."""
+    looks = style.sequence(len(robust))
+    for line, look in zip(robust.itertuples(), looks, strict=True):
+        colour = look["color"]
+        axis.bar(
+            line.height, line.own_decades, 0.8, color="white", edgecolor=colour, hatch="//////"
+        )
+        axis.bar(line.height, line.decades, 0.5, color=colour, edgecolor="white")
+        axis.annotate(
+            f"{line.decades:.1f}",
+            (line.height, max(line.decades, line.own_decades)),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+        )
+    axis.set(xlabel="height", xticks=robust.height)
+    axis.grid(axis="x", visible=False)
+    axis.margins(y=0.2)
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw Figure 3 from the CSV of its runs; returns what was written beside it."""
+    runs = pd.read_csv(folder / "runs.csv")
+    table = points(runs)
+    robust = robustness(table)
+    texts = {"table.csv": csv_of(table), "README.md": markdown(runs, table, robust)}
+    paths = write_all(folder, texts)
+    return paths + style.save(figure(runs, table, robust), folder / "figure")
+
+
+# Of Figure 3, what is not to shrink with height: decades of starts.
+FORGIVEN = {
+    "below": "decades of starts below the best plain one that end near its error",
+    "reach": "decades from the best plain start down to the least that ends near its error",
+    "own_reach": "decades from the best plain start down to the least near the height's own best",
+}
+
+
+def claims(folder: Path) -> Iterator[Claim]:
+    """For each rule and measure, that taller towers forgive starts that are too small no less."""
+    runs = pd.read_csv(folder / "runs.csv")
+    robust = robustness(points(runs))
+    for (rule, measure), holds in claim(robust).items():
+        own = robust[robust.rule == rule].sort_values("height")
+        yield Claim(
+            data_label(runs.data.iloc[0]),
+            f"Figure 3a, towers of {rule}, {setting(runs)}",
+            scale(is_papers(runs)),
+            f"{FORGIVEN[measure]}, by height",
+            "never shrinks",
+            ", ".join(f"{decades:.1f}" for decades in own[measure]),
+            int(runs.seed.nunique()),
+            "yes" if holds else "no",
+            " ".join(runs[runs.rule == rule].hash),
+        )
+
+
+def main() -> int:
+    if asked_for_help(__doc__, Options):
+        return 0
+    options, _ = split(sys.argv[1:], Options, ())
+    return 0 if check(Path(options.results)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,89 @@
+"""The paper's Figure 3a: towers of SGD and of Adam from many initial step sizes, on MNIST.
+
+    python -m experiments.studies figure3
+    python -m experiments.studies figure3 preset=paper workers=4 data.root=data store=runs
+    python -m experiments.studies figure3 preset=quick seeds=0
+
+All levels of a tower start at the same step size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from experiments.config.compose import compose
+from experiments.config.schema import StackConfig
+from experiments.studies.study import Part, Preset, Request, Study
+
+# A level of each rule, with the published package's constants.
+LEVELS = {"SGD": "SGD({lr})", "Adam": "Adam({lr}, v0=1e-8)"}
+HEIGHTS = range(6)
+STARTS = tuple(float(f"{10 ** (k / 2):.4g}") for k in range(-16, 5))  # 1e-8 to 1e2
+
+
+@dataclass(frozen=True)
+class Figure3Preset(Preset):
+    """How much is done: the initial step sizes."""
+
+    lrs: tuple[float, ...] = STARTS
+
+
+PRESETS = {
+    "cpu": Figure3Preset(("trainer.epochs=5", "device=cpu")),
+    "paper": Figure3Preset(("trainer.epochs=30",)),
+    # What published.csv is compared with.
+    "quick": Figure3Preset(("trainer.epochs=2", "device=cpu"), seeds=(0,), lrs=STARTS[::2]),
+}
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One point of a curve, but for its seeds."""
+
+    rule: str
+    height: int
+    lr: float
+
+    @property
+    def stack(self) -> str:
+        level = LEVELS[self.rule].format(lr=self.lr)
+        return " / ".join([level] * (self.height + 1))
+
+    @property
+    def label(self) -> str:
+        return f"{self.rule}, height {self.height}, from {self.lr:g}"
+
+
+def parts(request: Request) -> Iterator[Part]:
+    """The runs of the figure."""
+    base = compose(["experiment=figure3", *request.overrides])
+    lrs = request.preset.lrs
+    towers = [Tower(rule, n, lr) for rule in LEVELS for n in HEIGHTS for lr in lrs]
+    yield Part(
+        [
+            [
+                (tower, replace(base, stack=StackConfig(tower.stack), seed=seed, row=tower.label))
+                for tower in towers
+                for seed in request.seeds
+            ]
+        ]
+    )
+
+
+def line(tower: Tower, summary: dict[str, Any]) -> dict[str, Any]:
+    """A run in the CSV."""
+    return {
+        "rule": tower.rule,
+        "height": tower.height,
+        "lr": tower.lr,
+        "seed": summary["seed"],
+        "data": summary["data"],
+        "epochs": summary["trainer"]["epochs"],
+        "device": summary["provenance"]["device"],
+        **{name: summary[name] for name in ("hash", "test_error", "train_loss", "diverged")},
+    }
+
+
+STUDY = Study("figure3", PRESETS, parts, __doc__, line)

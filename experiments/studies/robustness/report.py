@@ -1,0 +1,546 @@
+"""Start anywhere: the table, the heat map and the curves, drawn from the records of the runs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from experiments.data.catalog import label as data_label
+from experiments.files import write_json
+from experiments.records.provenance import provenance
+from experiments.studies import style
+from experiments.studies.curves import Run, csv_of, read_runs, write_all
+from experiments.studies.robustness.runs import (
+    ABLATION,
+    FIXED,
+    FREE,
+    METHODS,
+    PRESETS,
+    TASKS,
+    cell_of,
+)
+from experiments.studies.robustness.softmax_optimum import PATH as OPTIMUM
+
+NEAR = (1.1, 1.5)  # times the best fixed lr's error
+TIMES = "times.json"
+REFERENCE = "torch.optim.Adam"
+
+LABELS = {
+    "Auto": "Auto",
+    "SGD": "SGD",
+    "Momentum": "SGD, momentum 0.9",
+    "Adam": "Adam",
+    "AdamW": "AdamW",
+    "ScheduleFree": "Schedule-Free AdamW",
+    "Prodigy": "Prodigy (no lr)",
+    "DAdaptAdam": "D-Adapt Adam (no lr)",
+    "DAdaptSGD": "D-Adapt SGD (no lr)",
+    "SGD-HD": "SGD-HD",
+    "Adam-HD": "Adam-HD",
+    "Adam/SGD": "Adam / SGD(1e-5)",
+    "SGD-5": "tower of SGD, height 5",
+    "Adam-2": "tower of Adam, height 2",
+    "Adam-5": "tower of Adam, height 5",
+    "no-mean": "without the mean, as Adam",
+    "no-log": "without the log domain, and so without trust",
+    "no-normalize": "without normalize",
+    "no-horizon": "without horizon",
+    "no-trust": "without trust",
+    "no-accumulator": "without an initial accumulator",
+}
+MAIN = [method for method in LABELS if method not in ABLATION]
+PARTS = ["Auto", *ABLATION]
+
+
+# The numbers.
+
+
+def preset_of(folder: Path) -> str:
+    return folder.name.partition("-")[0]
+
+
+def error(run: Run) -> float:
+    """What a run is judged by; a loss that diverged is infinite.
+
+    An error in percent of a run that diverged is that of its last weights.
+    """
+    value = run.summary[TASKS[run.cell.task].metric]
+    return math.inf if value is None else value
+
+
+def run_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """A line for each run."""
+    return pd.DataFrame(
+        {
+            "task": run.cell.task,
+            "method": run.cell.method,
+            "start": run.cell.start,
+            "seed": run.seed,
+            "hash": run.summary["hash"],
+            "data": run.summary["data"],
+            "error": error(run),
+            "test_error": run.summary.get("test_error"),
+            "train_loss": run.summary["train_loss"],
+            "diverged": run.summary["diverged"],
+            "learned_lr": run.summary["hyperparameters"][0]["lr"],
+        }
+        for run in runs
+    )
+
+
+def points(runs: pd.DataFrame) -> pd.DataFrame:
+    """A line for each task, method and start: mean, sample standard deviation and range over seeds.
+
+    `ratio` is the mean by that of the best fixed lr on the task, where there is one.
+    """
+    groups = runs.groupby(["task", "method", "start"], sort=False, dropna=False)
+    table = groups.agg(
+        n=("seed", "size"),
+        error=("error", "mean"),
+        sd=("error", "std"),
+        least=("error", "min"),
+        most=("error", "max"),
+        diverged=("diverged", "sum"),
+    ).reset_index()
+    best = {task: best_fixed(own) for task, own in table.groupby("task")}
+    bars = [math.nan if best[task] is None else best[task].error for task in table.task]
+    return table.assign(ratio=table.error / bars)
+
+
+def best_fixed(own: pd.DataFrame) -> Any:
+    """Of one task's points, that of the best fixed lr; None where there is none that ended well."""
+    fixed = own[own.method.isin(FIXED) & np.isfinite(own.error)]
+    return None if fixed.empty else fixed.loc[fixed.error.idxmin()]
+
+
+def compared(table: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """The points that methods are compared by: not those where only a fixed lr is searched."""
+    there = (
+        point.method in FREE or point.start in PRESETS[preset].tasks[point.task].starts
+        for point in table.itertuples()
+    )
+    return table[np.fromiter(there, bool, len(table))]
+
+
+def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """A line for each task and method that has runs: its decades of robustness.
+
+    These are how many powers of ten of starts end within 1.1 and within 1.5 times the best fixed
+    lr's error: the share of starts that do, of the powers of ten from the first to the last. What
+    has no start is near from all of them, or from none. Without a best fixed lr they are NaN.
+    """
+    lines, table = [], compared(table, preset)
+    for task, setting in PRESETS[preset].tasks.items():
+        there = setting.starts
+        worth = (round(math.log10(there[-1] / there[0])) + 1) / len(there)
+        for method in METHODS:
+            mine = table[(table.task == task) & (table.method == method)]
+            if mine.empty:
+                continue
+            weight = len(there) if method in FREE else 1
+            worst = mine.loc[mine.error.idxmax()]
+            relative = mine.ratio.notna().all()
+            lines.append(
+                {
+                    "task": task,
+                    "method": method,
+                    **{
+                        f"decades_{near}": weight * (mine.ratio <= near).sum() * worth
+                        if relative
+                        else math.nan
+                        for near in NEAR
+                    },
+                    "best": mine.error.min(),
+                    "worst": worst.error,
+                    "worst_ratio": worst.ratio,
+                    "worst_start": worst.start,
+                    "starts": weight * len(mine),
+                    "of": len(there),
+                    "diverged": mine.diverged.sum(),
+                    "runs": mine.n.sum(),
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
+    """What is to be said of Auto on each task, in sentences."""
+    found = []
+    for task in PRESETS[preset].tasks:
+        own = table[(table.task == task) & table.ratio.notna()]
+        auto, prodigy = (own[own.method == method] for method in ("Auto", "Prodigy"))
+        if auto.empty:
+            continue
+        limit, worst = TASKS[task].limit, auto.loc[auto.ratio.idxmax()]
+        text = (
+            f"{title(preset, task)}, {count(auto)}: within {limit} times the best fixed lr's from "
+            f"{(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} times from "
+            f"the worst, {worst.start:g}"
+        )
+        if not prodigy.empty:
+            as_good = (auto.error <= prodigy.error.item()).sum()
+            text += f"; no worse than Prodigy from {as_good} of {len(auto)}"
+        found.append(f"{text}.")
+    return found
+
+
+# The words.
+
+
+def title(preset: str, task: str) -> str:
+    """As in "MLP, 5 epochs"; a setting that is not the benchmark's own is named as reduced."""
+    setting, whole = PRESETS[preset].tasks[task], PRESETS["paper"].tasks[task]
+    given = dict(override.split("=") for override in setting.overrides)
+    steps, epochs = given.get("trainer.steps", "null"), given["trainer.epochs"]
+    length = f"{epochs} epoch{'s' * (epochs != '1')}" if steps == "null" else f"{steps} steps"
+    return f"{TASKS[task].label}, {length}{'' if setting == whole else ' (reduced)'}"
+
+
+def reductions(preset: str) -> str:
+    """In which a preset is less than the benchmark is."""
+    found = []
+    for task, setting in PRESETS[preset].tasks.items():
+        whole = PRESETS["paper"].tasks[task]
+        parts = []
+        if setting.overrides != whole.overrides:
+            parts.append(f"shorter than {title('paper', task).partition(', ')[2]}")
+        if len(setting.starts) < len(whole.starts):
+            parts.append(f"{len(setting.starts)} of {len(whole.starts)} starts")
+        if setting.grid != whole.grid:
+            low, high = setting.grid[0], setting.grid[-1]
+            parts.append(f"the best fixed lr is looked for from {low:g} to {high:g}")
+        if setting.seeds:
+            parts.append("one seed" if setting.seeds == 1 else f"{setting.seeds} seeds")
+        if parts:
+            found.append(f"{title(preset, task).removesuffix(' (reduced)')}: {', '.join(parts)}")
+    return f"Reduced settings: {'; '.join(found)}." if found else ""
+
+
+def number(value: float, digits: int = 2) -> str:
+    if math.isinf(value):
+        return "diverged"
+    return f"{value:.{digits}f}" if value < 1000 else f"{value:.0e}".replace("e+", "e")
+
+
+def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: Any) -> list[str]:
+    """The table of methods and tasks, as lines of Markdown.
+
+    Args:
+        times: by method, what a step takes relative to the reference; None for no such column.
+    """
+    tasks = [task for task in PRESETS[preset].tasks if (robust.task == task).any()]
+    heads = ["", *(title(preset, task) for task in tasks), *(["Step"] if times else [])]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for method in methods:
+        own = robust[robust.method == method].set_index("task")
+        if own.empty:
+            continue
+        cells = [LABELS[method]]
+        for task in tasks:
+            if task not in own.index:
+                cells.append("")
+                continue
+            line = own.loc[task]
+            if math.isnan(line.worst_ratio):
+                cells.append("-")
+                continue
+            decades = (f"{line[f'decades_{near}']:.1f}" for near in NEAR)
+            ratio = number(line.worst_ratio)
+            missing = f" ({line.starts} of {line.of} starts)" if line.starts < line.of else ""
+            cells.append(f"{' / '.join(decades)} / {ratio}{missing}")
+        if times:
+            cells.append(f"{times[method]:.2f}" if method in times else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def ablated(robust: pd.DataFrame) -> pd.DataFrame:
+    """Of `robustness`, the tasks on which Auto was tried without one of its parts."""
+    return robust[robust.task.isin(robust.task[robust.method.isin(ABLATION)])]
+
+
+OVERVIEW = (
+    "In each cell: how many powers of ten of starts end within 1.1 times, and within 1.5 times, "
+    "the error of the best fixed lr of SGD, SGD with momentum and Adam; and how many times that "
+    "the worst start of all ends at. All starts count alike, for 11 powers of ten together where "
+    "they go from 1e-8 to 100. The best fixed lr is searched at half powers of ten too, so that "
+    "the rule that has it may end near it from none of its starts."
+)
+
+
+def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, times: Any) -> str:
+    """Everything in words and numbers."""
+    robust, said = robustness(table, preset), verdicts(table, preset)
+    missing = [
+        title(preset, task) for task in PRESETS[preset].tasks if not (table.task == task).any()
+    ]
+    lines = [
+        f"# Start anywhere, preset {preset}",
+        "",
+        *([reductions(preset), ""] if reductions(preset) else []),
+        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
+        f"![{CAPTION}](figure.png)",
+        "",
+        f"{CAPTION} {count(drawn(table, preset))}.",
+        "",
+        "## Decades of robustness",
+        "",
+        OVERVIEW
+        + (f" *Step*: a whole training step of the MLP, by {REFERENCE}'s (foreach)." * bool(times))
+        + " A dash: there is no fixed lr to compare with." * bool(robust.worst_ratio.isna().any()),
+        "",
+        *overview(robust, preset, MAIN, times),
+        "",
+        *(["Auto:", ""] if said else []),
+        *(f"- {verdict}" for verdict in said),
+    ]
+    if robust.method.isin(ABLATION).any():
+        lines += ["", "## Auto without one of its parts", ""]
+        lines += overview(ablated(robust), preset, PARTS, None)
+    for task in PRESETS[preset].tasks:
+        own = table[table.task == task]
+        if not own.empty:
+            data = data_label(runs.data[runs.task == task].iloc[0])
+            lines += ["", f"## {title(preset, task)}, {data}: {TASKS[task].unit}", ""]
+            lines += [*remarks(own, preset, task, data), *matrix(own, preset, task)]
+    return "\n".join(lines) + "\n"
+
+
+def remarks(own: pd.DataFrame, preset: str, task: str, data: str) -> list[str]:
+    best = best_fixed(own)
+    found = []
+    if best is not None:
+        found.append(
+            f"The best fixed lr is that of {LABELS[best.method]} from {best.start:g}: "
+            f"{best.error:.4g}."
+        )
+        if chosen := some_fixed(own, PRESETS[preset].tasks[task].grid):
+            found.append(f"Of those that are searched, these were run: {chosen}.")
+    if TASKS[task].metric == "objective" and data == "MNIST":
+        least = json.loads(OPTIMUM.read_text())["objective"]
+        found.append(f"The least objective that there is, by L-BFGS: {least:.6f}.")
+    return [" ".join(found), ""] if found else []
+
+
+def some_fixed(own: pd.DataFrame, grid: Sequence[float]) -> str:
+    """The fixed lrs of one task that were run, where they are not all of those to search."""
+    run = {method: own.start[own.method == method] for method in FIXED}
+    if all(set(grid) <= set(lrs) for lrs in run.values()):
+        return ""
+    lrs = {method: sorted(set(grid) & set(starts)) for method, starts in run.items()}
+    return "; ".join(
+        f"{LABELS[method]} {', '.join(f'{lr:g}' for lr in own) or 'none'}"
+        for method, own in lrs.items()
+    )
+
+
+def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
+    """Errors by method and start, as lines of Markdown: mean ± standard deviation over seeds."""
+    there = PRESETS[preset].tasks[task].starts
+    heads = ["", *(f"{start:g}" for start in there), "n"]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for method in LABELS:
+        mine = own[own.method == method]
+        mine = mine if method in FREE else mine[mine.start.isin(there)]
+        if mine.empty:
+            continue
+        digits = 2 if TASKS[task].metric == "test_error" else 4
+        texts = {line.start: _text(line, digits) for line in mine.itertuples()}
+        if method in FREE:
+            (text,) = texts.values()
+            cells = [text] * len(there)
+        else:
+            cells = [texts.get(start, "") for start in there]
+        low, high = mine.n.min(), mine.n.max()
+        n = f"{low}" if low == high else f"{low} to {high}"
+        label = f"{'Auto ' * (method in ABLATION)}{LABELS[method]}"
+        lines.append(f"| {' | '.join([label, *cells, n])} |")
+    return lines
+
+
+def _text(line: Any, digits: int) -> str:
+    if math.isinf(line.error):
+        return f"diverged ({line.diverged} of {line.n})" if line.diverged < line.n else "diverged"
+    spread = f"{line.sd:.2g}" if line.sd < 99.5 else number(line.sd, digits=0)
+    sd = "" if math.isnan(line.sd) else f" ± {spread}"
+    diverged = f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
+    return f"{number(line.error, digits)}{sd}{diverged}"
+
+
+def count(table: pd.DataFrame) -> str:
+    numbers = {*table.n} or {0}
+    low, high = min(numbers), max(numbers)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+# The figure.
+
+EDGES = (*NEAR, 2.0, 4.0, 8.0)
+CAPTION = (
+    "Final error by the initial learning rate, relative to the best fixed one of SGD, SGD with "
+    "momentum and Adam on the task; mean over seeds. Methods without a learning rate have one "
+    "value for all starts. Hatched: not run."
+)
+
+
+def drawn(table: pd.DataFrame, preset: str) -> pd.DataFrame:
+    """The points that the heat map has."""
+    found = compared(table, preset)
+    return found[found.method.isin(MAIN)]
+
+
+def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
+    """The heat map: a panel for each task that has runs, a row for each method."""
+    tasks = [task for task in PRESETS[preset].tasks if (table.task == task).any()]
+    methods = [method for method in MAIN if (table.method == method).any()]
+    columns = min(2, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(style.WIDTH, 0.9 + rows * (0.55 + 0.135 * len(methods))),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_axis_off()
+    colours = shades(len(EDGES) + 1)
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        draw_task(axis, table[table.task == task], preset, task, methods, colours)
+    axes[0, 0].set_yticks(range(len(methods)), [LABELS[method] for method in methods])
+    axes[0, 0].set_ylim(len(methods) - 0.5, -0.5)
+    names = [f"≤ {EDGES[0]}", *(f"≤ {edge:g}" for edge in EDGES[1:]), f"> {EDGES[-1]:g}"]
+    handles = [Patch(facecolor=c, label=n) for c, n in zip(colours, names, strict=True)]
+    if any(bar.get_hatch() for axis in axes.flat for bar in axis.collections):
+        missing = Patch(facecolor="white", edgecolor="#999999", hatch="/////", label="not run")
+        handles.append(missing)
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=len(handles),
+        fontsize=7,
+        title="times the best fixed lr's error",
+    )
+    figure.suptitle(f"Start anywhere, preset {preset}; {count(drawn(table, preset))}", fontsize=8)
+    return figure
+
+
+def shades(number: int) -> list[Any]:
+    """From light, which is good, to dark."""
+    return [tuple(shade) for shade in plt.get_cmap("cividis_r")(np.linspace(0.02, 1, number))]
+
+
+def draw_task(
+    axis: plt.Axes,
+    own: pd.DataFrame,
+    preset: str,
+    task: str,
+    methods: Sequence[str],
+    colours: Sequence[Any],
+) -> None:
+    setting = PRESETS[preset].tasks[task]
+    places = [math.log10(start) for start in setting.starts]
+    width = (places[-1] - places[0]) / (len(places) - 1)
+    left = places[0] - width / 2
+    for y, method in enumerate(methods):
+        mine = own[own.method == method]
+        ratios = dict(zip(mine.start, mine.ratio, strict=True))
+        free = [*mine.ratio, None][0]
+        for start, place in zip(setting.starts, places, strict=True):
+            ratio = free if method in FREE else ratios.get(start)
+            where = [(place - width / 2, width)], (y - 0.46, 0.92)
+            if ratio is None or math.isnan(ratio):
+                axis.broken_barh(
+                    *where, facecolor="white", edgecolor="#bbbbbb", hatch="//////", linewidth=0
+                )
+            else:
+                colour = colours[int(np.searchsorted(EDGES, ratio))]
+                axis.broken_barh(*where, facecolor=colour, edgecolor=colour, linewidth=0.2)
+    axis.grid(False)
+    axis.set_xlim(left, places[-1] + width / 2)
+    ticks = range(math.ceil(places[0]), math.floor(places[-1]) + 1, 2)
+    axis.set_xticks(list(ticks), [f"1e{tick}" for tick in ticks])
+    axis.tick_params(axis="y", length=0, labelsize=6.5)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set_title(title(preset, task))
+    axis.set_xlabel("initial learning rate")
+
+
+SHORT = {
+    "Adam": ("Adam", style.BLUE),
+    "Adam/SGD": ("the paper's tower,\nAdam / SGD(1e-5)", style.ORANGE),
+    "Auto": ("Auto", style.VERMILION),
+}
+
+
+def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
+    """The story in short: the error by the start under Adam, the paper's tower, and Auto."""
+    own = own[own.method.isin(SHORT)]
+    figure, axis = plt.subplots(figsize=(0.75 * style.WIDTH, 2.3))
+    for (method, (label, colour)), marker in zip(SHORT.items(), style.MARKERS, strict=False):
+        mine = own[own.method == method].sort_values("start")
+        axis.fill_between(mine.start, mine.least, mine.most, color=colour, alpha=0.2, linewidth=0)
+        axis.plot(mine.start, mine.error, color=colour, marker=marker, label=label)
+    axis.set_ylim(0.8 * own.error.min(), 1.2 * own.error.max())
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("initial learning rate")
+    axis.set_ylabel(TASKS[task].unit)
+    axis.set_title(f"{title(preset, task)}; {count(own)}, mean and range")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw the table and the figures from a folder's records; returns what was written there.
+
+    Raises:
+        ValueError: the records are damaged, of several settings, or of no method.
+    """
+    preset = preset_of(folder)
+    order = {method: place for place, method in enumerate(LABELS)}
+    read = read_runs(folder / "records", functools.partial(cell_of, preset), lambda cell: cell.task)
+    read.sort(
+        key=lambda run: (
+            list(TASKS).index(run.cell.task),
+            order[run.cell.method],
+            run.cell.start or 0.0,
+            run.seed,
+        )
+    )
+    runs = run_table(read)
+    table = points(runs)
+    timed = folder.parent / TIMES
+    times = json.loads(timed.read_text())["relative"] if timed.exists() else None
+    paths = write_all(
+        folder,
+        {
+            "runs.csv": csv_of(runs, None),
+            "table.csv": csv_of(table),
+            "README.md": markdown(table, runs, preset, times),
+        },
+    )
+    made = {}
+    for task in dict.fromkeys(runs.task):
+        made[task] = provenance([run.summary for run in read if run.cell.task == task])
+        del made[task]["seconds_per_step"]
+        peers = {run.summary["provenance"].get("peer") for run in read if run.cell.task == task}
+        made[task]["peers"] = sorted(peers - {None})
+    write_json(folder / "runs.json", made)
+    own = table[table.task == "mlp"]
+    if set(SHORT) <= set(own.method):
+        paths += style.save(curves(own, preset, "mlp"), folder / "mlp")
+    return [*paths, folder / "runs.json", *style.save(figure(table, preset), folder / "figure")]

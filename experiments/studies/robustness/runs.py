@@ -1,0 +1,341 @@
+"""Start anywhere: every method from many initial learning rates, on five tasks.
+
+    python -m experiments.studies robustness preset=cpu
+    python -m experiments.studies robustness preset=paper tasks=mlp methods=Auto,Prodigy seeds=0
+    python -m experiments.studies robustness preset=paper start=records workers=4 store=runs
+
+The tasks: mlp and mlp30 (the MLP of Table 1, 5 and 30 epochs), softmax (a convex problem, see
+configs/experiment/softmax.yaml), char_rnn (3 epochs), resnet (ResNet-20, 2 epochs of CIFAR-10).
+`cpu` is for two cores and a few hours: fewer starts and seeds, and less of the long tasks.
+
+A method has the same setting from every start, and on every task but as said of Adam-HD:
+
+    Auto            `hyperopt.Auto`; the no-... are it without one of its parts
+    SGD, Momentum, Adam, AdamW
+                    as torch.optim has them; Momentum is SGD with momentum 0.9
+    ScheduleFree, Prodigy, DAdaptAdam, DAdaptSGD
+                    experiments/config/baselines.py; the last three have no lr to start from, so
+                    that one run of theirs for each seed stands for all starts
+    SGD-HD, Adam-HD Baydin et al. 2018 (arXiv 1703.04782), with the hyper-step sizes of their code:
+                    1e-3 for SGD; for Adam 1e-7 on the MLP and softmax regression, 1e-8 on the
+                    convolutional net, and on the RNN, which they have not, its default, 1e-8
+    Adam/SGD        Adam under SGD(1e-5), as in the paper's Table 1
+    SGD-5, Adam-2, Adam-5
+                    towers of the paper's Figure 3, of that height, all levels started at one lr
+
+The best fixed lr, which all are compared with, is the best of SGD, Momentum and Adam. From 1e-4 to
+10, or as far as a preset says, these have starts at half powers of ten, whatever the others have.
+
+Runs that are finished in the store are not done again; with `start=records`
+nor are those whose records are in the results already. So tasks, methods and seeds may be done one
+by one, on several machines. Of all that is asked for, what tells most comes first.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from experiments.cli import choose
+from experiments.config.baselines import parse
+from experiments.config.compose import compose
+from experiments.config.schema import Config, StackConfig
+from experiments.studies.figure3.runs import LEVELS, STARTS
+from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
+from hyperopt import Adam, Auto, Rule
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how it is judged.
+
+    Attributes:
+        label: for captions.
+        experiment: the file in configs/experiment.
+        metric: of a run's summary, the one that it is judged by; less is better.
+        unit: the metric's.
+        beta: the hyper-step size of Adam-HD.
+        ablated: whether Auto is tried on it without one of its parts.
+        limit: how many times the best fixed lr's error Auto's is meant to be at most.
+    """
+
+    label: str
+    experiment: str
+    metric: str
+    unit: str
+    beta: float = 1e-7
+    ablated: bool = False
+    limit: float = 1.15
+
+
+ERROR = "test_error", "test error (%)"
+
+TASKS = {
+    "mlp": Task("MLP", "table1", *ERROR, ablated=True),
+    "softmax": Task("softmax regression", "softmax", "objective", "objective (nats)", ablated=True),
+    "mlp30": Task("MLP", "table1", *ERROR),
+    "char_rnn": Task("character RNN", "char_rnn", "test_loss", "test loss (nats)", 1e-8, True, 1.2),
+    "resnet": Task("ResNet-20", "figure2", *ERROR, 1e-8, limit=1.2),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much of a task a preset does.
+
+    Attributes:
+        overrides: of the runs' config.
+        starts: the initial learning rates.
+        seeds: how many, at most, of those that are asked for.
+        grid: those that are searched besides for the best fixed one.
+    """
+
+    overrides: tuple[str, ...]
+    starts: tuple[float, ...] = STARTS[::2]
+    seeds: int | None = None
+    grid: tuple[float, ...] = STARTS[8:19]  # 1e-4 to 10
+
+
+@dataclass(frozen=True)
+class RobustnessPreset(Preset):
+    """How much is done: the setting of each task."""
+
+    tasks: Mapping[str, Setting] = field(default_factory=dict)
+
+
+PRESETS = {
+    "cpu": RobustnessPreset(
+        ("device=cpu",),
+        tasks={
+            "mlp": Setting(("trainer.epochs=5",)),
+            "softmax": Setting(("trainer.epochs=5",)),
+            "mlp30": Setting(("trainer.epochs=30",), STARTS[::4], 1),
+            "char_rnn": Setting(("trainer.epochs=1", "trainer.steps=400"), STARTS[2:19:4], 1),
+            "resnet": Setting(
+                ("trainer.epochs=1", "trainer.steps=null"), STARTS[2:19:8], 1, STARTS[10:17]
+            ),
+        },
+    ),
+    "paper": RobustnessPreset(
+        tasks={
+            "mlp": Setting(("trainer.epochs=5",), STARTS),
+            "softmax": Setting(("trainer.epochs=5",), STARTS),
+            "mlp30": Setting(("trainer.epochs=30",), STARTS),
+            "char_rnn": Setting(("trainer.epochs=3",)),
+            "resnet": Setting(("trainer.epochs=2", "trainer.steps=null")),
+        },
+    ),
+}
+
+
+# The methods.
+
+# With the start as {lr}, and the task's beta; what has no {lr} has no start.
+STACKS = {
+    "SGD": "SGD({lr})",
+    "Momentum": "SGD({lr}, momentum=0.9)",
+    "Adam": "Adam({lr})",
+    "AdamW": "AdamW({lr})",
+    "ScheduleFree": "AdamWScheduleFree({lr})",
+    "Prodigy": "Prodigy()",
+    "DAdaptAdam": "DAdaptAdam()",
+    "DAdaptSGD": "DAdaptSGD()",
+    "SGD-HD": "SGD({lr}) / SGD(1e-3)",
+    "Adam-HD": "Adam({lr})[lr] / SGD({beta})",
+    "Adam/SGD": "Adam({lr}, v0=1e-8) / SGD(1e-5)",
+    "SGD-5": " / ".join([LEVELS["SGD"]] * 6),
+    "Adam-2": " / ".join([LEVELS["Adam"]] * 3),
+    "Adam-5": " / ".join([LEVELS["Adam"]] * 6),
+}
+# What of Auto is another. An update can be bounded in the log domain alone.
+ABLATION: dict[str, dict[str, Any]] = {
+    "no-mean": {"rule": Adam},
+    "no-log": {"domain": "real", "trust": math.inf},
+    "no-normalize": {"normalize": False},
+    "no-horizon": {"horizon": 1.0},
+    "no-trust": {"trust": math.inf},
+    "no-accumulator": {"initial_accumulator_value": 0.0},
+}
+FIXED = ("SGD", "Momentum", "Adam")  # the best of these is the best fixed lr
+FREE = tuple(name for name, stack in STACKS.items() if "{lr}" not in stack)
+
+# Should one not wait for the last: of each seed the first are done before the second.
+WAVES = (
+    ("Auto", "Adam", "SGD", "Momentum", "Prodigy"),
+    ("AdamW", "ScheduleFree", "DAdaptAdam", "DAdaptSGD"),
+    ("Adam-HD", "SGD-HD", "Adam/SGD", "Adam-2", "Adam-5", "SGD-5"),
+    tuple(ABLATION),
+)
+METHODS = tuple(method for wave in WAVES for method in wave)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a curve, but for its seeds.
+
+    Attributes:
+        task: a key of `TASKS`.
+        method: one of `METHODS`.
+        start: the initial lr; None where the method has none.
+    """
+
+    task: str
+    method: str
+    start: float | None
+
+    @property
+    def label(self) -> str:
+        start = "" if self.start is None else f" from {self.start:g}"
+        return f"{self.method}{start}, {self.task}"
+
+    @property
+    def stack(self) -> str:
+        """Its notation, as the summary of a run has it."""
+        if self.method in STACKS:
+            text = STACKS[self.method].format(lr=self.start, beta=TASKS[self.task].beta)
+            return str(parse(text))
+        assert self.start is not None
+        return auto(self.start, **ABLATION.get(self.method, {}))
+
+
+def auto(lr: float, rule: type[Rule] | None = None, domain: str = "log", **options: Any) -> str:
+    """`Auto`'s stack, with another rule, lr moved in another domain, or other options above it."""
+    lowest, above = Auto([torch.zeros(1)], lr, compile=False).stack.levels
+    if rule is not None:
+        lowest = rule(lr)
+    return str(
+        lowest[f"lr: {domain}"] / type(above)(**{**above.values, **above.settings, **options})
+    )
+
+
+def starts(method: str, setting: Setting) -> list[float | None]:
+    """Where a method starts from in a task of that setting."""
+    if method in FREE:
+        return [None]
+    return [*sorted({*setting.starts, *(setting.grid if method in FIXED else ())})]
+
+
+def cells(preset: str) -> list[Cell]:
+    """All of a preset, in the order of the methods."""
+    return [
+        Cell(task, method, start)
+        for method in METHODS
+        for task, setting in PRESETS[preset].tasks.items()
+        if method not in ABLATION or TASKS[task].ablated
+        for start in starts(method, setting)
+    ]
+
+
+def cell_config(preset: str, cell: Cell, seed: int, overrides: Sequence[str] = ()) -> Config:
+    """The config of one run."""
+    base = _setting(preset, cell.task, *overrides)
+    named = replace(base, experiment="robustness", preset=preset, row=cell.label)
+    return replace(named, stack=StackConfig(cell.stack), seed=seed)
+
+
+@functools.lru_cache
+def _setting(preset: str, task: str, *overrides: str) -> Config:
+    named = f"experiment={TASKS[task].experiment}"
+    own = PRESETS[preset].tasks[task].overrides
+    return compose([named, "trainer.record_every=100", *own, *overrides])
+
+
+@functools.lru_cache
+def _by_run(preset: str) -> dict[tuple, Cell]:
+    found = {}
+    for cell in cells(preset):
+        config = _setting(preset, cell.task)
+        trainer = config.trainer
+        found[config.model.name, trainer.epochs, trainer.steps, cell.stack] = cell
+    return found
+
+
+def cell_of(preset: str, summary: dict[str, Any]) -> Cell:
+    """The cell that a run belongs to.
+
+    Raises:
+        ValueError: it belongs to none.
+    """
+    trainer = summary["trainer"]
+    key = summary["model"]["name"], trainer["epochs"], trainer.get("steps"), summary["stack"]
+    if key not in (known := _by_run(preset)):
+        raise ValueError(
+            f"run {summary['hash']}, of {summary['stack']}, is in the records of the preset "
+            f"{preset}, but no method there has that stack any more; begin the records anew"
+        )
+    return known[key]
+
+
+# The command.
+
+
+@dataclass(frozen=True)
+class RobustnessOptions(Options):
+    """What the command line sets beside the keys of the runs' config; empty is all."""
+
+    tasks: str = ""
+    methods: str = ""
+    lrs: str = ""  # of those that methods start from
+
+
+def parts(request: Request) -> Iterator[Part]:
+    """The runs that are asked for, those that tell most first.
+
+    Raises:
+        ValueError: a task, method or initial lr that is not known.
+    """
+    options, preset = request.options, request.name
+    tasks, methods = (
+        [choose(name, one, known) for one in text.split(",")] if text else list(known)
+        for name, text, known in (
+            ("tasks", options.tasks, tuple(TASKS)),
+            ("methods", options.methods, METHODS),
+        )
+    )
+    wanted = [c for c in cells(preset) if c.task in tasks and c.method in methods]
+    if options.lrs:
+        every = sorted({c.start for c in wanted if c.start is not None})
+        known = {f"{lr:g}": lr for lr in every}
+        lrs = {known[choose("lrs", one, list(known))] for one in _plain(options.lrs)}
+        wanted = [c for c in wanted if c.start in lrs]
+    settings = PRESETS[preset].tasks
+    waves = [
+        [
+            (cell, cell_config(preset, cell, seed, request.overrides))
+            for cell in wanted
+            if cell.method in wave and seed in request.seeds[: settings[cell.task].seeds]
+        ]
+        for seed in request.seeds
+        for wave in WAVES
+    ]
+    if not any(waves):
+        raise ValueError(f"methods={options.methods} has no runs for tasks={options.tasks}")
+    yield Part([wave for wave in waves if wave])
+
+
+def _plain(text: str) -> list[str]:
+    """The numbers of a text as "1e-3,10", each as `:g` writes it; what is none, as it is."""
+    found = []
+    for one in text.split(","):
+        try:
+            found.append(f"{float(one):g}")
+        except ValueError:
+            found.append(one)
+    return found
+
+
+STUDY = Study(
+    "robustness",
+    PRESETS,
+    parts,
+    __doc__,
+    part_of=lambda preset, run: cell_of(preset, run).task,
+    options=RobustnessOptions,
+    settable=SETTABLE_WITH_RECORDS,
+    starts=("scratch", "records"),
+)

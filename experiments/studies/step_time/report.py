@@ -1,0 +1,283 @@
+"""The tables and figures of step times, drawn from the CSVs that `runs.py` writes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from experiments.files import write_text
+from experiments.studies import style
+from experiments.studies.claim import Claim, scale
+from experiments.studies.step_time.contenders import LABELS, TRAFFIC, tower_label
+
+
+def bars(times: pd.DataFrame, compiling: pd.DataFrame) -> list[tuple[str, str, float, float]]:
+    """What a hyperoptimizer may cost: what is compared, the bound, its value, what was measured."""
+    table = times.set_index(["model", "optimizer", "family", "height"])
+    seconds = compiling.set_index(["family", "height"])
+
+    def of(column: str, model: str, optimizer: str, family: str, height: int) -> float:
+        return float(table.loc[(model, optimizer, family, height), column])
+
+    found: list[tuple[str, str, float, float]] = []
+
+    def ratio(what: str, bar: float, model: str, ours: tuple, theirs: tuple) -> None:
+        value = of("step_us", model, *ours) / of("step_us", model, *theirs)
+        found.append((what, "≤", bar, value))
+
+    def faster(what: str, bar: float, model: str, family: str, height: int) -> None:
+        ours = of("whole_us", model, "compiled", family, height)
+        found.append((what, "≥", bar, of("whole_us", model, "published", family, height) / ours))
+
+    foreach, fused = "torch.optim foreach", "torch.optim fused"
+    momentum = ("compiled", "SGD momentum", 1)
+    ratio(
+        "`step()`, Adam / SGD, MLP, over torch Adam (foreach)",
+        1.0,
+        "mlp",
+        ("compiled", "Adam / SGD", 1),
+        (foreach, "Adam", 0),
+    )
+    for model, bar in (("mlp", 2.0), ("resnet20", 1.5)):
+        ratio(
+            f"`step()`, SGD(momentum) / SGD, {LABELS[model]}, over torch SGD(momentum) (foreach)",
+            bar,
+            model,
+            momentum,
+            (foreach, "SGD momentum", 0),
+        )
+    for model, bar in (("mlp", 1.06), ("resnet20", 1.005), ("char_rnn", 1.01)):
+        family = "Adam" if model == "char_rnn" else "SGD momentum"
+        ours, theirs = (model, "compiled", family, 1), (model, foreach, family, 0)
+        more = of("inside_us", *ours) - of("inside_us", *theirs)
+        what = f"whole step, {tower_label(family, 1)}, {LABELS[model]}, over torch (foreach)"
+        found.append((what, "≤", bar, 1 + more / of("whole_us", *theirs)))
+    per_level = (
+        of("step_us", "mlp", "compiled", "Adam", 50) - of("step_us", "mlp", "compiled", "Adam", 10)
+    ) / 40
+    found.append(("each further level, tower of Adam, MLP, in µs", "≤", 10.0, per_level))
+    faster(
+        "whole step, tower of Adam of height 50, MLP, times faster than the published package",
+        15.0,
+        "mlp",
+        "Adam",
+        50,
+    )
+    faster(
+        "whole step, Adam / SGD, MLP, times faster than the published package",
+        2.0,
+        "mlp",
+        "Adam / SGD",
+        1,
+    )
+    faster(
+        "whole step, Adam / Adam, char-RNN, times faster than the published package",
+        2.5,
+        "char_rnn",
+        "Adam",
+        1,
+    )
+    extra = of("bytes_per_parameter", "transformer", "compiled", "Adam", 1) - 8
+    found.append(
+        ("25 M parameters, Adam / Adam: bytes per parameter beyond Adam's moments", "≤", 8.0, extra)
+    )
+    ratio(
+        "25 M parameters, `step()`, Adam / Adam, over torch Adam (fused)",
+        1.8,
+        "transformer",
+        ("compiled", "Adam", 1),
+        (fused, "Adam", 0),
+    )
+    for (family, height), bar, column in (
+        (("Adam", 1), 8.0, "cold_s"),
+        (("Adam", 1), 2.0, "warm_s"),
+        (("Adam", 50), 40.0, "cold_s"),
+    ):
+        how = "cold" if column == "cold_s" else "from the cache on disk"
+        found.append(
+            (
+                f"seconds to compile {tower_label(family, height)}, {how}",
+                "≤",
+                bar,
+                float(seconds.loc[(family, height), column]),
+            )
+        )
+    return found
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw the page and both figures from a folder's CSVs; returns what was written."""
+    times = pd.read_csv(folder / "times.csv")
+    compiling = pd.read_csv(folder / "compile.csv")
+    about = (folder / "machine.txt").read_text().strip()
+    lines = [
+        "# What a hyperoptimizer costs",
+        "",
+        f"{about}.",
+        "Medians over rounds in which all contenders of a model take turns, with the quartiles.",
+        "Whole steps vary by more than optimizers differ, so that what a tower adds to one is",
+        "measured within it: `step()` is timed there too, where the model has had the caches.",
+        "Made by `make benchmark`; ratios carry over to other machines, times do not.",
+        "",
+        "| what | bound | measured | |",
+        "|---|---|---|---|",
+    ]
+    for what, bound, bar, value in bars(times, compiling):
+        met = value <= bar if bound == "≤" else value >= bar
+        lines.append(
+            f"| {what} | {bound} {bar:g} | {value:#.4g} | {'met' if met else '**not met**'} |"
+        )
+    steps = times[times.model == "transformer"].set_index(["optimizer", "family", "height"]).step_us
+    bound = steps[TRAFFIC, "Adam", 1] / steps["torch.optim fused", "Adam", 0]
+    lines += [
+        "",
+        f"With 25 M parameters, two loops that read and write what Adam / Adam has to ({TRAFFIC})",
+        f"take {bound:.2f} times as long as torch Adam (fused), which goes over its vectors once.",
+    ]
+    lines += ["", "## Compiling", "", "| stack | cold | from the cache on disk |", "|---|---|---|"]
+    for row in compiling.itertuples():
+        if row.height < 0:
+            lines.append(f"| the first compilation on a machine | {row.cold_s:.1f} s | |")
+        else:
+            label = tower_label(row.family, row.height)
+            lines.append(f"| {label} | {row.cold_s:.1f} s | {row.warm_s:.1f} s |")
+    for model, label in LABELS.items():
+        lines += [
+            "",
+            f"## {label}",
+            "",
+            "| stack | optimizer | `step()` µs | in a whole step µs | whole step µs "
+            "| bytes held per parameter |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in times[times.model == model].itertuples():
+            cells = [tower_label(row.family, row.height), row.optimizer]
+            for name in ("step", "inside", "whole"):
+                middle, low, high = (getattr(row, f"{name}_us{q}") for q in ("", "_q25", "_q75"))
+                cells.append(
+                    "" if pd.isna(middle) else f"{middle:,.0f} ({low:,.0f} to {high:,.0f})"
+                )
+            held_bytes = row.bytes_per_parameter
+            cells.append("" if pd.isna(held_bytes) else f"{held_bytes:.1f}")
+            lines.append("| " + " | ".join(cells) + " |")
+    write_text(folder / "README.md", "\n".join(lines) + "\n")
+    paths = [folder / "README.md", *style.save(draw_heights(times, about), folder / "height")]
+    return paths + style.save(draw_peers(times, about), folder / "peers")
+
+
+def draw_heights(times: pd.DataFrame, about: str) -> plt.Figure:
+    """Time of a training step against the height of the tower (the paper's Figure 3b)."""
+    models = [model for model in LABELS if times[times.model == model].whole_us.notna().any()]
+    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.6), squeeze=False)
+    for axis, model in zip(axes[0], models, strict=True):
+        plot_heights(axis, times, model)
+        axis.set_title(LABELS[model].split(",")[0])
+    axes[0][0].set_ylabel("ms per training step")
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, fontsize=6, ncols=4, loc="outside upper center")
+    figure.supxlabel(f"{about}. Medians with quartiles.", fontsize=5, color="#555555")
+    return figure
+
+
+def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
+    """Time of a training step of one model against height, ours and the published package."""
+    looks = {"compiled": (style.BLUE, "o", "ours"), "published": (style.ORANGE, "s", "published")}
+    for (kind, look), (family, line) in itertools.product(
+        looks.items(), (("SGD", "--"), ("Adam", "-"))
+    ):
+        rows = times[
+            (times.model == model) & (times.optimizer == kind) & (times.family == family)
+        ].sort_values("height")
+        color, marker, name = look
+        axis.errorbar(
+            rows.height,
+            rows.whole_us / 1000,
+            [
+                (rows.whole_us - rows.whole_us_q25) / 1000,
+                (rows.whole_us_q75 - rows.whole_us) / 1000,
+            ],
+            linestyle=line,
+            color=color,
+            marker=marker,
+            markersize=4,
+            elinewidth=0.8,
+            markerfacecolor="white" if family == "SGD" else color,
+            label=f"{name}, towers of {family}",
+        )
+    axis.set(ylim=(0, None), xlabel="height")
+
+
+def draw_peers(times: pd.DataFrame, about: str) -> plt.Figure:
+    """Time of `step()` alone and of the whole training step, beside all peers."""
+    kinds = {
+        "torch.optim foreach": ("#bbbbbb", "foreach"),
+        "torch.optim fused": ("#dddddd", "fused"),
+        "published": (style.ORANGE, "published"),
+        "compiled": (style.BLUE, "ours"),
+    }
+    stacks = ("SGD momentum", 0), ("SGD momentum", 1), ("Adam", 0), ("Adam / SGD", 1), ("Adam", 1)
+    shown = [
+        (kind, family, height)
+        for family, height in stacks
+        for kind in kinds
+        if height == 0 or not kind.startswith("torch")
+    ]
+    figure, axes = plt.subplots(2, len(LABELS), figsize=(style.WIDTH, 4.4), sharey=True)
+    for column, (model, label) in enumerate(LABELS.items()):
+        rows = times[times.model == model].set_index(["optimizer", "family", "height"])
+        rows = rows.reindex(shown)
+        for axis, name, unit in (axes[0][column], "step", 1), (axes[1][column], "whole", 1000):
+            middle, low, high = (rows[f"{name}_us{q}"] / unit for q in ("", "_q25", "_q75"))
+            if middle.isna().all():
+                axis.set_visible(False)
+                continue
+            if name == "step":
+                axis.set_title(label.split(",")[0])
+            axis.barh(
+                range(len(shown)),
+                middle,
+                xerr=[middle - low, high - middle],
+                color=[kinds[kind][0] for kind, _, _ in shown],
+                error_kw={"linewidth": 0.6},
+            )
+            axis.set_xlabel("µs per step()" if unit == 1 else "ms per training step", fontsize=7)
+            axis.tick_params(axis="x", labelsize=6)
+    names = [f"{tower_label(family, height)} · {kinds[kind][1]}" for kind, family, height in shown]
+    for axis in axes[:, 0]:
+        axis.set_yticks(range(len(shown)), names, fontsize=6)
+    axes[0][0].invert_yaxis()
+    figure.supxlabel(
+        f"{about}. Medians with quartiles.\nOf the published package only whole "
+        "steps are timed, as its backward pass is a part of the price.",
+        fontsize=5,
+        color="#555555",
+    )
+    return figure
+
+
+def claims(folder: Path) -> Iterator[Claim]:
+    return claims_of(pd.read_csv(folder / "times.csv"))
+
+
+def claims_of(times: pd.DataFrame) -> Iterator[Claim]:
+    """What each level of a tower adds to a training step of ResNet-20; no run of the store."""
+    own = times[(times.model == "resnet20") & (times.optimizer == "compiled")]
+    towers = own[own.family == "SGD"].set_index("height").sort_index()
+    if len(towers) > 1:
+        levels = towers.index[-1] - towers.index[0]
+        added = (towers.step_us.iloc[-1] - towers.step_us.iloc[0]) / levels
+        yield Claim(
+            "random images",
+            f"Figure 3b, ResNet-20, towers of SGD up to height {towers.index[-1]}",
+            scale(True),
+            "time of a step that each level adds (%)",
+            "1 to 2",
+            f"{100 * added / towers.whole_us.iloc[0]:.2g}",
+            1,
+            "yes" if added <= 0.02 * towers.whole_us.iloc[0] else "no",
+            "results/step_time/times.csv",
+        )

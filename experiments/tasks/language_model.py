@@ -1,0 +1,150 @@
+"""Prediction of the next character of a book, fed as Karpathy's char-rnn feeds it.
+
+Of a book of N characters, B streams run side by side (the batch size), each read S characters at a
+time (the sequence length). With K = (N - 1) // (B S) such batches, stream b is what the K S
+characters from number b K S on predict: each the one after it. What is left at the end is not used.
+
+The first floor(0.95 K) batches are for training, the rest is the test part, which is thus the last
+twentieth of each stream. Of War and Peace, N = 3,196,211, that is K = 1278 with B = S = 50: of each
+stream of 63,900 characters the first 60,700 are read in training and the last 3,200 in the test.
+With `validation`, the test part is left alone: as many batches at the end of the training part are
+held out in its place. char-rnn differs in one character: its last stream ends by predicting the
+first character of the book.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from experiments.data.corpus import Book
+from experiments.tasks.compiled_gradient import Gradient
+from models.char_rnn import Hidden
+
+TRAIN_SHARE = 0.95
+
+
+class Text:
+    """A book on a device, as streams of characters.
+
+    The hidden state starts at zero in each epoch and in each evaluation, and is carried from batch
+    to batch, without its history.
+
+    Args:
+        validation: whether to hold out the end of the training part, not the test part.
+
+    Attributes:
+        vocabulary: the characters of the training part in the order of their code points; a
+            character's place in it is its number.
+
+    Raises:
+        ValueError: the book is too short for streams of this size, or the held-out part has a
+            character that the training part has not.
+    """
+
+    metrics: tuple[str, ...] = ("test_loss", "test_bits_per_character", "test_perplexity")
+
+    def __init__(
+        self,
+        book: Book,
+        batch_size: int,
+        sequence_length: int,
+        validation: bool,
+        device: torch.device | str,
+    ) -> None:
+        self.batch_size, self.sequence_length = batch_size, sequence_length
+        characters = np.frombuffer(book.text.encode("utf-32-le"), dtype=np.uint32)
+        batches = max(len(characters) - 1, 0) // (batch_size * sequence_length)
+        self.train = int(TRAIN_SHARE * batches)
+        self.end = batches
+        if validation:
+            self.end, self.train = self.train, 2 * self.train - batches
+        if not 0 < self.train < self.end:
+            raise ValueError(
+                f"{book.label} has {len(characters):,} characters, too few to hold some out of "
+                f"{batch_size} streams read {sequence_length} at a time; lower trainer.batch_size "
+                "or trainer.sequence_length"
+            )
+        # Each stream with the first character of the next one, which its last predicts.
+        length = batches * sequence_length
+        streams = np.lib.stride_tricks.sliding_window_view(characters, length + 1)[::length]
+        streams = streams[:batch_size, : self.end * sequence_length + 1]
+        known = np.unique(streams[:, : self.train * sequence_length + 1])
+        self.vocabulary = "".join(map(chr, known))
+        unknown = np.setdiff1d(streams, known)
+        if len(unknown):
+            raise ValueError(
+                f"the held-out part of {book.label} has {', '.join(repr(chr(c)) for c in unknown)},"
+                " which the training part has not; choose another trainer.batch_size or "
+                "trainer.sequence_length, which move the border between the parts"
+            )
+        self.streams = torch.from_numpy(np.searchsorted(known, streams)).to(device)
+        self.model_arguments = {"vocabulary": len(known)}
+        self.hidden: Hidden | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.train
+
+    def _batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Characters and those after them, (batch, time) both, from batch `first` to `last` - 1."""
+        length = self.sequence_length
+        for start in range(first * length, last * length, length):
+            stop = start + length
+            yield self.streams[:, start:stop], self.streams[:, start + 1 : stop + 1]
+
+    def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training part from its beginning, in the book's order."""
+        self.hidden = None
+        yield from self._batches(0, self.train)
+
+    def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
+        """A function of a batch that sets `grad`, carries the hidden state, and returns the loss.
+
+        The loss is the mean over characters. The gradient is, as in char-rnn, that of the sum over
+        the sequence of the mean over streams, which is what its clamp to +-5 is meant for.
+        """
+
+        def run(characters: Tensor, following: Tensor) -> Tensor:
+            model.zero_grad()
+            with torch.autocast(characters.device.type, torch.bfloat16, enabled=autocast):
+                output, (hidden, cell) = model(characters, self.hidden)
+            self.hidden = hidden.detach(), cell.detach()
+            loss = F.nll_loss(output.float().flatten(0, 1), following.flatten())
+            (loss * self.sequence_length).backward()
+            return loss.detach()
+
+        return run
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Of the held-out part, the mean loss in nats and in bits, and the perplexity."""
+        losses, hidden = [], None
+        model.eval()
+        for characters, following in self._batches(self.train, self.end):
+            output, hidden = model(characters, hidden)
+            losses.append(F.nll_loss(output.flatten(0, 1), following.flatten()))
+        model.train()
+        loss = torch.stack(losses).double().mean()
+        found = (loss, loss / math.log(2), loss.exp())
+        return dict(zip(self.metrics, torch.stack(found).tolist(), strict=True))
+
+    def renew_averages(self, model: nn.Module) -> None: ...  # there are none
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The hidden state; nothing where it is zero."""
+        return {} if self.hidden is None else dict(zip("hc", self.hidden, strict=True))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        device = self.streams.device
+        self.hidden = (state["h"].to(device), state["c"].to(device)) if state else None
+
+    def kept(self, model: nn.Module) -> dict[str, Any]:
+        """What `experiments.sample` writes with."""
+        return {"model": model.state_dict(), "vocabulary": self.vocabulary}
