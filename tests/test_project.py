@@ -198,11 +198,7 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "package",
-    [
-        pytest.param("hyperopt", marks=pytest.mark.xfail(strict=True, reason="rule and stack")),
-        *("models", "experiments", "hydra_plugins", "scripts"),
-    ],
+    "package", ["hyperopt", "models", "experiments", "hydra_plugins", "scripts"]
 )
 def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
     """Inside functions neither: that would only hide it."""

@@ -77,9 +77,8 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
-        names = ("stack", "compile", "is_compiled", "betas", "groups", "layout", "packed")
-        own = ("_rule", "_overrides", "_shards", "_inactive_shards", "_known_groups")
-        own += ("_steps_made",)
+        names = ["stack", "compile", "is_compiled", "betas", "groups", "layout", "packed"]
+        own = ["_rule", "_overrides", "_shards", "_inactive_shards", "_known_groups", "_steps_made"]
         return {name: self.__dict__[name] for name in names + own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

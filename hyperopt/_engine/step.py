@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..rule import State
 from . import compiler
+from .blocks import Block
+from .fingerprint import fingerprint
 from .packed import Layout, Vectors
 from .updates import Numbers, recompute_last_update, update_hyperparameters, update_weights
 
@@ -129,7 +131,7 @@ class Step:
         self.small_to_tune = [self.sums.whole, *parts.leaves]
         self.small_to_move = [*zip(own, self.fixed.parts, scalars, finite, strict=True)]
 
-        kind = lowest.kind
+        kind = code_of(lowest), lowest.kind
         vectors = [shard.flat() for shard in shards]
         self.tune_run: Run | None = None
         self.recompute_runs: list[Run] = []
@@ -163,9 +165,15 @@ class Step:
             self.move_runs[i](self.small_to_move[i], vectors[i])
 
 
+def code_of(block: Block) -> Hashable:
+    """What a block's rule and domains compute. It changes when someone edits them."""
+    return fingerprint(type(block.rule), *(how.domain for how in block.rule.tuned.values()))
+
+
 def structure_of(layout: Layout) -> tuple:
-    """What tells two layouts apart but for numbers and shards."""
-    return *(block.structure for block in layout.blocks), layout.processes
+    """What the kernels of a layout depend on, but for numbers and shards."""
+    code = tuple(map(code_of, layout.blocks))
+    return code, *(block.structure for block in layout.blocks), layout.processes
 
 
 def eager_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> Step:
@@ -184,7 +192,7 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     does it, for stacks of the same structure, if a rule cannot be traced.
     """
     structure = structure_of(layout)
-    if compiler.is_disabled() or _broken or structure in _untraced:
+    if not compiler.enabled() or _broken or structure in _untraced:
         return None
     kernels: list[compiler.Kernel] = []
 
