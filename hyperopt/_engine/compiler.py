@@ -20,7 +20,7 @@ All that is private to torch and is used here, each with the version that brough
 - `torch._inductor.compile_fx.compile_fx_inner` (2.0), of whose result `current_callable` (2.2)
 - `torch._inductor.decomposition.select_decomp_table` (2.0)
 - `torch._inductor.virtualized.V` (2.0)
-- `torch._inductor.config`: size_asserts, realize_reads_threshold (2.0)
+- `torch._inductor.config`: size_asserts (2.0)
 - what saves time, and is passed over where it is not found: `codecache.triton_key`,
   `cpp_builder._get_optimization_cflags` (2.6), `async_compile.AsyncCompile.wait` (2.0),
   `codecache._get_cpp_prefix_header` (2.8), `cpu_vec_isa.valid_vec_isa_list`, `.x86_isa_checker`
@@ -44,10 +44,6 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-
-# Inductor writes to memory what is read twice and itself reads more than four things. To compute it
-# twice saves a pass over memory. In a graph of more nodes than this there would be no end to it.
-FEW = 500
 
 # The size with which a kernel of any size is made. Inductor asks for it where it has to decide what
 # pays, such as whether to use several threads.
@@ -110,7 +106,6 @@ def compiled(
     key: Hashable,
     small: Sequence[Tensor],
     vectors: Sequence[Tensor] = (),
-    recompute: bool = False,
 ) -> Kernel:
     """The kernel of a function of small tensors and of vectors of one length.
 
@@ -124,7 +119,6 @@ def compiled(
         key: what the function depends on beside its arguments.
         small: tensors like those that it will be given, of the same shapes.
         vectors: the same, of any one length.
-        recompute: whether it may compute something twice rather than keep it.
 
     Raises:
         Untraced: torch could not make a graph of the function.
@@ -137,7 +131,7 @@ def compiled(
     with _compiling():
         if whole not in _compiled:
             try:
-                _compiled[whole] = _kernel(function, of_small, of_vectors, None, recompute)
+                _compiled[whole] = _kernel(function, of_small, of_vectors, None)
             except _Sized:
                 _compiled[whole] = None
         if (kernel := _compiled[whole]) is not None:
@@ -145,7 +139,7 @@ def compiled(
         # Each length has a kernel of its own.
         n = vectors[0].numel()
         if (*whole, n) not in _compiled:
-            _compiled[*whole, n] = _kernel(function, of_small, of_vectors, n, recompute)
+            _compiled[*whole, n] = _kernel(function, of_small, of_vectors, n)
         return _compiled[*whole, n]
 
 
@@ -154,7 +148,6 @@ def _kernel(
     small: Sequence[tuple],
     vectors: Sequence[tuple],
     n: int | None,
-    recompute: bool,
 ) -> Kernel:
     """A kernel that is being made.
 
@@ -165,7 +158,7 @@ def _kernel(
     first, end = len(small), len(small) + len(vectors)
 
     def start(function: Callable[..., Any], times: int) -> Callable[[], Run]:
-        return _compile(function, small, [*vectors] * times, n, recompute)
+        return _compile(function, small, [*vectors] * times, n)
 
     wait = start(function, 2)
 
@@ -241,7 +234,6 @@ def _compile(
     small: Sequence[tuple],
     vectors: Sequence[tuple],
     n: int | None,
-    recompute: bool,
 ) -> Callable[[], Run]:
     """Trace a function and let the compiler start on it; returns what waits for the compiler."""
     from torch._dynamo.source import ConstantSource
@@ -278,9 +270,7 @@ def _compile(
     graph.graph = fx_graph_cse(graph.graph)
     if vectors and n != 1:
         _realize_scalars(graph, [*(size or [n])])
-    recompute = recompute and len(graph.graph.nodes) < FEW
-    options = {"realize_reads_threshold": 16} if recompute else {}
-    return _start(graph, [*size, *arguments], mode, options)
+    return _start(graph, [*size, *arguments], mode, {})
 
 
 def _works_in_place(

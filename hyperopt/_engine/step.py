@@ -201,8 +201,7 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     ) -> Run:
         if vectors and not vectors[0].numel():  # other processes have all elements
             return lambda small, vectors: part(*small, *vectors, *vectors)
-        recompute = bool(vectors) and not layout.blocks[0].recomputes
-        kernel = compiler.compiled(name, part, key, small, vectors, recompute)
+        kernel = compiler.compiled(name, part, key, small, vectors)
         kernels.append(kernel)
         return kernel
 
