@@ -10,18 +10,22 @@ the gradient of the loss at w:
 
 1. Hypergradients, from the bottom:
 
-       dr_0 = Gᵀ S_0        dr_k = dr_{k-1}ᵀ S_k
+       dr_0 = Gᵀ S_0        dr_{k+1} = dr_kᵀ S_{k+1}
 
-   S_k is the *sensitivity* of what level k moved to r_k. In the paper it is the derivative of the
-   last update, S_k = ∂U_k/∂r_k. Before the first update it is 0.
+   S_k is the *sensitivity* of level k's output with respect to r_k. In the paper it is the
+   derivative of the last update, S_k = ∂U_k/∂r_k. On the first step all S_k are 0; the upper rules
+   still run, with gradient 0. Level k + 1 may normalize and clip dr_k; the levels above it see the
+   result.
 
-2. Hyperparameters, from the top: r_{k-1} ← U_k(r_{k-1}, dr_{k-1}, s_k; T(r_k)).
+2. Hyperparameters, from the top: r_k ← U_{k+1}(r_k, dr_k, s_{k+1}; T(r_{k+1})).
 
 3. Weights: w ← U_0(w, G, s_0; T(r_0)).
 
 Everything older is a constant, and so is G: the model is never differentiated twice.
 
-`hyperopt.HyperOptimizer` computes the same, fast. A test holds it to this page.
+`hyperopt.HyperOptimizer` computes the same, fast. A test holds it to this page. Not on this page:
+the trust region, the timing (``every``, ``until``), the restart of a long horizon, and the zeroing
+of rounding noise before a cosine.
 
     >>> import torch
     >>> from hyperopt import SGD
@@ -43,7 +47,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators import cosine
+from .estimators import Timing, cosine
 from .rule import Rule, Stack, State
 
 
@@ -92,7 +96,7 @@ def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
 
 
 def horizon(above: Level | None) -> float:
-    """Over how many updates S is gathered, which the level above decides; the paper's is 1."""
+    """The number of updates that S accumulates. The level above sets it; the paper uses 1."""
     return above.rule.policy.estimator.horizon if above else 1
 
 
@@ -123,17 +127,14 @@ def step(levels: Sequence[Level], w: Tensor, gradient: Tensor) -> tuple[Tensor, 
         raw, levels[k] = update(levels, k, below.raw, gradients[k])
         low, high = below.bounds
         levels[k - 1] = below._replace(raw=raw.clamp(low, high))
-        free = (low < raw) & (raw < high)  # what a bound holds depends on nothing
+        free = (low < raw) & (raw < high)  # a clamped value does not depend on the level above
         levels[k] = levels[k]._replace(sensitivity=free[:, None] * levels[k].sensitivity)
     w, levels[0] = update(levels, 0, w, gradient)
     return w, levels
 
 
 def skip(levels: Sequence[Level]) -> list[Level]:
-    """A step without a gradient, or with one that is not finite: nothing moves.
-
-    The next step then knows no last update.
-    """
+    """A step whose gradient is not finite: nothing moves, and the next step treats S as 0."""
     above = [*levels[1:], None]
     return [
         level if horizon(over) > 1 else level._replace(sensitivity=0 * level.sensitivity)
@@ -146,9 +147,14 @@ def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
 
     Args:
         w: the weights, 1-D.
-        owners: the number of each weight's owner, for hyperparameters that each owner has to
-            itself, as in ``[lr: per tensor]``.
+        owners: the number of each weight's tensor, for hyperparameters per tensor.
+
+    Raises:
+        ValueError: the stack needs what is not on this page.
     """
+    for rule in stack.levels:
+        if "trust" in rule.hypers or rule.policy.timing != Timing():
+            raise ValueError(f"{rule}: trust, every and until are not part of the definition")
     levels: list[Level] = []
     x, names = w, list[Any](owners)  # what the level moves, and whose each element is
     for k, rule in enumerate(stack.levels):

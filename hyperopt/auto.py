@@ -17,13 +17,13 @@ MIN_LR = 1e-20
 class Auto(HyperOptimizer):
     """Schedule-Free Adam that finds its learning rate from any start.
 
-    AdaGrad moves the logarithm of lr, against the cosine between the new gradient and what lr has
-    added to the weights so far; older steps count for less. So lr grows as long as going on in that
-    direction lowers the loss. The paper's hypergradient of one step asks only whether the last step
-    lowered it. The noise of the gradients then makes lr fall long before it is large enough (Wu et
-    al. 2018, arXiv 1803.02021). For the same reason the weights are nearly the mean of many steps,
-    which has less noise (Defazio et al. 2024, arXiv 2405.15682). Use them as they are when training
-    ends: there is no mode to switch. One step adds at most a tenth of the weights, by norms.
+    AdaGrad moves the logarithm of lr. Its gradient is the cosine between the new gradient and the
+    sensitivity of the weights to log lr, in which recent steps count for more. So lr grows while
+    that direction still lowers the loss. The paper's hypergradient sees only the last step; the
+    noise of the gradients then makes lr fall too early (Wu et al. 2018, arXiv 1803.02021). For the
+    same reason the weights are nearly the mean of many steps, which has less noise (Defazio et al.
+    2024, arXiv 2405.15682). Use them as they are when training ends: there is no mode to switch.
+    One step adds at most a tenth of the weights, by norms.
 
     Args:
         params: parameters or param groups, as `HyperOptimizer` takes them.
@@ -35,7 +35,7 @@ class Auto(HyperOptimizer):
         compile: as in `HyperOptimizer`.
 
     Raises:
-        ValueError, TypeError: an ``lr`` that is not above `MIN_LR`, and as `HyperOptimizer` does.
+        ValueError, TypeError: an ``lr`` below `MIN_LR`; otherwise as `HyperOptimizer`.
     """
 
     def __init__(

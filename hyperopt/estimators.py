@@ -24,9 +24,9 @@ from torch import Tensor
 from .domains import LOG
 from .tuning import Hyper, Option
 
-# A derivative of up to so many units in the last place of its terms is rounding noise around 0: a
-# beta does not matter to the first step, and the cosine of that noise would be noise too. Such
-# remains were found to be below 1, and other derivatives of betas, in float32, above 5000.
+# A derivative below so many units in the last place of its terms counts as 0. For example, a beta
+# does not affect the first step, but rounding leaves a remainder, whose cosine would be noise.
+# Measured in float32: remainders below 1, other derivatives of betas above 5000.
 ROUNDING = 16
 
 # Restart the accumulation when a hyperparameter falls below this fraction of its peak. What was
@@ -45,12 +45,13 @@ UNBOUNDED = 1e300
 class Estimator:
     """How a level estimates the hypergradients of the level below.
 
-    The hypergradient of a hyperparameter is g · s, with g the gradient of what it moves (the
-    weights) and s its *sensitivity*: the derivative of these by the raw hyperparameter.
+    The hypergradient of a hyperparameter is g · s. g is the gradient of the weights. s is their
+    *sensitivity*: the derivative of the weights with respect to the raw hyperparameter.
 
     Attributes:
         horizon: 1 is the paper's: s is the derivative d of the last update. With n > 1, s gathers
-            the derivatives of the last n updates: in step t, s <- (1 - 1/min(t, n)) s + d.
+            the derivatives of the last n updates: at the t-th, s <- (1 - 1/min(t, n)) s + d. When a
+            hyperparameter falls below `RESTART_BELOW` of its peak, s and t start again.
         normalize: divide g · s by the norms of both, so that it is a cosine.
     """
 
@@ -65,7 +66,7 @@ class Estimator:
         """
         if self.horizon == 1:
             return {}
-        numbers = ("sensitivity_length", *(f"sensitivity_peak_{name}" for name in names))
+        numbers = ("horizon_length", *(f"horizon_peak_{name}" for name in names))
         return {
             **{f"sensitivity_{name}": torch.zeros_like(w) for name in names},
             **{name: torch.zeros((), dtype=torch.float64) for name in numbers},
@@ -78,17 +79,17 @@ class Estimator:
 
         Args:
             values: the hyperparameters by name, 0-dim.
-            derivatives: those of the update by the raw value of each, [n].
+            derivatives: those of the update with respect to the raw value of each, [n].
         """
         values = {name: value.abs() for name, value in values.items()}
-        peaks = {n: state[f"sensitivity_peak_{n}"].maximum(value) for n, value in values.items()}
+        peaks = {n: state[f"horizon_peak_{n}"].maximum(value) for n, value in values.items()}
         restart = torch.stack([v < RESTART_BELOW * peaks[n] for n, v in values.items()]).any()
-        length = torch.where(restart, 1.0, state["sensitivity_length"] + 1)
+        length = torch.where(restart, 1.0, state["horizon_length"] + 1)
         kept = 1 - 1 / length.clamp(max=self.horizon)
-        after = {"sensitivity_length": length}
+        after = {"horizon_length": length}
         for (name, value), derivative in zip(values.items(), derivatives, strict=True):
             after[f"sensitivity_{name}"] = kept * state[f"sensitivity_{name}"] + derivative
-            after[f"sensitivity_peak_{name}"] = torch.where(restart, value, peaks[name])
+            after[f"horizon_peak_{name}"] = torch.where(restart, value, peaks[name])
         return after
 
 
@@ -119,22 +120,22 @@ class Timing:
     """In which steps a level moves what is below it.
 
     Attributes:
-        every: in one step of so many.
-        until: in the first so many steps alone.
+        every: in every n-th step, starting with the first.
+        until: only in the first n steps.
     """
 
     every: int = 1
     until: float = math.inf
 
     def is_update_step(self, steps: Tensor) -> Tensor | None:
-        """Whether it does after so many steps, 0-dim; None if it always does."""
+        """Whether this is such a step, 0-dim; None if every step is."""
         if self == Timing():
             return None
         return (steps % self.every == 0) & (steps < self.until)
 
 
-# How large one update of the weights may be, relative to them, by norms: lr is pulled down to that.
-# A level above may tune it.
+# Upper bound on the norm of one update of the weights, relative to the norm of the weights. lr is
+# lowered to meet it. A level above may tune it.
 TRUST = Hyper(math.inf, LOG, tuned=False, name="trust")
 
 # The policy's keywords in the notation, in its order.
@@ -159,7 +160,7 @@ class Policy:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Policy:
-        """The policy that the keywords of the notation stand for, but for ``trust``."""
+        """The policy that the keywords of the notation stand for, except ``trust``."""
 
         def part(kind: Any) -> Any:
             return kind(**{name: settings[name] for name in kind.__dataclass_fields__})
@@ -175,8 +176,8 @@ def derivatives(
 ) -> tuple[list[Tensor], Any]:
     """The derivatives of the weights after an update, [n] for each direction; and its state.
 
-    This is forward mode, as reverse mode of reverse mode, which is linear in its argument. torch's
-    own forward mode cannot be traced without its bookkeeping.
+    This is forward mode, written as reverse mode twice, since tracing torch's own forward mode
+    fails.
 
     Args:
         update: raw values in; the new weights, [n], and anything else out.
@@ -197,9 +198,9 @@ def units(raw: Tensor) -> Sequence[Tensor]:
     return torch.eye(len(raw), dtype=raw.dtype, device=raw.device).unbind()
 
 
-def cosine(product: Tensor, squares: Tensor, others: Tensor) -> Tensor:
-    """An inner product by the norms of both vectors, given as their squares; 0 if one is 0."""
-    norms = torch.sqrt(squares) * torch.sqrt(others)
+def cosine(product: Tensor, squared_norm: Tensor, other_squared_norm: Tensor) -> Tensor:
+    """An inner product divided by the norms of both vectors; 0 if one is 0."""
+    norms = torch.sqrt(squared_norm) * torch.sqrt(other_squared_norm)
     return torch.where(norms > 0, product / norms, product)
 
 
@@ -210,7 +211,7 @@ def zero_rounding_noise(
     derivatives: list[Tensor],
     update: Tensor,
 ) -> list[Tensor]:
-    """The derivatives of an update by the raw values, with rounding noise around 0 set to 0.
+    """The derivatives of an update with respect to the raw values, without rounding noise around 0.
 
     Args:
         forgets: which hyperparameters are factors that forget, as betas. Only these have terms that

@@ -16,11 +16,11 @@ normalize=True           make the hypergradient a cosine: divide it by the norms
 Two more are for the level above the lowest:
 
 horizon=n    Judge a hyperparameter by its part in the last n steps, not in the last one alone. The
-             derivatives d of the weights are gathered: in step t, s <- (1 - 1/min(t, n)) s + d. For
-             an lr in the log domain, n = inf, and a rule whose updates are proportional to lr, s is
-             the present weights minus the mean of all earlier ones. When a hyperparameter falls to
-             a thousandth of its peak, s and t start again: what it added while it was large would
-             outweigh everything it can add now.
+             derivatives d of the weights are gathered: at the t-th update,
+             s <- (1 - 1/min(t, n)) s + d. For an lr in the log domain, n = inf, and a rule whose
+             updates are proportional to lr, s is the present weights minus the mean of all earlier
+             ones. When a hyperparameter falls to a thousandth of its peak, s and t start again:
+             what it added while it was large would outweigh everything it can add now.
 trust=0.1    Let the update of the weights be no larger than a tenth of them, by norms: lr, which
              must be in the log domain, is pulled down to that. trust is then a hyperparameter of
              its level. A further level moves it where it is named, as in
@@ -73,9 +73,7 @@ class _Parser:
         text = getattr(self, "token", "")
         match = self.TOKEN.match(self.text, self.next)
         if match is None:
-            self.start = (
-                self.next + len(self.text[self.next :]) - len(self.text[self.next :].lstrip())
-            )
+            self.start = len(self.text) - len(self.text[self.next :].lstrip())
             self.fail(f"{self.text[self.start]!r} does not belong here")
         self.kind = match.lastgroup or "end"
         self.token, self.start, self.next = match[self.kind], match.start(self.kind), match.end()

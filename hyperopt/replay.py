@@ -1,6 +1,6 @@
-"""Learned schedules: what a tower has made of its hyperparameters, kept and replayed without it.
+"""Learned schedules: the hyperparameters that a tower learned, kept and replayed without the tower.
 
-Once the values are fixed, a tower is a plain optimizer: replayed step by step, a schedule gives the
+With its values fixed, a tower is a plain optimizer: replaying a schedule step by step gives the
 run's weights again, to rounding.
 
     schedule = Schedule()
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .optimizer import HyperOptimizer
 
-# What torch.optim calls some hyperparameters: (our rule's, torch's).
+# (torch class, our name): torch's name.
 IN_TORCH = {("RMSprop", "gamma"): "alpha"}
 
 
@@ -105,7 +105,7 @@ class Schedule:
         return self._values
 
     def at(self, step: int) -> dict[str, float]:
-        """The values for a step; between two known ones on the line, outside those at the ends."""
+        """The values at a step: linear between known steps, constant before and after them."""
         steps = self.steps
         i = bisect.bisect_left(steps, step)
         if i == len(steps) or steps[i] == step or i == 0:
@@ -117,7 +117,7 @@ class Schedule:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write it, as JSON if the name ends so, and else as CSV with one line for each step.
+        """Write JSON if the path ends in .json, otherwise CSV with one line for each step.
 
         Raises:
             ValueError: it has no steps.
@@ -154,7 +154,7 @@ class Schedule:
             columns = {name: [float(number) for number in each] for name, each in columns.items()}
             steps = columns.pop("step")
             if not steps or not all(step.is_integer() for step in steps):
-                raise ValueError("step must be a whole number in each line, of which one is needed")
+                raise ValueError("step must hold whole numbers, at least one")
             return cls([int(step) for step in steps], columns)
         except (OSError, IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
@@ -172,7 +172,7 @@ class Replay:
     """Sets the hyperparameters of a plain optimizer, ours or one of ``torch.optim``, by a schedule.
 
     The first step's are set at once; ``step()``, after each step of the optimizer, sets the next
-    one's. What the optimizer does not have is left out, if it was 0 throughout.
+    one's. A hyperparameter that the optimizer lacks is ignored if it was 0 throughout.
 
     Raises:
         ValueError: a schedule without steps, or a hyperparameter that the optimizer does not have,

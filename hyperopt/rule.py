@@ -66,7 +66,8 @@ class Rule:
                     "every rule has already"
                 )
         if known:
-            if RULES.get(cls.__name__, cls).__module__ == f"{__package__}.rules" != cls.__module__:
+            ours, taken = f"{__package__}.rules", RULES.get(cls.__name__)
+            if taken and taken.__module__ == ours and cls.__module__ != ours:
                 raise TypeError(
                     f"there is a rule {cls.__name__} already, which the notation means by this "
                     f"name; call yours otherwise, or declare it as class {cls.__name__}(Rule, "
@@ -190,13 +191,12 @@ class Rule:
         return Stack(self) / above
 
     def __str__(self) -> str:
-        first, *others = self.arguments
-        defaults = {n: m.default for n, m in {**self.hypers, **KEYWORDS, **self.options}.items()}
-        arguments = [format_value(self.values[first])]
+        first = next(iter(self.hypers), None)
+        arguments = [format_value(self.values[first])] if first else []
         arguments += [
             f"{name}={format_value(value)}"
-            for name in others
-            if (value := self.argument(name)) != defaults[name]
+            for name, declared in {**self.hypers, **KEYWORDS, **self.options}.items()
+            if name != first and (value := self.argument(name)) != declared.default
         ]
         text = f"{self.name}({', '.join(arguments)})"
         if self.tuned_subset is not None:
@@ -241,22 +241,22 @@ class Stack:
 
     def __init__(self, *levels: Rule) -> None:
         self.levels = levels
-        for k, (below, above) in enumerate(itertools.pairwise(levels)):
+        for below, above in itertools.pairwise(levels):
             if not below.tuned:
                 raise ValueError(
                     f"{above} has nothing to move: {below} leaves it no hyperparameter"
                 )
-            _check_tuned(below, lowest=k == 0)
+            _check_tuned(below, lowest=below is levels[0])
         _check_policies(levels)
-        for k, above in enumerate(levels):
-            targets = list(levels[k - 1].tuned) if k else []
+        for name, value in levels[0].values.items():
+            if isinstance(value, dict):
+                raise ValueError(f"{levels[0]}: {name} must be one number on the lowest level")
+        for below, above in itertools.pairwise(levels):
             for name, value in above.values.items():
-                if isinstance(value, dict) and set(value) != set(targets):
+                if isinstance(value, dict) and value.keys() != below.tuned.keys():
                     raise ValueError(
                         f"{above}: {name} must have one value for each of "
-                        f"{', '.join(targets) or 'none'}, the hyperparameters that it moves"
-                        if k
-                        else f"{above}: {name} must be one number on the lowest level"
+                        f"{', '.join(below.tuned)}, the hyperparameters that it moves"
                     )
 
     @property

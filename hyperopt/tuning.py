@@ -132,8 +132,8 @@ class Tuning:
                 raise ValueError
         except ValueError:
             raise ValueError(
-                f"{text!r} does not say how to tune; it is a domain, then from and to with a "
-                "number, and per with run, group or tensor, each where wanted and once"
+                f"{text!r} does not say how to tune; expected "
+                "[domain] [from NUMBER] [to NUMBER] [per run|group|tensor]"
             ) from None
         per = given.get("per", "run")
         if per not in SCOPES:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hyperopt.algorithm
-from hyperopt import RULES, HyperOptimizer, parse
+from hyperopt import RULES, SGD, Hyper, HyperOptimizer, Rule, Stack, parse
 from hyperopt.algorithm import skip, start, step
 
 # Every rule, with hyperparameters that matter from the first steps on.
@@ -48,7 +48,7 @@ def drawn(generator: torch.Generator, w: torch.Tensor) -> torch.Tensor:
     return torch.linspace(0.5, 2, len(w), dtype=torch.float64) * w + noise / 3
 
 
-def check(stack: str, compile: bool = False, steps: int = 25) -> None:
+def check(stack: str | Stack, compile: bool = False, steps: int = 25) -> None:
     """Both make the same steps; the 8th has no gradient, and that of the 14th is not finite."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64)
@@ -56,15 +56,16 @@ def check(stack: str, compile: bool = False, steps: int = 25) -> None:
     optimizer = HyperOptimizer(params, stack, compile=compile)
     owners = [i for i, size in enumerate(SIZES) for _ in range(size)]
     levels = start(parse(stack), w, owners)
-    long = "horizon" in stack
     for t in range(steps):
         gradient = drawn(generator, w)
-        missing, infinite = t == 8 and not long, t == 14 and optimizer.stack.height > 0
+        missing, infinite = t == 8, t == 14 and optimizer.stack.height > 0
         for p, part in zip(params, gradient.split(SIZES), strict=True):
             p.grad = None if missing else part / 0 if infinite else part.clone()
         optimizer.step()
-        if missing or infinite:
+        if infinite:
             levels = skip(levels)
+        elif missing:  # no step at all, but level 0 forgets its last update
+            levels = [*skip(levels[:2])[:1], *levels[1:]]
         else:
             w, levels = step(levels, w, gradient)
         ours = torch.cat([p.detach() for p in params])
@@ -96,6 +97,39 @@ def test_estimators_limits_and_scopes(stack):
 )
 def test_the_compiled_step_too(stack):
     check(stack, compile=True)
+
+
+class Signed(Rule, known=False):
+    """Its update depends on the weights through a sign, which is flat."""
+
+    lr = Hyper(0.1)
+
+    def update(self, w, g, s, h):
+        return w - h.lr * torch.sign(g + 0.5 * w), {}
+
+
+class Late(Rule, known=False):
+    """Its update depends on the weights from the third step on."""
+
+    lr = Hyper(0.1)
+
+    def init(self, w):
+        return {"step": torch.zeros((), dtype=torch.float64)}
+
+    def update(self, w, g, s, h):
+        decay = torch.where(s["step"] >= 2, 0.5, 0.0)
+        return w - h.lr * (g + decay * w), {"step": s["step"] + 1}
+
+
+@pytest.mark.parametrize("rule", [Signed, Late])
+def test_rules_that_hide_that_they_depend_on_the_weights(rule):
+    check(rule(0.05) / SGD(1e-3))
+
+
+def test_what_the_page_leaves_out_is_refused():
+    for stack in ("SGD(0.1) / SGD(1, every=2)", "SGD(0.1)[lr: log] / SGD(1, trust=0.1)"):
+        with pytest.raises(ValueError, match="not part of the definition"):
+            start(parse(stack), torch.ones(2))
 
 
 def test_many_runs_at_once_under_vmap():

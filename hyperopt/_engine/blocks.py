@@ -10,14 +10,16 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from ..estimators import Estimator
 from ..rule import Rule, Stack, State
 
 # Names of what is kept beside a rule's state, there or in a state_dict. A state cannot have them.
-RESERVED = {
-    *("w", "g", "moved", "log_lr_limit", "shape", "shard", "active", "last_grad", "last_weight"),
-}
+RESERVED = {"w", "g", "moved", "log_lr_limit", "shape", "shard", "active"}
+RESERVED |= {"last_grad", "last_weight"}
+PREFIXES = ("sensitivity_", "horizon_")
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,18 @@ class Block:
         return Estimator() if self.above is None else self.above.policy.estimator
 
     @property
+    def is_lowest(self) -> bool:
+        return not self.below
+
+    @property
     def gathers(self) -> bool:
         """Whether level 0 gathers the sensitivities of many steps, and so recomputes none."""
-        return bool(self.tuned) and not self.below and self.estimator.horizon > 1
+        return bool(self.tuned) and self.is_lowest and self.estimator.horizon > 1
 
     @property
     def recomputes(self) -> bool:
         """Whether level 0's last update is computed again, for which its gradient is kept."""
-        return bool(self.tuned) and not self.below and not self.gathers
+        return bool(self.tuned) and self.is_lowest and not self.gathers
 
     @property
     def has_trust(self) -> bool:
@@ -119,7 +125,7 @@ class Block:
     @property
     def per_tensor(self) -> bool:
         """Whether, on level 0, tensors have values of their own, so that each is a shard."""
-        return not self.below and any(isinstance(slot.owner, str) for slot in self.tuned)
+        return self.is_lowest and any(isinstance(slot.owner, str) for slot in self.tuned)
 
     def init(self, w: Tensor) -> State:
         """The state before the first update of ``w``: the rule's, and what its policy keeps."""
@@ -152,10 +158,10 @@ class Block:
         """
         found: dict[str, Tensor] = {}
         for slots, numbers in ((self.tuned, self.from_raw(raw)), (self.fixed, fixed)):
-            if self.below:
-                found |= {name: self._spread(name, slots, numbers) for name in names_of(slots)}
-            else:
+            if self.is_lowest:
                 found |= zip(names_of(slots), numbers, strict=True)
+            else:
+                found |= {name: self._spread(name, slots, numbers) for name in names_of(slots)}
         return SimpleNamespace(**found)
 
     def from_raw(self, raw: Tensor) -> Tensor:
@@ -195,7 +201,7 @@ class Block:
 
     @property
     def structure(self) -> tuple:
-        """What tells two blocks apart but for numbers."""
+        """What tells two blocks apart, except numbers."""
         return *self.kind, self.tuned, self.fixed, self.below, self.count
 
 
@@ -279,10 +285,10 @@ def check_rule(rule: Rule) -> None:
         w = torch.linspace(0.1, 0.9, 3)
         state = rule.init(w)
         for name, value in state.items():
-            if name in RESERVED or name.startswith("sensitivity_"):
+            if name in RESERVED or name.startswith(PREFIXES):
                 raise ValueError(
                     f"{rule.name}: its state cannot have the name {name!r}; taken are "
-                    f"sensitivity_... and {', '.join(sorted(RESERVED))}"
+                    f"sensitivity_..., horizon_... and {', '.join(sorted(RESERVED))}"
                 )
             if not value.is_floating_point() or value.shape not in (w.shape, ()):
                 raise ValueError(
@@ -303,22 +309,32 @@ def check_rule(rule: Rule) -> None:
 
 @functools.lru_cache(256)
 def depends_on_weights(rule: Rule) -> bool:
-    """Whether an update is more than ``w`` minus something that does not depend on ``w``.
+    """Whether an update is more than ``w`` plus something that does not depend on ``w``.
 
-    Asked of the derivative at random points: only such rules need the weights of the last step.
+    Only such rules need the weights of the last step. A graph of the update tells: ``w`` may be a
+    term of sums alone. Where no graph can be made, the answer is yes.
     """
+
+    def update(w: Tensor, g: Tensor, state: State, h: State) -> tuple[Tensor, State]:
+        return rule.update(w, g, state, SimpleNamespace(**h))
+
     with torch.device("cpu"):  # whatever the default device
-        generator = torch.Generator().manual_seed(0)
-        w, g = torch.randn(2, 4, generator=generator, dtype=torch.float64)
-        h = SimpleNamespace(
-            **{name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
-        )
-        (_, state), pullback = torch.func.vjp(  # type: ignore[misc]
-            lambda w: rule.update(w, g, rule.init(g), h), w
-        )
-        zeros = {name: torch.zeros_like(value) for name, value in state.items()}
-        (through_weights,) = pullback((g, zeros))
-        (through_state,) = pullback(
-            (torch.zeros_like(w), {n: torch.ones_like(v) for n, v in state.items()})
-        )
-    return not torch.equal(through_weights, g) or bool(through_state.any())
+        w, g = torch.ones(4), torch.ones(4)
+        h = {name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
+        try:
+            graph = make_fx(update, tracing_mode="fake")(w, g, rule.init(w), h).graph
+        except Exception:  # such as a branch on the values of a tensor
+            return True
+    node = next(iter(graph.nodes))
+    (result,) = graph.output_node().args
+    new, *rest = tree_leaves(result)
+    while node is not new:
+        add, sub = torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor
+        users = [*node.users]
+        if len(users) != 1 or users[0].target not in (add, sub):
+            return True
+        left, right = users[0].args
+        if left is right or (right is node and users[0].target is sub):
+            return True
+        node = users[0]
+    return len(node.users) > 1 or node in rest

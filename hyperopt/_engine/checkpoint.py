@@ -224,7 +224,12 @@ def load_shards(
 
 # The form of a state_dict. Version 0.1 of the project wrote none, and had other names.
 FORMAT = 2
-RENAMED = {"path_most_": "sensitivity_peak_", "path_": "sensitivity_", "room": "log_lr_limit"}
+RENAMED = {
+    "path_length": "horizon_length",
+    "path_most_": "horizon_peak_",
+    "path_": "sensitivity_",
+    "room": "log_lr_limit",
+}
 
 
 def upgrade(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +293,8 @@ def check(
     if tower is None:
         raise ValueError("this is the state of another optimizer, not of a HyperOptimizer")
     levels = tower.get("levels") or [{}]
-    needed = [(tower, ("stack", "on", "levels")), (levels[0], ("steps", "skipped"))]
+    needed = [(tower, ("stack", "on", "levels")), (levels[0], ("steps",))]
+    needed += [(level, ("skipped",)) for level in levels]
     needed += [(group, ("params", *stack.levels[0].hypers)) for group in groups]
     for mapping, names in needed:
         for name in names:
@@ -358,7 +364,7 @@ def _division(tensor: Any) -> tuple | None:
 
 
 def _kind(stack: Stack) -> list[tuple]:
-    """A stack but for its numbers."""
+    """A stack without its numbers."""
     return [
         (
             rule.name,

@@ -352,12 +352,12 @@ class Engine:
         lowest, numbers = self.layout.blocks[0], self._numbers
         raw = numbers.raw[0][0][shard.owner.places(lowest.tuned)]
         fixed = numbers.last_fixed[shard.owner.places(lowest.fixed)]
-        w, g, start, applied = shard.last
-        if g is not None:
-            read = g if w is None else w  # as in `recompute_last_update`
-            _, after = lowest.rule.update(read, g, start, lowest.values(raw, fixed))
-            state = {n: torch.where(applied > 0, after[n], old) for n, old in start.items()}
-            shard.last = LastUpdate(w, g, state, torch.zeros_like(applied))
+        last = shard.last
+        if last.g is not None:
+            _, after = lowest.rule.update(*last.inputs, lowest.values(raw, fixed))
+            applied = last.applied > 0
+            state = {n: torch.where(applied, after[n], old) for n, old in last.state.items()}
+            shard.last = LastUpdate(last.w, last.g, state, torch.zeros_like(last.applied))
 
     def _export(self) -> list[dict[str, Any]]:
         return checkpoint.export(self.layout, self._numbers)

@@ -23,7 +23,7 @@ from .updates import Numbers, recompute_last_update, update_hyperparameters, upd
 
 Part = Callable[..., None]
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]  # small tensors and vectors in
-Make = Callable[[str, Part, Hashable, Sequence[Tensor], Sequence[Tensor]], Run]
+Make = Callable[[str, Part, Sequence[Tensor], Sequence[Tensor]], Run]
 
 _broken: list[str] = []  # why compiling failed, once it has
 _untraced: set[tuple] = set()  # the structures of stacks whose rules cannot be compiled
@@ -44,7 +44,7 @@ class Parts:
     def recompute_last_update(
         self, raw: Tensor, fixed: Tensor, scalars: Tensor, sums: Tensor, *vectors: Tensor
     ) -> None:
-        """Of one shard, whose state it brings up to date."""
+        """Recompute one shard's last update, and store the state after it."""
         shard, into = self._both(vectors)
         last = self.layout.last_update(scalars, shard.last_w, shard.last_g, shard.state)
         state, own = recompute_last_update(self.lowest, raw, fixed, last, shard.w, shard.g)
@@ -53,7 +53,7 @@ class Parts:
         sums += own
 
     def update_hyperparameters(self, sums: Tensor, *leaves: Tensor) -> None:
-        """Of all levels."""
+        """Update the hyperparameters of all levels."""
         for group in self.layout.processes:
             sums = torch.ops._c10d_functional.all_reduce(sums, "sum", group)
             sums = torch.ops._c10d_functional.wait_tensor(sums)
@@ -66,7 +66,7 @@ class Parts:
     def update_weights(
         self, raw: Tensor, fixed: Tensor, scalars: Tensor, finite: Tensor, *vectors: Tensor
     ) -> None:
-        """Of one shard."""
+        """Update one shard's weights and state."""
         shard, into = self._both(vectors)
         state = self.layout.last_update(scalars, None, None, shard.state).state
         w, state = update_weights(self.lowest, raw, fixed, shard.w, shard.g, state, finite)
@@ -107,8 +107,7 @@ class Step:
         layout: the shape of the stack.
         numbers: views of `packed`.
         shards: vectors like those that it will be called with.
-        make: makes what runs a part: of its name, the part, what the part depends on beside its
-            arguments, and examples of these.
+        make: makes what runs a part, from its name, the part, and examples of its arguments.
     """
 
     def __init__(
@@ -131,24 +130,23 @@ class Step:
         self.small_to_tune = [self.sums.whole, *parts.leaves]
         self.small_to_move = [*zip(own, self.fixed.parts, scalars, finite, strict=True)]
 
-        kind = code_of(lowest), lowest.kind
         vectors = [shard.flat() for shard in shards]
         self.tune_run: Run | None = None
         self.recompute_runs: list[Run] = []
         if lowest.tuned:
             self.recompute_runs = [
-                make("recompute_last_update", parts.recompute_last_update, kind, *tensors)
+                make("recompute_last_update", parts.recompute_last_update, *tensors)
                 for tensors in zip(self.small_to_recompute, vectors, strict=True)
             ]
             name, tune = "update_hyperparameters", parts.update_hyperparameters
-            self.tune_run = make(name, tune, structure_of(layout), self.small_to_tune, [])
+            self.tune_run = make(name, tune, self.small_to_tune, [])
         self.move_runs = [
-            make("update_weights", parts.update_weights, kind, *tensors)
+            make("update_weights", parts.update_weights, *tensors)
             for tensors in zip(self.small_to_move, vectors, strict=True)
         ]
 
     def __call__(self, shards: Sequence[Vectors]) -> None:
-        """Make a step: writes to all numbers, and to the shards but for ``g``."""
+        """Make a step: writes to all numbers, and to the shards except ``g``."""
         vectors = [shard.flat() for shard in shards]
         self.tuned.read()
         if self.tune_run is not None:
@@ -171,7 +169,7 @@ def code_of(block: Block) -> Hashable:
 
 
 def structure_of(layout: Layout) -> tuple:
-    """What the kernels of a layout depend on, but for numbers and shards."""
+    """What the kernels of a layout depend on, except numbers and shards."""
     code = tuple(map(code_of, layout.blocks))
     return code, *(block.structure for block in layout.blocks), layout.processes
 
@@ -179,7 +177,7 @@ def structure_of(layout: Layout) -> tuple:
 def eager_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> Step:
     """A step that is not compiled."""
 
-    def make(name: str, part: Part, key: Hashable, small: Any, vectors: Any) -> Run:
+    def make(name: str, part: Part, small: Any, vectors: Any) -> Run:
         return lambda small, vectors: part(*small, *vectors, *vectors)
 
     return Step(layout, numbers, shards, make)
@@ -194,13 +192,14 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     structure = structure_of(layout)
     if not compiler.enabled() or _broken or structure in _untraced:
         return None
+    lowest = layout.blocks[0]
+    of_shard = code_of(lowest), lowest.kind
     kernels: list[compiler.Kernel] = []
 
-    def make(
-        name: str, part: Part, key: Hashable, small: Sequence[Tensor], vectors: Sequence[Tensor]
-    ) -> Run:
+    def make(name: str, part: Part, small: Sequence[Tensor], vectors: Sequence[Tensor]) -> Run:
         if vectors and not vectors[0].numel():  # other processes have all elements
             return lambda small, vectors: part(*small, *vectors, *vectors)
+        key = of_shard if vectors else structure
         kernel = compiler.compiled(name, part, key, small, vectors)
         kernels.append(kernel)
         return kernel
@@ -214,7 +213,7 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     except compiler.Untraced as error:
         _untraced.add(structure)
         _warn(
-            f"the steps of {layout.blocks[0].rule.name} could not be compiled ({error}); they run "
+            f"the steps of {lowest.rule.name} could not be compiled ({error}); they run "
             "eagerly, which computes the same and is slower. An update that is compiled may not "
             "branch on what a tensor holds: write torch.where in place of if."
         )
@@ -249,7 +248,7 @@ class Gather:
         self.values = values
         self.parts: Sequence[Tensor] = [values] * len(places)
         self.index: Tensor | None = None
-        if any(list(own) != [*range(len(values))] for own in places):
+        if not _is_one_owner(places, len(values)):
             self.index = _index([i for own in places for i in own], values)
             self.copies = values.index_select(0, self.index)
             self.parts = self.copies.split([len(own) for own in places])
@@ -277,7 +276,7 @@ class Sums:
         self.whole = raw.new_zeros(size + 1)
         self.parts: Sequence[Tensor] = [self.whole] * len(places)
         self.index: Tensor | None = None
-        if any(list(own) != [*range(len(raw))] for own in places):
+        if not _is_one_owner(places, len(raw)):
             starts = range(0, size, len(raw) or 1)
             owned = [[*(start + i for start in starts for i in own), size] for own in places]
             self.index = _index([i for own in owned for i in own], raw)
@@ -292,6 +291,11 @@ class Sums:
     def add(self) -> None:
         if self.index is not None:
             self.whole.index_add_(0, self.index, self.pieces)
+
+
+def _is_one_owner(places: Sequence[Sequence[int]], n: int) -> bool:
+    """Whether all shards have all n values, in their order."""
+    return all(list(own) == [*range(n)] for own in places)
 
 
 def _index(places: Sequence[int], like: Tensor) -> Tensor:

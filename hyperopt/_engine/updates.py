@@ -7,11 +7,11 @@ costs one copy of the gradient and, for rules whose update depends on the weight
 the weights. A level that nobody tunes keeps its state alone. So does one whose sensitivities are
 gathered over a horizon: they are added up as the updates are made, and nothing is recomputed.
 
-What is not finite stops where it arises. A level stays as it is for this step, state included, and
-counts that, if its gradient or its update is not finite. On level 0 only the gradient is looked at,
-and its square, which most rules keep and which overflows in float32 from 1.8e19 on. If the weights
-stay, everything else does. (A plain stack, of height 0, does what `torch.optim` does: it lets
-infinities and NaN pass.)
+Values that are not finite do not spread. If a level's gradient or its update is not finite, the
+level skips this step, keeps its state and counts that in `Numbers.skipped`. Level 0 checks only its
+gradient and the square of it, which most rules keep and which overflows in float32 from 1.8e19 on.
+If the weights skip a step, all levels skip it. (A plain stack, of height 0, does what `torch.optim`
+does: it lets infinities and NaN pass.)
 """
 
 from __future__ import annotations
@@ -53,9 +53,17 @@ class LastUpdate(NamedTuple):
     state: State
     applied: Tensor
 
+    @property
+    def inputs(self) -> tuple[Any, Any, State]:
+        """What the rule is given to compute the update again.
+
+        If w was not kept, no derivative and no state depends on it, and any vector serves.
+        """
+        return self.g if self.w is None else self.w, self.g, self.state
+
 
 class Numbers(NamedTuple):
-    """Everything that a stack remembers but for the vectors of the weights.
+    """Everything that a stack remembers, except the vectors of the weights.
 
     A step writes them in this order. ``hyper_updates``, which keep raw values as they were, must
     come before ``raw``.
@@ -99,28 +107,22 @@ def recompute_last_update(
         w, g: the shard's weights, and its new gradient, [n].
 
     Returns:
-        the state after the last update, or the one before if it was not applied; and `Block.rows`
-        rows of one number for each of ``raw``, for `combine_estimate`, and the largest square in
-        ``g``. The first row is the hypergradient, in which an update that was not applied has no
-        part.
+        the state after the last update, or the state before it if it was not applied; and a vector
+        for `combine_estimate`: `Block.rows` rows of one number for each of ``raw``, then the
+        largest square in ``g``. The first row is g · s; an update that was not applied has s = 0.
     """
-    before, gradient, start, applied = last
-    if not block.tuned:
-        return start, raw.new_zeros(1)
-    state, normalize = start, block.estimator.normalize
+    start, state, normalize = last.state, last.state, block.estimator.normalize
     sensitivities = [start[f"sensitivity_{name}"] for name in block.names if block.gathers]
     rows: list[Tensor] = []
-    if gradient is not None:
-        # Where w was not kept, no derivative and no state depends on it: any vector will do.
-        read = gradient if before is None else before, gradient, start
+    if last.g is not None:
 
         def last_update(raw: Tensor) -> tuple[Tensor, State]:
-            return block.rule.update(*read, block.values(raw, fixed))
+            return block.rule.update(*last.inputs, block.values(raw, fixed))
 
-        was_applied = applied > 0
+        was_applied = last.applied > 0
         if normalize:
             sensitivities, after = derivatives(last_update, raw, g)
-            added = last_update(raw)[0] - read[0]
+            added = last_update(raw)[0] - last.inputs[0]
             sensitivities = without_noise(block, raw, sensitivities, added)
             sensitivities = [torch.where(was_applied, s, 0.0) for s in sensitivities]
         else:
@@ -137,7 +139,7 @@ def recompute_last_update(
         def next_update(raw: Tensor) -> tuple[Tensor, State]:
             return block.rule.update(w, g, state, block.values(raw, fixed))
 
-        # The derivative by lr is what an lr of 1 would add to the weights.
+        # The derivative with respect to lr is what an lr of 1 would add to the weights.
         lr = block.names.index("lr")
         unit = units(raw)[lr] / block.from_raw(raw)[lr]
         (update,), _ = derivatives(next_update, raw, g, [unit])
@@ -176,90 +178,129 @@ def combine_estimate(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, T
 
 
 def update_hyperparameters(
-    blocks: Sequence[Block], numbers: Numbers, sums: Tensor, largest: Tensor
+    blocks: Sequence[Block], numbers: Numbers, sums: Tensor, finite_probe: Tensor
 ) -> Numbers:
     """Hypergradients from the bottom, then hyperparameters from the top.
 
     Args:
         numbers: their ``shard_scalars`` are not read.
         sums: for `combine_estimate`.
-        largest: not finite if a gradient of the weights, or its square, is not, 0-dim.
+        finite_probe: not finite if a gradient of the weights, or its square, is not, 0-dim.
+    """
+    finite = finite_probe.isfinite()
+    numbers = numbers._replace(grads_finite=finite.to(numbers.steps.dtype))
+    hypergradient, limit = combine_estimate(blocks[0], numbers.raw[0][0], sums)
+    hypergradient = torch.where(finite, hypergradient, math.nan)  # NaN makes all levels skip
+    found, states, skipped = hypergradients(blocks, numbers, hypergradient)
+    return move_hyperparameters(blocks, numbers, found, states, skipped, limit)
+
+
+def hypergradients(
+    blocks: Sequence[Block], numbers: Numbers, lowest: Tensor
+) -> tuple[list[Tensor], list[State], list[Tensor]]:
+    """dr_k = dr_{k-1}ᵀ ∂U_k/∂r_k, bottom up.
+
+    Args:
+        lowest: dr_0.
+
+    Returns:
+        for each level but the topmost the hypergradient that the level above is given; for each
+        block but the lowest the states to go on from, and whether its levels missed an update.
     """
     raws = [row for raw in numbers.raw for row in raw]
     bounds = [row for bound in numbers.bounds for row in bound.unbind(1)]
-    above_lowest = list(enumerate(blocks))[1:]
-    grads_finite = largest.isfinite().to(numbers.steps.dtype)
-
-    # Hypergradients, bottom up: dr_k = dr_{k-1}^T dU_k/dr_k.
-    hypergradient, limit = combine_estimate(blocks[0], raws[0], sums)
-    # A gradient that is to leave the weights where they are moves nothing else.
-    hypergradients = [torch.where(grads_finite > 0, hypergradient, math.nan)]
-    states, skipped = [], [1 - grads_finite.view(1)]
-    for b, block in above_lowest:
-        last = numbers.hyper_updates[b - 1]
-        after, found, missed = jacobians(block, numbers.raw[b], numbers.fixed[b], last)
+    found, states, skipped = [lowest], [], []
+    for block, raw, fixed, last in zip(
+        blocks[1:], numbers.raw[1:], numbers.fixed[1:], numbers.hyper_updates, strict=True
+    ):
+        after, each, missed = jacobians(block, raw, fixed, last)
         states.append(after)
         skipped.append(missed)
-        for i, jacobian in enumerate(found, len(hypergradients) - 1):
-            # A value that a bound holds does not depend on the level that would move it.
+        for i, jacobian in enumerate(each, len(found) - 1):
             low, high = bounds[i]
             free = (low < raws[i]) & (raws[i] < high)
+            # A clamped value does not depend on the level above.
             jacobian = torch.where(free[:, None], jacobian, 0.0)
-            hypergradients[-1] = g = block.rule.policy.clipping(hypergradients[-1])
+            found[-1] = g = block.rule.policy.clipping(found[-1])
             product = (g[:, None] * jacobian).sum(0)
             if block.estimator.normalize:
                 product = cosine(product, (g * g).sum(), (jacobian * jacobian).sum(0))
-            hypergradients.append(product)
+            found.append(product)
+    return found, states, skipped
 
-    # Hyperparameters, top down.
+
+def move_hyperparameters(
+    blocks: Sequence[Block],
+    numbers: Numbers,
+    gradients: Sequence[Tensor],
+    states: Sequence[State],
+    skipped: Sequence[Tensor],
+    limit: Tensor | None,
+) -> Numbers:
+    """r_{k-1} ← U_k(r_{k-1}, dr_{k-1}, s_k; T(r_k)), top down.
+
+    Args:
+        gradients, states, skipped: from `hypergradients`.
+        limit: from `combine_estimate`.
+    """
+    raws = [row for raw in numbers.raw for row in raw]
+    bounds = [row for bound in numbers.bounds for row in bound.unbind(1)]
+    missed = [*skipped]
     updates: list[LastUpdate] = []
     k = len(raws) - 1
-    for b, block in reversed(above_lowest):
-        state, below = states[b - 1], range(k - block.count, k)
+    for b in reversed(range(1, len(blocks))):
+        block, state, below = blocks[b], states[b - 1], range(k - blocks[b].count, k)
         if "log_lr_limit" in state and limit is not None:
             # It is infinite for an update of 0, and NaN for one that is not finite.
             known = torch.nan_to_num(limit, UNBOUNDED, UNBOUNDED).clamp(max=UNBOUNDED)
             state = {**state, "log_lr_limit": known[None]}
         vectors = [raws[i] for i in below]
-        gradients = torch.stack([hypergradients[i] for i in below])
-        sound = gradients.isfinite().all(1)
+        own = torch.stack([gradients[i] for i in below])
         is_update_step = block.rule.policy.timing.is_update_step(numbers.steps)
-        fine = [*sound]
+        finite = [*own.isfinite().all(1)]
         for i in reversed(range(block.count)):
-            own = {name: rows[i] for name, rows in state.items()}
             h = block.values(raws[k], numbers.fixed[b][i])
-            new, _ = block.rule.update(vectors[i], gradients[i], own, h)
-            fine[i] = sound[i] & ((new * 0).sum() == 0)  # NaN unless all are finite
-            applied = fine[i] if is_update_step is None else fine[i] & is_update_step
+            rows = {name: part[i] for name, part in state.items()}
+            new, _ = block.rule.update(vectors[i], own[i], rows, h)
+            finite[i] = finite[i] & ((new * 0).sum() == 0)  # NaN unless all are finite
+            applied = finite[i] if is_update_step is None else finite[i] & is_update_step
             low, high = bounds[k - 1]
             raws[k - 1] = torch.where(applied, new.clamp(low, high), vectors[i])
             k -= 1
-        w = torch.stack(vectors) if block.keeps_weights else torch.zeros_like(gradients)
-        made, missed = torch.stack(fine), ~torch.stack(fine)
+        if block.has_trust and limit is not None:
+            raws[0] = bound_lr(raws[0], limit, h.trust, bounds[0][0], numbers.grads_finite)
+        w = torch.stack(vectors) if block.keeps_weights else torch.zeros_like(own)
+        made, left_out = torch.stack(finite), ~torch.stack(finite)
         if is_update_step is not None:
-            made, missed = made & is_update_step, missed & is_update_step
-        skipped[b] = skipped[b] + missed
-        if limit is not None and k == 0:
-            most = limit + torch.log(h.trust)
-            above = (most < raws[0]) & (grads_finite > 0)
-            raws[0] = torch.where(above, most.maximum(bounds[0][0]), raws[0])
-        updates.insert(0, LastUpdate(w, gradients, state, made.to(gradients.dtype)))
+            made, left_out = made & is_update_step, left_out & is_update_step
+        missed[b - 1] = missed[b - 1] + left_out
+        updates.insert(0, LastUpdate(w, own, state, made.to(own.dtype)))
 
     ends = itertools.accumulate(block.count for block in blocks)
     raw = [
         torch.stack(raws[end - block.count : end]) for block, end in zip(blocks, ends, strict=True)
     ]
+    values = [block.from_raw(own).reshape(-1) for block, own in zip(blocks, raw, strict=True)]
     return numbers._replace(
-        values=torch.cat(
-            [block.from_raw(own).reshape(-1) for block, own in zip(blocks, raw, strict=True)]
-        ),
+        values=torch.cat(values),
         hyper_updates=updates,
         raw=raw,
         last_fixed=numbers.fixed[0][0],
         steps=numbers.steps + 1,
-        skipped=numbers.skipped + torch.cat(skipped),
-        grads_finite=grads_finite,
+        skipped=numbers.skipped + torch.cat([1 - numbers.grads_finite.view(1), *missed]),
     )
+
+
+def bound_lr(raw: Tensor, limit: Tensor, trust: Tensor, low: Tensor, finite: Tensor) -> Tensor:
+    """The raw values of level 0, with log lr lowered to ``limit + log(trust)``.
+
+    Args:
+        limit: the raw values with which an update would be as large as the weights.
+        low: the lowest legal raw values.
+        finite: `Numbers.grads_finite`.
+    """
+    most = limit + torch.log(trust)
+    return torch.where((most < raw) & (finite > 0), most.maximum(low), raw)
 
 
 def jacobians(
@@ -268,10 +309,9 @@ def jacobians(
     """Compute the last updates of a block's levels again, all at once.
 
     Returns:
-        the states after them; for each level the derivative of the raw values that it moved by its
-        own, [tuned slots below, tuned slots]; and whether its state has to stay as it was since the
-        new one is not finite, [levels]. If no update was applied, the state is that before, and the
-        derivative 0.
+        the states after the updates; for each level ∂(raw values below)/∂(its raw values), [tuned
+        slots below, tuned slots]; and which levels keep their state because the new one is not
+        finite, [levels]. An update that was not applied keeps the old state and has derivative 0.
     """
     n = raw.shape[1]
 
@@ -280,7 +320,8 @@ def jacobians(
     ) -> tuple[Tensor, State]:
         return block.update(w, g, state, raw, fixed)
 
-    inputs = raw, fixed, last.w if block.keeps_weights else last.g, last.g, last.state
+    w = last.w if block.keeps_weights else last.g
+    inputs: Any = raw, fixed, w, last.g, last.state
     if n:
         jacobian, after = torch.vmap(torch.func.jacrev(last_update, has_aux=True))(*inputs)
     else:
