@@ -481,11 +481,11 @@ def test_a_step_computes_nothing_twice_and_its_loops_are_few(
     graphs, loops = [], []
     start = hyperopt._engine.compiler._start
 
-    def recorded(graph, arguments, mode, options):
+    def recorded(graph, arguments, mode, options, together=False):
         nodes = [node for node in graph.graph.nodes if node.users]
         graphs.append([str((node.target, node.args, node.kwargs)) for node in nodes])
         metrics.reset()
-        run = start(graph, arguments, mode, options)
+        run = start(graph, arguments, mode, options, together)
         loops.append(metrics.generated_cpp_vec_kernel_count)
         return run
 
@@ -579,7 +579,7 @@ def test_what_was_edited_is_compiled_again(compiler, compilations, monkeypatch):
 
     assert moved_by(Cell(0.5)) == pytest.approx(2.5)
 
-    class Cell(Rule, known=False):  # the cell, edited and run again
+    class Cell(Rule, known=False):  # the cell, edited and run again  # type: ignore[no-redef]
         lr = Hyper(0.1)
 
         def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
@@ -624,7 +624,7 @@ from hyperopt import HyperOptimizer
 def train(stack):
     torch.manual_seed(0)
     model = nn.Linear(10, 1)
-    optimizer = HyperOptimizer(model.parameters(), stack)
+    optimizer = HyperOptimizer(model.parameters(), stack, compile=True)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.ones(4, 10)).square().mean().backward()
@@ -641,6 +641,35 @@ threads = [threading.Thread(target=train, args=(stack,)) for stack in stacks]
     )
     assert done.stdout.split() == ["True"] * 4, done.stderr
     assert "could not be compiled" not in done.stderr
+
+
+def test_by_default_the_first_steps_are_eager(compiler, compilations, monkeypatch):
+    monkeypatch.setattr(hyperopt._engine.engine, "EAGER_STEPS", 3)
+
+    def train(optimizer: HyperOptimizer, w: list[Tensor], steps: range) -> list[bool]:
+        found = []
+        for t in steps:
+            step(w, optimizer, t)
+            found.append(optimizer.compiled)
+        return found
+
+    w, groups = made(torch.float32, {})
+    whole = HyperOptimizer(groups, "Adam(0.01) / SGD(1e-4)")
+    assert train(whole, w, range(6)) == [False] * 3 + [True] * 3
+    assert len(compilations) == 3
+    for cut in (2, 4):  # a run that is resumed compiles at the same step
+        w, groups = made(torch.float32, {})
+        first = HyperOptimizer(groups, "Adam(0.01) / SGD(1e-4)")
+        train(first, w, range(cut))
+        second = HyperOptimizer(groups, "Adam(0.01) / SGD(1e-4)")
+        second.load_state_dict(first.state_dict())
+        assert train(second, w, range(cut, 6)) == [t >= 3 for t in range(cut, 6)]
+        assert torch.equal(second.snapshot(), whole.snapshot())
+
+
+def test_compile_is_one_of_three():
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto', not 'yes'"):
+        HyperOptimizer(made(torch.float32, {})[1], "SGD(0.1)", compile="yes")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ All that is private to torch and is used here, each with the version that brough
 - `torch._inductor.virtualized.V` (2.0)
 - `torch._inductor.config`: size_asserts (2.0)
 - what saves time, and is passed over where it is not found: `codecache.triton_key`,
-  `cpp_builder._get_optimization_cflags` (2.6), `async_compile.AsyncCompile.wait` (2.0),
+  `cpp_builder._get_optimization_cflags` and `.is_gcc` (2.6), `AsyncCompile.cpp_pybinding` and
+  `CppPythonBindingsCodeCache.load_pybinding` (2.2),
   `codecache._get_cpp_prefix_header` (2.8), `cpu_vec_isa.valid_vec_isa_list`, `.x86_isa_checker`
   and `.supported_vec_isa_list` (2.5)
 """
@@ -34,6 +35,7 @@ import gc
 import operator
 import os
 import platform
+import re
 import sys
 import threading
 import warnings
@@ -71,7 +73,8 @@ class _Sized(Exception):
 class Kernel:
     """A compiled function; see `compiled`.
 
-    The C++ compiler may still be at work on it. `ready` waits for that, and so does the first call.
+    `ready` lets the C++ compiler work on it and on all others that were asked for, and so does the
+    first call.
     """
 
     def __init__(self, making: Callable[[], Run], sized: bool) -> None:
@@ -110,7 +113,8 @@ def compiled(
     """The kernel of a function of small tensors and of vectors of one length.
 
     It is made once in this process for each name, key and kind of tensors, and serves vectors of
-    any length but 0. While the C++ compiler works on it, others can be asked for.
+    any length but 0. Those that are asked for before the first is called or made `ready` are given
+    to the C++ compiler together, which takes little longer than for one.
 
     Args:
         name: what the function does.
@@ -134,13 +138,14 @@ def compiled(
                 _compiled[whole] = _kernel(function, of_small, of_vectors, None)
             except _Sized:
                 _compiled[whole] = None
-        if (kernel := _compiled[whole]) is not None:
+        kernel, n = _compiled[whole], vectors[0].numel() if vectors else 0
+        if kernel is not None and n < 1 << 31:  # from there on a GPU needs other numbers
             return kernel
         # Each length has a kernel of its own.
-        n = vectors[0].numel()
-        if (*whole, n) not in _compiled:
-            _compiled[*whole, n] = _kernel(function, of_small, of_vectors, n)
-        return _compiled[*whole, n]
+        own = (*whole, n)
+        if own not in _compiled:
+            _compiled[own] = _kernel(function, of_small, of_vectors, n)
+        return _compiled[own]
 
 
 def _kernel(
@@ -189,15 +194,16 @@ def _direct(
         return run([*tensors, *tensors[until - again :]] if again else tensors)
 
     caller = getattr(run, "__func__", run)
-    code, space = getattr(caller, "__code__", None), getattr(caller, "__globals__", {})
-    found = [name for name in getattr(code, "co_names", ()) if name.startswith("cpp_fused")]
-    if len(found) != 1 or {*code.co_names} - {*found, *_MAKES_TENSORS} or _free_threaded():
+    code, space = getattr(caller, "__code__", None), _globals(run)
+    names = getattr(code, "co_names", ())
+    found = [name for name in names if name.startswith("cpp_fused")]
+    if len(found) != 1 or {*names} - {*found, *_MAKES_TENSORS} or _free_threaded():
         return through
-    kernel = space[found[0]]
+    kernel: Any = space[found[0]]
     records: list[tuple[list, tuple]] = []
     try:
-        for length in (11, 23) if sized else (n,):
-            given = [length] if sized else []
+        for length in (11, 23) if sized else (n or 0,):
+            given: list[Any] = [length] if sized else []
             given += [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
             given += [torch.empty(length, dtype=d, device=on) for d, on in vectors]
             space[found[0]] = lambda *own, given=given: records.append(([*given], own))
@@ -206,7 +212,8 @@ def _direct(
         space[found[0]] = kernel
     if len(records) != 1 + sized:
         return through
-    places, kept = [], []
+    places: list[int] = []
+    kept: list[Any] = []
     (given, own), (others, theirs) = records[0], records[-1]
     for mine, other in zip(own, theirs, strict=True):
         place = next((i for i, one in enumerate(given) if one is mine), None)
@@ -217,6 +224,13 @@ def _direct(
             kept.append(mine)
         else:  # something that depends on the length
             return through
+    if isinstance(kernel, _Function):
+
+        def keep(constant: Any) -> int:
+            kept.append(constant)
+            return until + len(kept) - 1
+
+        kernel, places = kernel.entry, kernel.arrange(places, keep)
     pick = operator.itemgetter(*places)
     return lambda tensors: kernel(*pick(tensors + kept))
 
@@ -270,7 +284,7 @@ def _compile(
     graph.graph = fx_graph_cse(graph.graph)
     if vectors and n != 1:
         _realize_scalars(graph, [*(size or [n])])
-    return _start(graph, [*size, *arguments], mode, {})
+    return _start(graph, [*size, *arguments], mode, {}, together=True)
 
 
 def _works_in_place(
@@ -339,14 +353,14 @@ def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.Graph
         return _trace(function, arguments, "fake")
 
 
-def _trace(function: Callable[..., Any], arguments: Sequence[Any], mode: str) -> fx.GraphModule:
+def _trace(function: Callable[..., Any], arguments: Sequence[Any], mode: Any) -> fx.GraphModule:
     from torch._inductor.decomposition import select_decomp_table
 
     pure = torch.func.functionalize(function, remove="mutations")
     graph = make_fx(pure, select_decomp_table(), tracing_mode=mode)(*arguments)
-    # Inductor asks for it, and finds no name in its cache for a graph that has it itself. Each graph
-    # is of a class of its own.
-    type(graph).shape_env = vars(graph).pop("shape_env", None)  # type: ignore[attr-defined]
+    # Inductor asks for it, and has no name in its cache for a graph of which it is a part. A graph
+    # has a class to itself.
+    type(graph).shape_env = vars(graph).pop("shape_env", None)
     _read_first(graph)
     return graph
 
@@ -398,91 +412,171 @@ def compile_graph(
 
 
 def _start(
-    graph: fx.GraphModule, stand_ins: Sequence[Any], mode: Any, options: dict[str, Any]
+    graph: fx.GraphModule,
+    stand_ins: Sequence[Any],
+    mode: Any,
+    options: dict[str, Any],
+    together: bool = False,
 ) -> Callable[[], Run]:
-    """Let Inductor generate code and start the C++ compiler; returns what waits for that."""
+    """Let Inductor generate code; returns what has it compiled.
+
+    Args:
+        mode: that of the stand-ins.
+        options: of Inductor, beside our own.
+        together: whether C++ functions are compiled with those of other graphs.
+    """
     from torch._guards import TracingContext, tracing
-    from torch._inductor import codecache, config, cpp_builder, cpu_vec_isa
+    from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.virtualized import V
 
-    # Where there is no GPU, Inductor reads all of Triton for a hash, and then leaves it out.
-    unhashed: Any = contextlib.nullcontext()
-    if not torch.cuda.is_available():
-        unhashed = mock.patch.object(codecache, "triton_key", lambda: "", create=True)
+    separately, thread = AsyncCompile.cpp_pybinding, threading.get_ident()
 
-    # Its loops are vectors already: the C++ compiler finds nothing more in twice the time. But a loop
-    # over any number of elements ends with a rest, which the compiler has to take out of the loop.
-    moderately: Any = contextlib.nullcontext()
-    if flags := getattr(cpp_builder, FLAGS, None):
+    def collect(own: Any, types: list[str], source: str) -> Any:
+        function = _Function(types, source)
+        if threading.get_ident() != thread or not function.fits:
+            return separately(own, types, source)
+        _collected.append(function)
+        return function
 
-        def moderate(*args: Any) -> Any:
-            found = flags(*args)  # from torch 2.9 on two lists, for compiling and for linking
-            compiling = found[0] if isinstance(found, tuple) else found
-            compiling[:] = ["O2" if flag == "O3" else flag for flag in compiling]
-            if "O2" in compiling and cpp_builder.is_gcc():
-                compiling.append("fsplit-loops")
-            return found
-
-        moderately = mock.patch.object(cpp_builder, FLAGS, moderate)
-
-    # Taking the processor's word for what it can do saves the seconds in which Inductor would let
-    # the C++ compiler try its instruction sets, once on each machine.
-    trusting: Any = contextlib.nullcontext()
-    if sets := _instruction_sets():
-        trusting = mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", lambda: sets)
-
-    def attempt(options: dict[str, Any], trusting: Any, moderately: Any) -> Callable[[], Run]:
-        later: list[Callable[[], None]] = []
-        wait, thread = AsyncCompile.wait, threading.get_ident()
-
-        def defer(own: Any, scope: dict[str, Any]) -> None:
-            if threading.get_ident() != thread:  # which compiles something else
-                wait(own, scope)
-            else:
-                later.append(lambda: wait(own, scope))
-
-        deferred = mock.patch.object(AsyncCompile, "wait", defer)
+    def attempt(settings: Any, together: bool) -> Run:
         with (
             tracing(TracingContext(mode)),
-            config.patch(options),
+            config.patch({"size_asserts": False, **options}),
             V.set_fake_mode(mode),
-            unhashed,
-            trusting,
-            moderately,
-            headers,
-            deferred,
+            settings,
+            mock.patch.object(AsyncCompile, "cpp_pybinding", collect if together else separately),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
             run = compile_fx_inner(graph, stand_ins, is_inference=True)
+        return getattr(run, "current_callable", None) or run
 
-        def finish() -> Run:
-            for each in later:
-                each()
-            return getattr(run, "current_callable", None) or run
-
-        return finish
-
-    options = {"size_asserts": False, **options}
-    # To compile the headers in advance takes as long as to compile four kernels with them.
-    headers: Any = contextlib.nullcontext()
-    if len(_compiled) < MANY and hasattr(codecache, "_get_cpp_prefix_header"):
-        headers = mock.patch.object(codecache, "_get_cpp_prefix_header", lambda device: None)
-    nothing: Any = contextlib.nullcontext()
     try:
-        begun = attempt(options, trusting, moderately)
+        run = attempt(_settings(), together)
     except Exception:
-        return attempt(options, nothing, nothing)
+        _collected.clear()
+        return lambda: attempt(contextlib.nullcontext(), False)
 
     def finish() -> Run:
-        try:
-            return begun()
-        except Exception:
-            return attempt(options, nothing, nothing)()
+        with contextlib.suppress(Exception):  # it is raised below, if it is not only of this way
+            _compile_collected()
+        if any(isinstance(f, _Function) and f.entry is None for f in _globals(run).values()):
+            return attempt(contextlib.nullcontext(), False)
+        return run
 
     return finish
+
+
+def _globals(run: Run) -> dict[str, Any]:
+    return getattr(getattr(run, "__func__", run), "__globals__", {})
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """What makes Inductor's work shorter. Where it does not do, Inductor is asked without it."""
+    from torch._inductor import codecache, cpp_builder, cpu_vec_isa
+
+    with contextlib.ExitStack() as stack:
+
+        def replace(module: Any, name: str, function: Callable[..., Any]) -> None:
+            stack.enter_context(mock.patch.object(module, name, function, create=True))
+
+        # Where there is no GPU, Inductor reads all of Triton for a hash, and then leaves it out.
+        if not torch.cuda.is_available():
+            replace(codecache, "triton_key", lambda: "")
+
+        # Its loops are vectors already: the C++ compiler finds nothing more in twice the time. But
+        # a loop over any number of elements ends with a rest, which has to be taken out of it.
+        if flags := getattr(cpp_builder, FLAGS, None):
+
+            def moderate(*args: Any) -> Any:
+                found = flags(*args)  # from torch 2.9 on two lists, for compiling and for linking
+                compiling = found[0] if isinstance(found, tuple) else found
+                compiling[:] = ["O2" if flag == "O3" else flag for flag in compiling]
+                if "O2" in compiling and cpp_builder.is_gcc():
+                    compiling.append("fsplit-loops")
+                return found
+
+            replace(cpp_builder, FLAGS, moderate)
+
+        # Taking the processor's word for what it can do saves the seconds in which Inductor would
+        # let the C++ compiler try its instruction sets, once on each machine.
+        if sets := _instruction_sets():
+            replace(cpu_vec_isa, "valid_vec_isa_list", lambda: sets)
+
+        # To compile the headers in advance takes as long as to compile four kernels with them.
+        if len(_compiled) < MANY:
+            replace(codecache, "_get_cpp_prefix_header", lambda device: None)
+        yield
+
+
+class _Function:
+    """A C++ function of Inductor's that is compiled together with others.
+
+    Most of the compiler's time goes into the headers, which they have in common.
+    """
+
+    def __init__(self, types: Sequence[str], source: str) -> None:
+        self.types = [kind.replace("const ", "").strip() for kind in types]
+        self.body, found = re.subn(r'extern\s+"C"\s+void\s+kernel\s*\(', "static void @(", source)
+        pointers = {i for i, kind in enumerate(self.types) if kind.endswith("*")}
+        self.pointers = sorted(pointers)
+        self.sizes = [i for i in range(len(types)) if i not in pointers]
+        self.fits = found == 1 and all(self.types[i] == "int64_t" for i in self.sizes)
+        self.entry: Callable[..., Any] | None = None  # takes its number, sizes, pointers
+        self.number = self.spare_sizes = self.spare_pointers = 0
+
+    def arrange(self, own: Sequence[Any], keep: Callable[[Any], Any]) -> list:
+        """Its arguments as ``entry`` takes them; what stands for a constant is made by ``keep``."""
+        zero, nothing = keep(0), keep(torch.empty(1))
+        return [
+            keep(self.number),
+            *(own[i] for i in self.sizes),
+            *[zero] * self.spare_sizes,
+            *(own[i] for i in self.pointers),
+            *[nothing] * self.spare_pointers,
+        ]
+
+    def __call__(self, *own: Any) -> None:
+        assert self.entry is not None
+        self.entry(*self.arrange(own, lambda constant: constant))
+
+
+_collected: list[_Function] = []
+
+
+def _compile_collected() -> None:
+    """Compile what was collected, as one function that is told which of them is meant."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    functions = [*_collected]
+    _collected.clear()
+    if not functions:
+        return
+    sizes = max(len(function.sizes) for function in functions)
+    pointers = max(len(function.pointers) for function in functions)
+    types = ["int64_t"] * (1 + sizes) + ["void*"] * pointers
+    names = ["which", *(f"n{i}" for i in range(sizes)), *(f"p{i}" for i in range(pointers))]
+    source, cases = [], []
+    for number, function in enumerate(functions):
+        function.number = number
+        function.spare_sizes = sizes - len(function.sizes)
+        function.spare_pointers = pointers - len(function.pointers)
+        given = {i: f"n{j}" for j, i in enumerate(function.sizes)}
+        given |= {i: f"({function.types[i]})p{j}" for j, i in enumerate(function.pointers)}
+        source.append(function.body.replace("@(", f"kernel_{number}(", 1))
+        arguments = ", ".join(given[i] for i in range(len(function.types)))
+        cases.append(f"case {number}: kernel_{number}({arguments}); break;")
+    parameters = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
+    source.append(
+        f'extern "C" void kernel({parameters}) {{ switch (which) {{ {" ".join(cases)} }} }}'
+    )
+    with _settings():
+        entry = CppPythonBindingsCodeCache.load_pybinding(types, "\n".join(source))
+    for function in functions:
+        function.entry = entry
 
 
 def _instruction_sets() -> list:
