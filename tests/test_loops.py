@@ -612,7 +612,9 @@ def test_a_state_is_loaded_where_the_precisions_differ():
 @pytest.mark.slow
 @pytest.mark.compiler
 def test_a_compiled_step_does_not_outlive_a_change_of_dtype(monkeypatch):
-    monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)  # the step works on the weights themselves
+    monkeypatch.setattr(
+        hyperopt._engine.shards, "LARGE", 1
+    )  # the step works on the weights themselves
     runs: list[Pair] = []
     for compile in (True, False):
         model = nn.Linear(4, 2, bias=False)
