@@ -161,7 +161,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         for name, value in zip(self.names, self.snapshot().tolist(), strict=True):
             level, _, slot = name.partition(".")
             found[int(level)][slot] = value
-        order = [["effective_lr", *rule.hypers] for rule in self.stack.levels]
+        order = [[*rule.hypers, "effective_lr"] for rule in self.stack.levels]
         return [
             dict(sorted(values.items(), key=lambda item: names.index(item[0].partition("[")[0])))
             for names, values in zip(order, found, strict=True)

@@ -21,7 +21,7 @@ def is_fake(params: Iterable[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def neutral(fake: bool) -> Iterator[None]:
-    """No gradients, no autocast, no inference mode; and fake tensors only beside fake parameters."""
+    """No gradients, autocast or inference mode; fake tensors only beside fake parameters."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())

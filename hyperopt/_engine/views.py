@@ -47,6 +47,7 @@ class ScaledLr:
         self.factor, self._effective, self.base = factor, effective, base
         self._start = group.get("initial_lr")
         self._start_number = math.nan if self._start is None else start_of(group)
+        self._shown: Tensor | None = None  # `effective`, as the group shows it
         self._seen: Any = None  # a scheduler's number is read at the next `sync`
         self._seen_version = 0
         if self._start is None:
@@ -85,15 +86,21 @@ class ScaledLr:
                 "lr was set in a param group, but the level above has moved it to 0, which no "
                 "factor can scale; start it above 0, or move it in the log domain: [lr: log]"
             )
-        self.factor.copy_(torch.as_tensor(factor))
+        if isinstance(factor, Tensor):
+            self.factor.copy_(factor)
+        else:
+            self.factor.fill_(factor)
         self._effective.copy_(learned * self.factor)
         self._show(group)
         return True
 
     def _attach(self, group: dict[str, Any]) -> None:
         """A scheduler has come, or gone."""
-        if group["lr"] is self._effective:  # it may have written there
+        if group["lr"] is self._shown:  # it may have written there
             group["lr"] = float(self._effective)
+        # It may hold the tensor that was shown for a number, as timm's does.
+        if self._shown is not None:
+            self._shown.data, self._shown = self._shown.clone(), None
         if "initial_lr" not in group:
             self._start, self.base = None, 1.0
             return
@@ -105,7 +112,7 @@ class ScaledLr:
     def _is_written(self, value: Any, touched: bool) -> bool:
         if value is not self._seen:
             return True
-        if value is not self._effective:
+        if value is not self._shown:
             return isinstance(value, Tensor) and value._version != self._seen_version
         if not touched:
             return False
@@ -114,7 +121,8 @@ class ScaledLr:
 
     def _show(self, group: dict[str, Any]) -> None:
         if not self.is_scheduled:
-            group["lr"] = self._effective
+            self._shown = self._shown if self._shown is not None else self._effective.view(())
+            group["lr"] = self._shown
         self._seen = group["lr"]
         self._seen_version = self._seen._version if isinstance(self._seen, Tensor) else 0
 
