@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal
 
+from torch import Tensor
+
 from .optimizer import HyperOptimizer
 from .rules import AdaGrad, ScheduleFreeAdam
 
@@ -61,6 +63,8 @@ class Auto(HyperOptimizer):
 
 
 def _check(lr: Any) -> None:
+    if isinstance(lr, Tensor) and lr.numel() == 1:  # as a param group of ours shows it
+        lr = float(lr)
     if not isinstance(lr, Real) or not MIN_LR <= float(lr) < math.inf:
         raise ValueError(
             f"Auto: lr must be a number from {MIN_LR:g} up, but is {lr!r}; where none is known, "

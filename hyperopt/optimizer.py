@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,8 +27,15 @@ class HyperOptimizer(torch.optim.Optimizer):
     `hyperparameters` or `snapshot`. Otherwise it is a number, and you or a scheduler may set it
     between steps.
 
+    A learning-rate scheduler *scales* an lr that is tuned. The rule then uses the *effective* lr,
+    the learned one times ``group["lr"] / group["initial_lr"]``. The hypergradient is that of the
+    effective lr, by the chain rule. With a scheduler ``group["lr"]`` is the scheduler's own number.
+    Without one it is the effective lr, which you may set. Other hyperparameters that are tuned
+    cannot be set.
+
     ``state[p]`` is the rule's state of a parameter, in views that may be written to. It is the
     state that the rule read at the last step; on a stack of height 0 it is the state after it.
+    Other keys, there and in param groups, are yours: they stay, and are saved and loaded.
 
     Args:
         params: parameters or param groups. A group may give hyperparameters of the lowest rule a
@@ -65,11 +72,16 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Add parameters, with values of their own for any hyperparameters of the lowest rule.
 
         Raises:
-            ValueError: a key that is no hyperparameter, a value outside its domain.
+            ValueError: a key that is nearly a hyperparameter's name, a value outside its domain.
             TypeError: complex or sparse parameters.
         """
-        own = self._engine.check_group(param_group)
-        super().add_param_group(param_group)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a param group is a dict with params, not {param_group!r}")
+        if isinstance(param_group.get("params"), Iterator):  # which can be read only once
+            param_group["params"] = list(param_group["params"])
+        group = dict(param_group)  # the caller's stays as it is
+        own = self._engine.check_group(group)
+        super().add_param_group(group)
         self._engine.add_group(own)
 
     @torch._disable_dynamo  # which, in a loop that is compiled as a whole, would trace it wrongly
@@ -85,9 +97,9 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         Raises:
             TypeError: a sparse gradient.
-            ValueError: a tuned hyperparameter was set in a param group, parameters were moved to
-                several devices, a param group was taken away, a parameter changed its shape, or one
-                that has hyperparameters to itself its place among the others.
+            ValueError: a tuned hyperparameter other than lr was set in a param group, parameters
+                were moved to several devices, a param group was taken away, a parameter changed its
+                shape, or one that has hyperparameters to itself its place among the others.
         """
         loss = None
         if closure is not None:
@@ -113,7 +125,8 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         (`torch.distributed.checkpoint` loads a state in place, and so needs a place then already.)
         What is put into it, or taken out, holds from the next step on. For a parameter that has no
-        entry any more, the rule starts again from the weights as they are.
+        entry of the rule any more, the rule starts again from the weights as they are. Entries with
+        other names stay as they are.
         """
         return self._engine.state
 
@@ -131,6 +144,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         single hyperparameter below it ``"1.lr[beta1]"``. One that a tensor has to itself is
         ``"0.lr[hidden.weight]"`` if the parameters were given with their names, as by
         ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted from 0.
+
+        Once a tuned lr has been scaled, the lr that the rule uses stands at the end, as
+        ``"0.effective_lr"``; with several param groups, as ``"0.effective_lr[1]"`` for each.
         """
         return self._engine.names
 
@@ -142,12 +158,16 @@ class HyperOptimizer(torch.optim.Optimizer):
         return self._engine.snapshot()
 
     def hyperparameters(self) -> list[dict[str, float]]:
-        """The current values of each level's hyperparameters, lowest level first."""
+        """The current values of each level's hyperparameters, lowest level first.
+
+        ``"lr"`` is the learned value; where a scheduler scales it, ``"effective_lr"`` is what the
+        rule uses.
+        """
         found: list[dict[str, float]] = [{} for _ in self.stack.levels]
         for name, value in zip(self.names, self.snapshot().tolist(), strict=True):
             level, _, slot = name.partition(".")
             found[int(level)][slot] = value
-        order = [list(rule.hypers) for rule in self.stack.levels]
+        order = [[*rule.hypers, "effective_lr"] for rule in self.stack.levels]
         return [
             dict(sorted(values.items(), key=lambda item: names.index(item[0].partition("[")[0])))
             for names, values in zip(order, found, strict=True)

@@ -164,8 +164,12 @@ class Schedule:
 
 
 def _lowest(names: Sequence[str]) -> dict[str, int]:
-    """The places, in a snapshot, of the lowest level's hyperparameters."""
-    return {n.removeprefix("0."): place for place, n in enumerate(names) if n.startswith("0.")}
+    """The places, in a snapshot, of the lowest level's hyperparameters as its rule uses them."""
+    found = {n.removeprefix("0."): place for place, n in enumerate(names) if n.startswith("0.")}
+    if not any(n.startswith("effective_lr") for n in found):
+        return found
+    learned = [n for n in found if re.fullmatch(r"lr(\[.*\])?", n)]
+    return {n.removeprefix("effective_"): place for n, place in found.items() if n not in learned}
 
 
 class Replay:

@@ -177,6 +177,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {folded[best]!r}?"
 
 
+def likely_typo(word: str, known: Iterable[str]) -> str | None:
+    """The known word that somebody will have meant; None if no other is as near as a slip."""
+    folded = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), folded, cutoff=0.8)
+    return next((folded[name] for name in close if abs(len(name) - len(word)) <= 2), None)
+
+
 def format_value(value: Any) -> str:
     """A number, a truth value or a dict of numbers in the notation."""
     if isinstance(value, Mapping):

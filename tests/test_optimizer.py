@@ -260,7 +260,8 @@ def test_groups_without_parameters():
                 o.step()
         assert all(map(torch.equal, w, x)), how
         if how == "per tensor":
-            assert optimizer.param_groups[1]["lr"].shape == (0,)
+            first, empty, second, _ = (float(group["lr"]) for group in optimizer.param_groups)
+            assert empty == pytest.approx((first + second) / 2), "the mean of all"
     filled = HyperOptimizer([{"params": []}], "SGD(0.1)[lr: per tensor] / SGD(0.01)")
     filled.add_param_group({"params": weights((4,))})
     assert filled.names[0] == "0.lr[p0]"
@@ -272,7 +273,8 @@ def test_groups_that_are_wrong():
         HyperOptimizer([{"params": w}, 3], "SGD(0.1)")
     for own, words in {
         "lrr": ("takes no 'lrr'", "did you mean 'lr'?"),
-        "alpha": ("takes no 'alpha'", "known are params, lr"),
+        "weigth_decay": ("takes no 'weigth_decay'", "did you mean 'weight_decay'?"),
+        "maximize": ("maximize is 0.1 in a param group, which Adam cannot do",),
     }.items():
         with refused(ValueError, *words):
             HyperOptimizer([{"params": w, own: 0.1}], "Adam(0.1) / SGD(0.1)")
@@ -301,7 +303,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     optimizer.step()
     for bad in (
         {"params": more, "lrr": 1},
-        {"params": more, "momentum": 0.9},
+        {"params": more, "momentum": 0.9},  # SGD(0.1) has none
         {"params": [torch.zeros(3, dtype=torch.cfloat, requires_grad=True)]},
         {"params": [torch.zeros(3, device="meta", requires_grad=True)]},
     ):
@@ -319,12 +321,13 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
 
 def test_a_tuned_value_that_is_set_from_outside():
     for set_it in (
-        lambda group: group.update(lr=0.5),
-        lambda group: group["lr"].fill_(0.5),
-        lambda group: group["lr"].mul_(0.5),
+        lambda group: group.update(beta1=0.5),
+        lambda group: group.update(betas=(0.5, 0.999)),
+        lambda group: group["beta1"].fill_(0.5),
+        lambda group: group["beta1"].mul_(0.5),
     ):
         w = weights((3,))
-        optimizer = HyperOptimizer(w, "Adam(0.1)[lr] / SGD(0.01)", compile=False)
+        optimizer = HyperOptimizer(w, "Adam(0.1)[beta1] / SGD(0.01)", compile=False)
         for t in range(2):
             give_gradients(w, t)
             optimizer.step()
@@ -627,17 +630,17 @@ def test_edits_of_the_state_hold_as_in_torch(edit, by_towers):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_a_state_that_the_rule_does_not_keep_is_refused():
+def test_a_state_that_the_rule_cannot_use_is_refused():
     w = weights((3,))
-    optimizer = HyperOptimizer(w, "SGD(0.1, momentum=0.9)", compile=False)
     for wrong, words in (
-        ({"momentum_buffer": torch.zeros(4)}, "'momentum_buffer' of [4]"),
-        ({"exp_avg": torch.zeros(3)}, "'exp_avg' of [3]"),
+        ({"step": torch.tensor(1.0), "exp_avg": torch.zeros(4)}, "'exp_avg' of [4] was put into"),
+        ({"step": torch.tensor(1.0)}, "'exp_avg' is missing in the state"),
     ):
+        optimizer = HyperOptimizer(w, "Adam(0.1)", compile=False)
         give_gradients(w, 0)
         optimizer.step()
         optimizer.state[w[0]] = wrong
-        with refused(ValueError, words, "SGD keeps momentum_buffer of [3]"):
+        with refused(ValueError, words, "Adam keeps step of [], exp_avg of [3], exp_avg_sq of"):
             optimizer.step()
 
 
@@ -658,9 +661,9 @@ def test_a_param_group_that_is_another_dict_is_followed():
             optimizer.step()
         moved.append(w.detach())
     assert torch.allclose(moved[0], moved[1])
-    tuned = HyperOptimizer([w], "SGD(0.1) / SGD(0.1)", compile=False)
-    tuned.param_groups = [{**group, "lr": 10.0} for group in tuned.param_groups]
-    with refused(ValueError, "lr was set from outside"):
+    tuned = HyperOptimizer([w], "SGD(0.1, momentum=0.5) / SGD(0.1)", compile=False)
+    tuned.param_groups = [{**group, "momentum": 0.6} for group in tuned.param_groups]
+    with refused(ValueError, "momentum was set from outside"):
         tuned.step()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -20,6 +20,10 @@ from ..rule import Rule, Stack, State
 RESERVED = {"w", "g", "moved", "log_lr_limit", "shape", "shard", "active"}
 RESERVED |= {"last_grad", "last_weight"}
 PREFIXES = ("sensitivity_", "horizon_")
+
+
+# The slots of what a scheduler multiplies a tuned lr by: one constant for each param group.
+FACTOR = "lr_factor"
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class Block:
         keeps_weights: whether the last update can be recomputed only with the weights before it.
         above: the rule that moves the raw values; None on top.
         count: the number of levels.
+        lr_slots: on level 0, if its lr is tuned, for each param group where the slots of its lr
+            begin and end among the tuned ones.
     """
 
     rule: Rule
@@ -82,6 +88,7 @@ class Block:
     keeps_weights: bool
     above: Rule | None = None
     count: int = 1
+    lr_slots: tuple[tuple[int, int], ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -162,7 +169,30 @@ class Block:
                 found |= zip(names_of(slots), numbers, strict=True)
             else:
                 found |= {name: self._spread(name, slots, numbers) for name in names_of(slots)}
+        if FACTOR in found:
+            found["lr"] = found["lr"] * found.pop(FACTOR)
         return SimpleNamespace(**found)
+
+    def learned_lr(self, values: Tensor) -> Tensor:
+        """The tuned lr of each param group, [groups]: the mean over its tensors if each has one.
+
+        Args:
+            values: those of the tuned hyperparameters of level 0.
+        """
+        if any(end > first + 1 for first, end in self.lr_slots):
+            return torch.stack([values[first:end].mean() for first, end in self.lr_slots])
+        pieces = []
+        for _, run in itertools.groupby(
+            enumerate(self.lr_slots), lambda item: item[1][0] - item[0]
+        ):
+            slots = [slot for _, slot in run]
+            pieces.append(values[slots[0][0] : slots[-1][1]])
+        return torch.cat(pieces) if pieces else values[:0]
+
+    def effective_lr(self, values: Tensor, fixed: Tensor) -> Tensor:
+        """The lr that the rule uses for each param group, [groups]: the learned one, scaled."""
+        factors = fixed[len(fixed) - len(self.lr_slots) :]
+        return self.learned_lr(values) * factors
 
     def from_raw(self, raw: Tensor) -> Tensor:
         """h = T(r), each in its domain; of one owner, or [..., slots]."""
@@ -202,7 +232,7 @@ class Block:
     @property
     def structure(self) -> tuple:
         """What tells two blocks apart, except numbers."""
-        return *self.kind, self.tuned, self.fixed, self.below, self.count
+        return *self.kind, self.tuned, self.fixed, self.below, self.count, self.lr_slots
 
 
 def build(
@@ -235,9 +265,14 @@ def build(
                 owners = list(value) if isinstance(value, dict) else [None]
             slots = tuned if name in rule.tuned and not top else fixed
             slots += [Slot(name, owner) for owner in owners]
+        lr_slots: tuple[tuple[int, int], ...] = ()
+        if k == 0 and any(slot.name == "lr" for slot in tuned):
+            groups = range(len(counts))
+            fixed += [Slot(FACTOR, g if len(groups) > 1 else None) for g in groups]
+            lr_slots = tuple(_lr_slots(tuned, counts))
         below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
         above = None if top else stack.levels[k + 1]
-        block = Block(rule, tuple(tuned), tuple(fixed), below, False, above)
+        block = Block(rule, tuple(tuned), tuple(fixed), below, False, above, lr_slots=lr_slots)
         if tuned and not block.gathers and (block.has_trust or depends_on_weights(rule)):
             block = replace(block, keeps_weights=True)
         if k > 1 and replace(blocks[-1], count=1).structure == block.structure:
@@ -267,6 +302,24 @@ def _owners(
     return own if len(own) == len(groups) else [None, *own]
 
 
+def _lr_slots(tuned: Sequence[Slot], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """For each param group where the slots of its lr begin and end.
+
+    A group without parameters has those of all others.
+    """
+    places = {slot.owner: i for i, slot in enumerate(tuned) if slot.name == "lr"}
+    first = 0
+    for group, count in enumerate(counts):
+        if f"p{first}" in places and count:
+            yield places[f"p{first}"], places[f"p{first}"] + count
+        elif group in places or None in places:
+            place = places[group if group in places else None]
+            yield place, place + 1
+        else:
+            yield min(places.values()), max(places.values()) + 1
+        first += count
+
+
 @functools.lru_cache(256)
 def check_rule(rule: Rule) -> None:
     """Try a rule out on three weights.
@@ -281,6 +334,8 @@ def check_rule(rule: Rule) -> None:
             f"{rule.name}: {name} is an attribute of this one object, of which neither the "
             f"notation nor a compiled step knows; declare it in the class, as {name} = Option(...)"
         )
+    if FACTOR in rule.hypers:
+        raise ValueError(f"{rule.name}: a hyperparameter cannot be called {FACTOR!r}; it is taken")
     with torch.device("cpu"):
         w = torch.linspace(0.1, 0.9, 3)
         state = rule.init(w)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..notation import parse
 from ..rule import RULES, Stack
-from .blocks import Block, Owner, Slot
+from .blocks import FACTOR, Block, Owner, Slot
 from .packed import Layout, scalars_of
 from .shards import Shard, local, precision
 from .updates import LastUpdate, Numbers
@@ -76,14 +76,20 @@ def restore(
     of_tensor = [group for group in groups for _ in group["params"]]
 
     def initial(k: int, slot: Slot) -> float:
+        if slot.name == FACTOR:
+            return 1.0
         value: Any = stack.levels[k].values[slot.name]
         if k > 0:
             return value[str(slot.owner)] if isinstance(value, dict) else value
+        # With a scheduler, what is learned starts where the scheduler does.
+        key = "initial_lr" if slot.name == "lr" and layout.blocks[0].lr_slots else slot.name
         if isinstance(slot.owner, str):
-            shown = of_tensor[int(slot.owner[1:])][slot.name]
+            group = of_tensor[int(slot.owner[1:])]
+            shown = group.get(key, group[slot.name])
             return value if isinstance(shown, Tensor | list) else shown  # a list was saved
         if slot.owner is not None or len(groups) == 1:
-            value = groups[slot.owner or 0][slot.name]
+            group = groups[slot.owner or 0]
+            value = group.get(key, group[slot.name])
         return value
 
     def vector(numbers: Sequence[Any]) -> Tensor:
@@ -104,7 +110,12 @@ def restore(
         raw.append(
             vector([recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)])
         )
-        fixed.append(vector([recall(old["fixed"], s, initial(k, s)) for s in block.fixed]))
+        constants = [
+            # Those of level 0 are read from the param groups.
+            initial(k, s) if k == 0 and s.name != FACTOR else recall(old["fixed"], s, initial(k, s))
+            for s in block.fixed
+        ]
+        fixed.append(vector(constants))
         if k == 0:
             last_fixed = vector([recall(old["last_fixed"], s, initial(k, s)) for s in block.fixed])
         else:
@@ -130,15 +141,17 @@ def restore(
 
     raws = rows(raw)
     values = [block.from_raw(own) for block, own in zip(layout.blocks, raws, strict=True)]
+    fixes = rows(fixed)
     numbers = Numbers(
         values=torch.cat([own.reshape(-1) for own in values]),
-        fixed=rows(fixed),
+        fixed=fixes,
         hyper_updates=[tree_map(lambda *each: torch.stack(each), *own) for own in updates[1:]],
         bounds=rows(bounds, 1),
         raw=raws,
         last_fixed=last_fixed,
         steps=vector([saved[0]["steps"] if saved else 0]).view(()),
         skipped=vector([level["skipped"] for level in saved] or [0] * len(layout.levels)),
+        effective_lr=layout.blocks[0].effective_lr(values[0][0], fixes[0][0]),
         grads_finite=vector([1]).view(()),
         shard_scalars=[scalars_of(last) for last in lasts],
     )
@@ -263,11 +276,66 @@ def upgrade(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def by_number(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What was saved of each parameter, by its place among them, whatever its key was."""
+# What is saved beside the rule's state.
+BESIDE = frozenset({"shape", "shard", "active", "moved", "last_grad", "last_weight"})
+
+
+def by_number(state_dict: Mapping[str, Any], names: Collection[str]) -> dict[int, dict[str, Any]]:
+    """What was saved of each parameter that was moved, by its place, whatever its key was.
+
+    Args:
+        names: the rule's state.
+    """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    state = state_dict["state"]
-    return {i: state[key] for i, key in enumerate(keys) if key in state}
+    state, ours = state_dict["state"], {*names, *BESIDE}
+    return {
+        i: {name: value for name, value in state[key].items() if name in ours}
+        for i, key in enumerate(keys)
+        if key in state and "shard" in state[key]
+    }
+
+
+def foreign(
+    state_dict: Mapping[str, Any], names: Collection[str]
+) -> tuple[dict[int, dict[str, Any]], dict[Any, Any]]:
+    """What others kept in `state`: of parameters, by their places, and under keys of their own."""
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    state, ours = state_dict["state"], {*names, *BESIDE}
+    of_parameters = {
+        i: {name: value for name, value in state[key].items() if name not in ours}
+        for i, key in enumerate(keys)
+        if key in state
+    }
+    return (
+        {i: rest for i, rest in of_parameters.items() if rest},
+        {key: value for key, value in state.items() if key not in {*keys}},
+    )
+
+
+def add_foreign(saved: dict[str, Any], entries: Mapping[str, Any]) -> None:
+    """Put what others keep of a parameter beside what is saved of it.
+
+    Raises:
+        ValueError: both have an entry of one name.
+    """
+    if taken := BESIDE & entries.keys():
+        raise ValueError(
+            f"{', '.join(sorted(taken))} was put into the state of a parameter, which is a name "
+            "that saving needs; choose another one"
+        )
+    saved.update(entries)
+
+
+def like_parameter(p: Tensor, value: Any, key: Any = None) -> Any:
+    """What others kept of a parameter, where it is and in its dtype, as torch.optim loads it."""
+    if isinstance(value, Tensor):
+        dtype = p.dtype if p.is_floating_point() and key != "step" else value.dtype
+        return value.to(p.device, dtype, copy=True)
+    if isinstance(value, Mapping):
+        return {name: like_parameter(p, one, name) for name, one in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(like_parameter(p, one) for one in value)
+    return value
 
 
 # Whether the two fit.
@@ -278,12 +346,14 @@ def check(
     stack: Stack,
     active: Sequence[str],
     params: Sequence[list[Tensor]],
+    names: Collection[str],
 ) -> None:
     """Raise if a state is not that of this stack on parameters like these.
 
     Args:
         active: the active hyperparameters of the lowest level.
         params: the parameters of each group.
+        names: the state of the lowest level.
 
     Raises:
         ValueError: the stack, the number of parameters or a shape is another one.
@@ -296,8 +366,8 @@ def check(
     needed = [(tower, ("stack", "on", "levels")), (levels[0], ("steps",))]
     needed += [(level, ("skipped",)) for level in levels]
     needed += [(group, ("params", *stack.levels[0].hypers)) for group in groups]
-    for mapping, names in needed:
-        for name in names:
+    for mapping, keys in needed:
+        for name in keys:
             if name not in mapping:
                 raise ValueError(f"this state is not a whole one: it has no {name!r}")
     theirs = tower["stack"]
@@ -329,7 +399,9 @@ def check(
                     f"{name} is {group[name]} in this state, but was 0 when this optimizer was "
                     "made, so that its step leaves it out; make one that has it"
                 )
-        for name, how in stack.levels[0].tuned.items():
+        tuned = stack.levels[0].tuned if stack.height else {}
+        for name in tuned.keys() - {"lr"}:  # which may be scaled
+            how = tuned[name]
             raw, shown = raws.get(f"{name}[{number}]", raws.get(name)), group.get(name)
             if raw is None or not isinstance(shown, float):
                 continue
@@ -339,7 +411,7 @@ def check(
                     "make an optimizer that starts there"
                 )
     everyone = [p for group in params for p in group]
-    for i, entry in by_number(state_dict).items():
+    for i, entry in by_number(state_dict, names).items():
         p = everyone[i]
         if (there := list(entry.get("shape", ()))) != list(p.shape):
             raise ValueError(

@@ -7,23 +7,35 @@ the last step, when a group is added or the user edits the state, both are rebui
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rule import Rule, Stack, State, betas, unpack_betas
-from ..tuning import did_you_mean
+from ..tuning import likely_typo
 from . import checkpoint
-from .blocks import Owner, build
+from .blocks import FACTOR, Owner, build
+from .modes import is_fake, keeps
 from .packed import Layout, Vectors
-from .shards import Shard, divide, precision, processes
+from .shards import Shard, divide, local, precision, processes
 from .step import Step, compiled_step, eager_step
 from .updates import LastUpdate, Numbers
-from .views import OTHERS, ParamGroupView, TrackedDict
+from .views import ParamGroupView, start_of
+
+# Keys of a param group that are near a hyperparameter's name, and are none.
+KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
+
+# What torch's optimizers can be told in a group that changes what they compute.
+UNKNOWN_SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
+
+# How a logger knows the lr that a scheduler has scaled.
+EFFECTIVE = "0.effective_lr"
 
 # With compile="auto" the step is compiled after so many steps: a short script never waits for the
 # compiler. The number is fixed, so that runs stay reproducible and resume bit for bit.
@@ -41,20 +53,19 @@ class Engine:
         groups: the param groups.
         layout: the shape of `packed`.
         packed: all numbers.
-        names: what `packed` begins with, as users see it.
         is_compiled: whether the last step was compiled.
     """
 
     groups: list[dict[str, Any]]
     layout: Layout
     packed: Tensor
-    names: tuple[str, ...]
     _numbers: Numbers
+    _names: tuple[str, ...]  # of the learned values and the constants
+    _places: list[int]  # of these in `packed`
     _rule: Rule  # the lowest level's, with the values of all groups
     _active: list[list[int]]  # per group, the ids of the parameters that the last step moved
     _step: Step | None
-    _state: defaultdict[Tensor, State]
-    _mutations: list[str]  # of `_state` since it was made
+    _view: ParamGroupView
 
     def __init__(self, stack: Stack, compile: bool | str) -> None:
         if compile not in (True, False, "auto"):
@@ -66,50 +77,78 @@ class Engine:
         self._inactive_shards: list[Shard] = []  # what only earlier steps moved
         self._known_groups = 0  # how many there were when the layout was made
         self._steps_made = 0
+        self._bases: list[Any] = []  # `ScaledLr.base` of each group
+        self._is_scaled = False  # whether a tuned lr has ever been scaled
+        # What users see, which may hold more than is ours; and whether anyone has seen it yet.
+        self._state: Any = defaultdict(dict)
+        self._is_state_shown = False
+        self._shown: dict[Tensor, dict[str, tuple[Any, int]]] = {}  # ours, and where it lies
 
     @property
     def is_started(self) -> bool:
         return self._known_groups > 0
 
+    @property
+    def is_fake(self) -> bool:
+        return is_fake(self._params)
+
+    @keeps
     def start(self) -> None:
         """Make the layout, once all groups of the constructor are there."""
         self._rebuild_layout()
+        self._sync_groups()
 
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
-        names = ["stack", "compile", "is_compiled", "betas", "groups", "layout", "packed"]
-        own = ["_rule", "_overrides", "_shards", "_inactive_shards", "_known_groups", "_steps_made"]
-        return {name: self.__dict__[name] for name in names + own}
+        self._bases = self._take_bases()
+        names = ("stack", "compile", "is_compiled", "betas", "groups", "layout", "packed", "_rule")
+        own = ("_overrides", "_shards", "_inactive_shards", "_known_groups", "_bases", "_is_scaled")
+        kept = {
+            name: self.__dict__[name] for name in (*names, *own, "_is_state_shown", "_steps_made")
+        }
+        return {**kept, "_state": self._foreign_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._restart()
+
+    @keeps
+    def _restart(self) -> None:
+        self._shown = {}
         self._numbers = self.layout.numbers(self.packed)
-        self._rebuild_layout(self._export())
+        self._rebuild_layout(self._export(), self._bases)
 
     # Param groups.
 
+    @keeps
     def check_group(self, group: dict[str, Any]) -> frozenset[str]:
-        """Check a new param group; returns the hyperparameters that it has a value of its own for.
+        """Check a new param group, and turn its hyperparameters into numbers.
+
+        Returns:
+            the hyperparameters that it has a value of its own for.
 
         Raises:
-            ValueError: an unknown key, or a value that cannot be used.
-            TypeError: it is no dict.
+            ValueError: a key that is nearly a hyperparameter, or a value that cannot be used.
         """
         rule = self.stack.levels[0]
-        if not isinstance(group, dict):
-            raise TypeError(f"a param group is a dict with params, not {group!r}")
         if "params" not in group:
             raise ValueError(f"a param group needs params, and has {', '.join(group)} alone")
         if self.betas and "betas" in group:
             group.update(unpack_betas(self.betas, group.pop("betas")))
         own = {name: value for name, value in group.items() if name in rule.hypers}
-        for name in group.keys() - own.keys() - OTHERS:
-            raise ValueError(
-                f"a param group of {rule.name} takes no {name!r}; "
-                f"{did_you_mean(name, ['params', *rule.hypers])}"
-            )
+        for name in group.keys() - own.keys() - KNOWN_KEYS:
+            if near := likely_typo(name, ["params", *rule.hypers]):
+                raise ValueError(
+                    f"a param group of {rule.name} takes no {name!r}; did you mean {near!r}?"
+                )
+        for name in UNKNOWN_SWITCHES:
+            if group.get(name):
+                raise ValueError(
+                    f"{name} is {group[name]!r} in a param group, which {rule.name} cannot do"
+                )
         checked = rule.with_values(own)
         own = {name: checked.values[name] for name in own}
+        group.update(own)
         tuned = rule.tuned if self.stack.height else {}
         for name in own.keys() & tuned.keys():
             if own[name] == 0 and 0 not in tuned[name].domain:
@@ -119,6 +158,8 @@ class Engine:
                     f"parameters that are to have no {name} an optimizer of their own"
                 )
         Stack(checked, *self.stack.levels[1:])
+        if "lr" in tuned and "initial_lr" in group:  # of an optimizer that had a scheduler
+            Stack(rule.with_values({"lr": start_of(group)}), *self.stack.levels[1:])
         if self.is_started:
             self.sync()
             for name, value in own.items():
@@ -129,6 +170,7 @@ class Engine:
                     )
         return frozenset(own)
 
+    @keeps
     def add_group(self, own: frozenset[str]) -> None:
         """Take over the last param group.
 
@@ -153,15 +195,18 @@ class Engine:
         self._rebuild_layout(saved)
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
+        """Check those that have a gradient, or will have one: others may be of any kind."""
         params = list(params)
         if len(set(params)) < len(params):
             raise ValueError("a parameter was given twice; give each one once, tied ones too")
         device = self._device
-        for p in params:
+        for p in filter(_is_trained, params):
             if p.is_complex():
                 raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
             if p.layout != torch.strided:
                 raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
+            if p.dtype.itemsize < 2:
+                raise TypeError(f"a parameter is of {p.dtype}, which is too coarse to be moved")
             if getattr(p, "_fsdp_flattened", False):
                 raise TypeError(
                     "a parameter is part of a FullyShardedDataParallel, which hides how it is "
@@ -171,22 +216,29 @@ class Engine:
                 raise ValueError(
                     f"parameters on {device} and on {p.device}; make one optimizer for each device"
                 )
-        if device.type == "meta":
-            raise ValueError(
-                "the parameters have no values yet (they are on the meta device); make the "
-                "optimizer after model.to_empty and the initialization"
-            )
+            if p.device.type == "meta":
+                raise ValueError(
+                    "the parameters have no values yet (they are on the meta device); make the "
+                    "optimizer after model.to_empty and the initialization"
+                )
 
     @property
     def _params(self) -> list[Tensor]:
         return [p for group in self.groups for p in group["params"]]
 
     @property
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self._params if _is_trained(p)]
+
+    @property
     def _device(self) -> torch.device:
-        return next((p.device for p in self._params), torch.device("cpu"))
+        """That of the first parameter that is trained, where all numbers are."""
+        frozen = (p for p in self._params if p.device.type != "meta")
+        return next((p.device for p in [*self._trained, *frozen]), torch.device("cpu"))
 
     # A step.
 
+    @keeps
     def step(self) -> None:
         """Move everything, where a parameter has a gradient."""
         self.sync(_has_grad)
@@ -206,11 +258,13 @@ class Engine:
 
     def _make_step(self, vectors: Sequence[Vectors]) -> Step:
         step = None
-        if self.compile is True or (self.compile and self._steps_made >= EAGER_STEPS):
+        compile = self.compile is True or (self.compile and self._steps_made >= EAGER_STEPS)
+        if compile and not self.is_fake:
             step = compiled_step(self.layout, self._numbers, vectors)
         self.is_compiled = step is not None
         return step or eager_step(self.layout, self._numbers, vectors)
 
+    @keeps
     def sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
         """Take over what the user set in the param groups and in `state` since the last step.
 
@@ -218,56 +272,160 @@ class Engine:
             active: whether the next step moves a parameter; by default, whether the last one did.
 
         Raises:
-            ValueError: as `ParamGroupView.sync` does; an entry in `state` that the rule does not
-                keep.
+            ValueError: as `ParamGroupView.sync` does; an entry in `state` that does not fit.
         """
-        self._view.sync(self.groups)
-        if not self._mutations:
-            return
-        self._mutations.clear()
-        given = {p: {**entries} for p, entries in self._state.items() if entries}
-        known = given.keys() | self._kept.keys()
-        changed = {p for p in known if not _same(given.get(p, {}), self._kept.get(p, {}))}
-        if not changed:
-            self._show_state()
-            return
-        moved = {p for shard in self._shards for p in shard.params}
-        self._rebuild_shards(active or moved.__contains__, changed - given.keys())
-        for number, group in enumerate(self.groups):  # those that are not moved yet
-            new = [p for p in group["params"] if p in given and p not in self._kept]
-            self._inactive_shards += self._new_shards(new, number)
-        self._rebuild_layout(self._export())
-        for p in changed & given.keys() & self._state.keys():
-            for name, value in given[p].items():
-                place = self._state[p].get(name)
-                if place is None or place.shape != value.shape:
-                    raise ValueError(
-                        f"{name!r} of {[*value.shape]} was put into the state of a parameter of "
-                        f"{[*p.shape]}, of which {self._rule.name} keeps "
-                        f"{', '.join(f'{n} of {[*v.shape]}' for n, v in self._state[p].items())}"
-                    )
-                place.copy_(value)
+        self._sync_groups()
+        if self._is_state_shown and not self._is_state_clean():
+            moved = {p for shard in self._shards for p in shard.params}
+            self._sync_state(active or moved.__contains__)
 
-    # What users read.
+    def _sync_groups(self) -> None:
+        self._is_scaled |= self._view.sync(self.groups)
+
+    def _take_bases(self) -> list[Any]:
+        bases = [lr.base for lr in self._view.lrs] if self.is_started else []
+        return bases + [1.0] * (len(self.groups) - len(bases))
+
+    # The state as users see it.
 
     @property
-    def state(self) -> defaultdict[Tensor, State]:
+    def state(self) -> Any:
         """The rule's state of each parameter, in views; before the first step, the initial one."""
-        if self.is_started and not self._state:
+        if self.is_started and not (self._is_state_shown and self._state):
+            self._show_first_state()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self.is_started and not self._is_state_shown:
+            self._show_first_state()  # what is missing in the other one was taken out
+        self._state = state
+
+    @keeps
+    def _show_first_state(self) -> None:
+        was_cleared, self._is_state_shown = self._is_state_shown, True
+        self._sync_groups()
+        if was_cleared or not self._shards + self._inactive_shards:
             self._shards, self._inactive_shards = [], []
             for number, group in enumerate(self.groups):
                 params = [p for p in group["params"] if p.requires_grad]
                 self._inactive_shards += self._new_shards(params, number)
             self._rebuild_layout(self._export())
-        return self._state
+        self._show_state()
 
-    @state.setter
-    def state(self, state: defaultdict[Tensor, State]) -> None:
-        self._state, self._mutations = state, ["state"]
+    def _show_state(self) -> None:
+        """Put our entries into `state`, beside those that others keep there.
 
+        Dicts and tensors stay the objects that they are, as in torch.optim.
+        """
+        if not self._is_state_shown:
+            return
+        views = self._views()
+        for p, shown in self._shown.items():
+            entries = self._state.get(p, {})
+            for name in shown.keys() - views.get(p, {}).keys():
+                entries.pop(name, None)
+            if p not in views and not entries:
+                self._state.pop(p, None)
+        before, self._shown = self._shown, {}
+        for p, own in views.items():
+            entries = self._state.setdefault(p, {})
+            for name, place in own.items():
+                old, _ = before.get(p, {}).get(name, (None, 0))
+                if not place.ndim:  # others share it, but not for ever
+                    place = place.detach()
+                entries[name] = _lay_over(old, place) if entries.get(name) is old else place
+            self._shown[p] = {name: (entries[name], _pointer(entries[name])) for name in own}
+        self._shown_items = [*self._state.items()]
+
+    def _views(self) -> dict[Tensor, State]:
+        shards = self._shards + self._inactive_shards
+        return {p: entries for shard in shards for p, entries in shard.by_parameter().items()}
+
+    def _is_state_clean(self) -> bool:
+        """Whether everything is where it was shown: edits in place need no care."""
+        if len(self._state) != len(self._shown_items):
+            return False
+        for (p, entries), (q, others) in zip(self._state.items(), self._shown_items, strict=True):
+            if p is not q or entries is not others:
+                return False
+        return all(
+            self._state[p].get(name) is tensor and _pointer(tensor) == pointer
+            for p, shown in self._shown.items()
+            for name, (tensor, pointer) in shown.items()
+        )
+
+    def _sync_state(self, active: Callable[[Tensor], bool]) -> None:
+        """Take over what was put into `state`, or taken out, under the names of the rule's state.
+
+        Args:
+            active: whether the next step moves a parameter.
+
+        Raises:
+            ValueError: an entry of another shape, or an entry that is missing.
+        """
+        names = [*self.layout.states[0]]
+        given: dict[Tensor, dict[str, Any]] = {}
+        for p in self._params:
+            entries = self._state.get(p, {})
+            own = {name: entries[name] for name in names if name in entries}
+            if own:
+                _check_entries(p, own, self.layout.states[0], self._rule.name)
+                given[p] = own
+        edits = [
+            (p, name, torch.as_tensor(value).detach())
+            for p, own in given.items()
+            for name, value in own.items()
+            if not self._is_shown(p, name, value)
+        ]
+        forgotten = {p for p, shown in self._shown.items() if shown and p not in given}
+        if forgotten or given.keys() - self._shown.keys():
+            known = self._shown.keys()
+            self._rebuild_shards(active, forgotten)
+            for number, group in enumerate(self.groups):  # those that are not moved yet
+                new = [p for p in group["params"] if p in given and p not in known]
+                self._inactive_shards += self._new_shards(new, number)
+            self._rebuild_layout(self._export())
+        views = self._views()
+        for p, name, value in edits:
+            views[p][name].copy_(value)
+        self._show_state()
+
+    def _is_shown(self, p: Tensor, name: str, value: Any) -> bool:
+        tensor, pointer = self._shown.get(p, {}).get(name, (None, 0))
+        return value is tensor and _pointer(value) == pointer
+
+    def _foreign_state(self) -> defaultdict[Any, Any]:
+        """What others keep in `state`."""
+        names, members = self.layout.states[0].keys(), set(self._params)
+        found: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entries in self._state.items():
+            if isinstance(key, Tensor) and key in members:
+                if rest := {n: value for n, value in entries.items() if n not in names}:
+                    found[key] = rest
+            else:
+                found[key] = entries
+        return found
+
+    # What users read.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is in a `snapshot`."""
+        self._sync_groups()
+        if not self._is_scaled:
+            return self._names
+        if len(self.groups) == 1:
+            return (*self._names, EFFECTIVE)
+        return (*self._names, *(f"{EFFECTIVE}[{i}]" for i in range(len(self.groups))))
+
+    @keeps
     def snapshot(self) -> Tensor:
-        self._view.sync(self.groups)
-        return self.packed[: len(self.names)].clone()
+        self._sync_groups()
+        if not self.layout.blocks[0].lr_slots:
+            return self.packed[: len(self._names)].clone()
+        values, effective = self.packed[self._places], self._numbers.effective_lr
+        return torch.cat([values, effective]) if self._is_scaled else values
 
     @property
     def hypergradients(self) -> Tensor:
@@ -297,16 +455,16 @@ class Engine:
         if len(self.groups) > self._known_groups:
             raise ValueError("a param group was put in by hand; use add_param_group")
         self._check_params(self._params)
-        for shard in self._shards + self._inactive_shards:
-            shard.check_shapes()
-        exported = self._export()
-        numbers = {p: i for i, group in enumerate(self.groups) for p in group["params"]}
-        for p in numbers:
+        for p in filter(_has_grad, self._params):
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise TypeError(
                     f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
                     "make the layer with sparse=False"
                 )
+        for shard in self._shards + self._inactive_shards:
+            shard.check_shapes()
+        exported = self._export()
+        numbers = {p: i for i, group in enumerate(self.groups) for p in group["params"]}
         shards: list[Shard] = []
         inactive: list[Shard] = []
         for shard in self._shards + self._inactive_shards:
@@ -362,11 +520,14 @@ class Engine:
     def _export(self) -> list[dict[str, Any]]:
         return checkpoint.export(self.layout, self._numbers)
 
-    def _rebuild_layout(self, saved: Sequence[dict[str, Any]] = ()) -> None:
+    def _rebuild_layout(
+        self, saved: Sequence[dict[str, Any]] = (), bases: list[Any] | None = None
+    ) -> None:
         """Make `packed` for the present param groups and shards.
 
         Args:
             saved: what `_export` returned; nothing for the initial values.
+            bases: `ScaledLr.base` of each group; by default as they are.
         """
         if not saved:
             rule = self.stack.levels[0]
@@ -377,7 +538,7 @@ class Engine:
         self.layout = Layout(
             build(stack, self._overrides, [len(group["params"]) for group in self.groups]),
             tuple(shard.owner for shard in self._shards),
-            processes(self._params),
+            processes(self._trained),
         )
         self._step = None
         device = self._device
@@ -391,38 +552,32 @@ class Engine:
         for shard, scalars in zip(self._shards, self._numbers.shard_scalars, strict=True):
             last = shard.last
             shard.last = self.layout.last_update(scalars, last.w, last.g, last.state)
+        bases = self._take_bases() if bases is None else bases
         self._known_groups = len(self.groups)
-        self.names = self._public_names()
-        self._view = ParamGroupView(self.groups, stack, self.layout, self.packed)
+        shown = [i for i, n in enumerate(self.layout.names) if not n.startswith(f"0.{FACTOR}")]
+        self._places = shown
+        self._names = tuple(self._public_names(self.layout.names[i] for i in shown))
+        self._view = ParamGroupView(self.groups, stack, self.layout, self.packed, bases)
         group_of = {p: shard.owner.group for shard in self._shards for p in shard.params}
         self._active = [
             [id(p) for p in group["params"] if group_of.get(p) == i]
             for i, group in enumerate(self.groups)
         ]
-        self._kept = {
-            p: entries
-            for shard in self._shards + self._inactive_shards
-            for p, entries in shard.by_parameter().items()
-        }
         self._show_state()
 
-    def _public_names(self) -> tuple[str, ...]:
-        """The names of the layout, with those of the parameters that have one of their own."""
+    def _public_names(self, names: Iterable[str]) -> Iterable[str]:
+        """Names of the layout, with those of the parameters that have one of their own."""
         named = [name for group in self.groups for name in group.get("param_names", [])]
         times = Counter(named)
         by_place = {f"[p{i}]": f"[{name}]" for i, name in enumerate(named) if times[name] == 1}
-        return tuple(
+        return (
             re.sub(r"\[p\d+\]$", lambda place: by_place.get(place[0], place[0]), name)
-            for name in self.layout.names
+            for name in names
         )
-
-    def _show_state(self) -> None:
-        self._mutations = []
-        tracked = {p: TrackedDict.of(each, self._mutations) for p, each in self._kept.items()}
-        self._state = TrackedDict.of(tracked, self._mutations, dict)
 
     # Checkpoints.
 
+    @keeps
     def save(self) -> dict[str, Any]:
         """The state_dict, but for hooks."""
         self.sync()
@@ -446,6 +601,8 @@ class Engine:
             }
             for group, own in zip(self.groups, self._overrides, strict=True)
         ]
+        for saved, lr in zip(saved_groups, self._view.lrs, strict=False):
+            saved["lr_base"] = float(lr.base)
         # All else is in a group, since torch.distributed.checkpoint takes only groups and state.
         saved_groups[0]["tower"] = {
             "format": checkpoint.FORMAT,
@@ -454,9 +611,15 @@ class Engine:
             "on": self._active_hypers,
             "levels": self._export(),
         }
-        state = checkpoint.save_shards(self._shards, self._inactive_shards, number)
+        state: dict[Any, Any] = checkpoint.save_shards(self._shards, self._inactive_shards, number)
+        for key, entries in self._foreign_state().items():
+            if isinstance(key, Tensor) and key in number:
+                checkpoint.add_foreign(state.setdefault(number[key], {}), entries)
+            elif not isinstance(key, Tensor):
+                state[key] = entries
         return {"state": state, "param_groups": saved_groups}
 
+    @keeps
     def load(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `save`; if it raises, nothing has changed.
 
@@ -465,27 +628,48 @@ class Engine:
         """
         state_dict = checkpoint.upgrade(state_dict)
         params = [group["params"] for group in self.groups]
-        checkpoint.check(state_dict, self.stack, self._active_hypers, params)
+        names = self.layout.states[0].keys()
+        checkpoint.check(state_dict, self.stack, self._active_hypers, params, names)
+        entries, lowest = checkpoint.by_number(state_dict, names), self.layout.blocks[0]
+        foreign, others = checkpoint.foreign(state_dict, names)
         try:
-            shards = checkpoint.load_shards(
-                checkpoint.by_number(state_dict), params, self.layout.blocks[0]
-            )
+            shards = checkpoint.load_shards(entries, params, lowest)
         except KeyError as missing:
             raise ValueError(
                 f"this state is not a whole one: a parameter has no {missing}"
             ) from None
         self._shards, self._inactive_shards = shards
+        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        self._overrides = [frozenset(group.pop("own", ())) for group in saved_groups]
+        tower = saved_groups[0].pop("tower")
         # Version 0.1 compiled from the first step on.
-        tower = state_dict["param_groups"][0]["tower"]
         self._steps_made = tower.get("steps_made", EAGER_STEPS)
-        self._overrides = [frozenset(group.get("own", ())) for group in state_dict["param_groups"]]
-        both = [*zip(self.groups, state_dict["param_groups"], strict=True)]
-        for group, saved in both:
-            group.update({name: saved[name] for name in saved.keys() - {"own", "params", "tower"}})
-        self._rebuild_layout(tower["levels"])
-        for group, saved in both:  # an lr that was edited in the state_dict, for example
-            group.update({n: saved[n] for n in self._rule.hypers if isinstance(group[n], float)})
-        self._view.sync(self.groups)
+        bases = [group.pop("lr_base", None) for group in saved_groups]
+        lrs = [group["lr"] for group in saved_groups] if lowest.lr_slots else []
+        for group, saved in zip(self.groups, saved_groups, strict=True):
+            names_of_params = {name: group[name] for name in group if name == "param_names"}
+            saved |= {"params": group["params"], **names_of_params}
+            group.clear()
+            group.update(saved)
+        for i, (base, lr) in enumerate(zip(bases, lrs, strict=False)):
+            if base is None:  # saved by a version where schedulers scaled nothing
+                start = saved_groups[i].get("initial_lr")
+                bases[i] = float(start) / lr if start and isinstance(lr, float) and lr else 1.0
+        self._shown = {}
+        self._state.clear()
+        everyone = self._params
+        for i, kept in foreign.items():
+            self._state[everyone[i]] = checkpoint.like_parameter(everyone[i], kept)
+        self._state.update(others)
+        self._rebuild_layout(tower["levels"], bases)
+        factors = [float(lr.factor) for lr in self._view.lrs]
+        self._is_scaled = any(factor != 1 for factor in factors)
+        for group, lr in zip(self.groups, lrs, strict=False):
+            if "initial_lr" in group or not isinstance(lr, float):
+                continue
+            if not math.isclose(lr, float(group["lr"]), rel_tol=1e-6):
+                group["lr"] = lr  # it was edited in the state_dict
+        self._sync_groups()
 
     @property
     def _active_hypers(self) -> list[str]:
@@ -496,9 +680,39 @@ def _has_grad(p: Tensor) -> bool:
     return p.grad is not None
 
 
-def _same(given: State, kept: State) -> bool:
-    """Whether the entries of a parameter are the tensors that were shown."""
-    return given.keys() == kept.keys() and all(given[name] is kept[name] for name in kept)
+def _is_trained(p: Tensor) -> bool:
+    return p.requires_grad or p.grad is not None
+
+
+def _pointer(tensor: Any) -> int:
+    """Where a tensor's numbers lie."""
+    return 0 if is_fake([tensor]) else local(tensor).data_ptr()
+
+
+def _lay_over(old: Any, place: Tensor) -> Tensor:
+    """The tensor ``old``, with the memory of ``place``, if that can be."""
+    if old is None or local(place) is not place or old.device != place.device:
+        return place
+    old.data = place
+    return old
+
+
+def _check_entries(p: Tensor, own: Mapping[str, Any], kept: Mapping[str, bool], rule: str) -> None:
+    """Raise a ValueError unless these can be the state of a parameter.
+
+    Args:
+        kept: what the rule keeps, and whether it has the shape of the parameter.
+    """
+    shapes = {name: p.shape if vector else torch.Size() for name, vector in kept.items()}
+    keeps = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
+    for name, shape in shapes.items():
+        found = torch.as_tensor(own[name]).shape if name in own else None
+        if found != shape:
+            wrong = "is missing in" if found is None else f"of {[*found]} was put into"
+            raise ValueError(
+                f"{name!r} {wrong} the state of a parameter of {[*p.shape]}, of which {rule} "
+                f"keeps {keeps}"
+            )
 
 
 def _number(value: Any) -> float | list[float]:

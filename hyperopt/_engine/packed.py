@@ -97,6 +97,7 @@ class Layout:
             last_fixed=(len(self.blocks[0].fixed),),
             steps=(),
             skipped=(len(self.levels),),
+            effective_lr=(len(self.blocks[0].lr_slots),),
             grads_finite=(),
             shard_scalars=[(1 + counters,)] * len(self.owners),
         )

@@ -42,12 +42,18 @@ class Parts:
         self.leaves, self.tree = tree_flatten(numbers._replace(shard_scalars=[]))
 
     def recompute_last_update(
-        self, raw: Tensor, fixed: Tensor, scalars: Tensor, sums: Tensor, *vectors: Tensor
+        self,
+        raw: Tensor,
+        fixed: Tensor,
+        now: Tensor,
+        scalars: Tensor,
+        sums: Tensor,
+        *vectors: Tensor,
     ) -> None:
         """Recompute one shard's last update, and store the state after it."""
         shard, into = self._both(vectors)
         last = self.layout.last_update(scalars, shard.last_w, shard.last_g, shard.state)
-        state, own = recompute_last_update(self.lowest, raw, fixed, last, shard.w, shard.g)
+        state, own = recompute_last_update(self.lowest, raw, fixed, now, last, shard.w, shard.g)
         if self.lowest.recomputes:
             self._store(scalars, into, state)
         sums += own
@@ -124,11 +130,12 @@ class Step:
         # The small tensors of each call; their memory stays the same from step to step.
         scalars, finite = numbers.shard_scalars, [numbers.grads_finite] * len(shards)
         own = self.tuned.parts
+        fixed_then, fixed_now = self.last_fixed.parts, self.fixed.parts
         self.small_to_recompute = [
-            *zip(own, self.last_fixed.parts, scalars, self.sums.parts, strict=True)
+            *zip(own, fixed_then, fixed_now, scalars, self.sums.parts, strict=True)
         ]
         self.small_to_tune = [self.sums.whole, *parts.leaves]
-        self.small_to_move = [*zip(own, self.fixed.parts, scalars, finite, strict=True)]
+        self.small_to_move = [*zip(own, fixed_now, scalars, finite, strict=True)]
 
         vectors = [shard.flat() for shard in shards]
         self.tune_run: Run | None = None
@@ -149,6 +156,7 @@ class Step:
         """Make a step: writes to all numbers, and to the shards except ``g``."""
         vectors = [shard.flat() for shard in shards]
         self.tuned.read()
+        self.fixed.read()
         if self.tune_run is not None:
             self.last_fixed.read()
             self.sums.clear()
@@ -157,7 +165,6 @@ class Step:
             self.sums.add()
             self.tune_run(self.small_to_tune, [])
             self.tuned.read()
-        self.fixed.read()
         # Backwards: what was read last is the likeliest to be in the cache still.
         for i in reversed(range(len(vectors))):
             self.move_runs[i](self.small_to_move[i], vectors[i])

@@ -80,6 +80,7 @@ class Numbers(NamedTuple):
         steps: the number of steps made, 0-dim.
         skipped: how many updates each level has left out because something was not finite,
             [levels].
+        effective_lr: if level 0's lr is tuned, what the rule uses in each param group, [groups].
         grads_finite: whether the last step's gradient and its square were finite, 1 or 0.
         shard_scalars: for each shard of the weights its `LastUpdate.applied`, and the 0-dim parts
             of its state.
@@ -93,17 +94,25 @@ class Numbers(NamedTuple):
     last_fixed: Any
     steps: Any
     skipped: Any
+    effective_lr: Any
     grads_finite: Any
     shard_scalars: Any
 
 
 def recompute_last_update(
-    block: Block, raw: Tensor, fixed: Tensor, last: LastUpdate, w: Tensor, g: Tensor
+    block: Block,
+    raw: Tensor,
+    fixed: Tensor,
+    now: Tensor,
+    last: LastUpdate,
+    w: Tensor,
+    g: Tensor,
 ) -> tuple[State, Tensor]:
     """Compute level 0's last update of one shard again: its state, and the hypergradients.
 
     Args:
         raw, fixed: the owner's hyperparameters of level 0 at the last update.
+        now: ``fixed`` at the next update, which a trust region bounds.
         w, g: the shard's weights, and its new gradient, [n].
 
     Returns:
@@ -137,9 +146,9 @@ def recompute_last_update(
     if block.is_bounded:
 
         def next_update(raw: Tensor) -> tuple[Tensor, State]:
-            return block.rule.update(w, g, state, block.values(raw, fixed))
+            return block.rule.update(w, g, state, block.values(raw, now))
 
-        # The derivative with respect to lr is what an lr of 1 would add to the weights.
+        # The derivative with respect to the learned lr is what one of 1 would add to the weights.
         lr = block.names.index("lr")
         unit = units(raw)[lr] / block.from_raw(raw)[lr]
         (update,), _ = derivatives(next_update, raw, g, [unit])
@@ -280,14 +289,18 @@ def move_hyperparameters(
     raw = [
         torch.stack(raws[end - block.count : end]) for block, end in zip(blocks, ends, strict=True)
     ]
-    values = [block.from_raw(own).reshape(-1) for block, own in zip(blocks, raw, strict=True)]
+    values = torch.cat(
+        [block.from_raw(own).reshape(-1) for block, own in zip(blocks, raw, strict=True)]
+    )
+    lowest, fixed = blocks[0], numbers.fixed[0][0]
     return numbers._replace(
-        values=torch.cat(values),
+        values=values,
         hyper_updates=updates,
         raw=raw,
-        last_fixed=numbers.fixed[0][0],
+        last_fixed=fixed,
         steps=numbers.steps + 1,
         skipped=numbers.skipped + torch.cat([1 - numbers.grads_finite.view(1), *missed]),
+        effective_lr=lowest.effective_lr(values[: len(lowest.tuned)], fixed),
     )
 
 

@@ -1,95 +1,205 @@
-"""The lowest level's hyperparameters as users see them in param groups, and a mapping that records
-that it was changed."""
+"""The lowest level's hyperparameters as users see them in param groups."""
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..rule import Stack, betas, unpack_betas
-from .blocks import Slot
+from .blocks import Block, Slot
 from .packed import Layout
 
-# Keys that a param group may have beside its hyperparameters. A scheduler adds more, later.
-OTHERS = frozenset({"params", "param_names", "name", "initial_lr"})
+
+class ScaledLr:
+    """The lr of one param group, where the level above tunes it: the learned lr times a factor.
+
+    A scheduler keeps the lr that it started from in ``group["initial_lr"]``. While that is there,
+    ``group["lr"]`` is the scheduler's own number, and the factor is ``group["lr"] /
+    group["initial_lr"]``. Without it, ``group["lr"]`` shows the effective lr, and to set it sets
+    the factor.
+
+    Args:
+        group: the param group.
+        number: its number.
+        block, packed: where the lr is.
+        factor, effective: views of ``packed``, 0-dim.
+        base: the factor that the scheduler found, which its own multiplies.
+
+    Raises:
+        ValueError: an ``initial_lr`` that nothing can be divided by.
+    """
+
+    def __init__(
+        self,
+        group: dict[str, Any],
+        number: int,
+        block: Block,
+        packed: Tensor,
+        factor: Tensor,
+        effective: Tensor,
+        base: float | Tensor = 1.0,
+    ) -> None:
+        self._number, self._block, self._values = number, block, packed[: len(block.tuned)]
+        self.factor, self._effective, self.base = factor, effective, base
+        self._start = group.get("initial_lr")
+        self._start_number = math.nan if self._start is None else start_of(group)
+        self._shown: Tensor | None = None  # `effective`, as the group shows it
+        self._seen: Any = None  # a scheduler's number is read at the next `sync`
+        self._seen_version = 0
+        if self._start is None:
+            self._show(group)
+
+    @property
+    def is_scheduled(self) -> bool:
+        return self._start is not None
+
+    def sync(self, group: dict[str, Any], touched: bool) -> bool:
+        """Take over what was written to the group; returns whether anything was.
+
+        Args:
+            touched: whether somebody may have written to the memory of `packed`.
+
+        Raises:
+            ValueError: it is no number, or one that cannot be reached by a factor.
+        """
+        if group.get("initial_lr") is not self._start:
+            self._attach(group)
+        elif not self._is_written(group["lr"], touched):
+            return False
+        value, learned = group["lr"], self._block.learned_lr(self._values)[self._number]
+        if not isinstance(value, Tensor):
+            value = _to_float("lr", value)
+        elif value.numel() != 1:
+            raise ValueError(f"lr was set to {value!r} in a param group; it must be a number")
+        if isinstance(value, Tensor):
+            value = value.detach().reshape(())
+        if self.is_scheduled:
+            factor = self.base * value / self._start_number
+        elif float(learned) != 0:
+            factor = value / learned
+        else:
+            raise ValueError(
+                "lr was set in a param group, but the level above has moved it to 0, which no "
+                "factor can scale; start it above 0, or move it in the log domain: [lr: log]"
+            )
+        if isinstance(factor, Tensor):
+            self.factor.copy_(factor)
+        else:
+            self.factor.fill_(factor)
+        self._effective.copy_(learned * self.factor)
+        self._show(group)
+        return True
+
+    def _attach(self, group: dict[str, Any]) -> None:
+        """A scheduler has come, or gone."""
+        if group["lr"] is self._shown:  # it may have written there
+            group["lr"] = float(self._effective)
+        # It may hold the tensor that was shown for a number, as timm's does.
+        if self._shown is not None:
+            self._shown.data, self._shown = self._shown.clone(), None
+        if "initial_lr" not in group:
+            self._start, self.base = None, 1.0
+            return
+        self._start_number = start_of(group)
+        if self._start is None:
+            self.base = self.factor.clone()
+        self._start = group["initial_lr"]
+
+    def _is_written(self, value: Any, touched: bool) -> bool:
+        if value is not self._seen:
+            return True
+        if value is not self._shown:
+            return isinstance(value, Tensor) and value._version != self._seen_version
+        if not touched:
+            return False
+        learned = self._block.learned_lr(self._values)[self._number]
+        return not torch.isclose(value, learned * self.factor, rtol=1e-12, atol=0, equal_nan=True)
+
+    def _show(self, group: dict[str, Any]) -> None:
+        if not self.is_scheduled:
+            self._shown = self._shown if self._shown is not None else self._effective.view(())
+            group["lr"] = self._shown
+        self._seen = group["lr"]
+        self._seen_version = self._seen._version if isinstance(self._seen, Tensor) else 0
 
 
-class TrackedDict(defaultdict):
-    """A mapping that records in ``mutations`` that something was put into it, or taken out."""
-
-    mutations: list[str] | None = None  # a copy has none
-
-    @classmethod
-    def of(cls, items: Mapping, mutations: list[str], default: type | None = None) -> TrackedDict:
-        tracked = cls(default, items)
-        tracked.mutations = mutations
-        return tracked
+def start_of(group: Mapping[str, Any]) -> float:
+    start = _to_float("initial_lr", group["initial_lr"])
+    if not 0 < start < math.inf:
+        raise ValueError(
+            f"initial_lr is {start:g} in a param group; to scale a tuned lr, a scheduler has to "
+            "start from a number above 0"
+        )
+    return start
 
 
-def _tracking(name: str) -> Callable[..., Any]:
-    plain = getattr(defaultdict, name)
-
-    @functools.wraps(plain)
-    def method(self: TrackedDict, *args: Any, **kwargs: Any) -> Any:
-        if self.mutations is not None:
-            self.mutations.append(name)
-        return plain(self, *args, **kwargs)
-
-    return method
-
-
-for _name in (
-    "__setitem__",
-    "__delitem__",
-    "pop",
-    "popitem",
-    "clear",
-    "update",
-    "setdefault",
-    "__ior__",
-):
-    setattr(TrackedDict, _name, _tracking(_name))
+def _to_float(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"{name} was set to {value!r} in a param group; it must be a number"
+        ) from None
 
 
 class ParamGroupView:
     """The current values in the param groups: tuned ones as views of `packed`, others as numbers.
 
-    Numbers may be set between two steps, by hand or by a scheduler. Torch's schedulers know the
-    betas as a tuple, ``betas``, which is therefore shown too.
+    Numbers may be set between two steps, by hand or by a scheduler; so may a tuned lr, which is
+    then scaled (`ScaledLr`). Torch's schedulers know the betas as a tuple, ``betas``, which is
+    therefore shown too.
 
     Args:
-        groups: the param groups, into which the values are written.
+        groups: the param groups, into which the values are written. Constants are read from them.
         stack: what they belong to; its lowest rule is that of all groups together.
         layout, packed: where the values are.
+        bases: `ScaledLr.base` of each group.
+
+    Attributes:
+        lrs: the tuned lr of each group; nothing if lr is not tuned.
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], stack: Stack, layout: Layout, packed: Tensor
+        self,
+        groups: Sequence[dict[str, Any]],
+        stack: Stack,
+        layout: Layout,
+        packed: Tensor,
+        bases: Sequence[float | Tensor],
     ) -> None:
         self._stack, self._layout, self._packed = stack, layout, packed
         # The group's number, a name, what it shows, its place in `packed`.
         self._watched: list[list[Any]] = []
+        self.lrs: list[ScaledLr] = []
         self._betas = betas(stack.levels[0])
+        self._numbers = layout.numbers(packed)
         lowest = layout.blocks[0]
         end = 0
         for number, group in enumerate(groups):
             own: list[list[Any]] = []
             start, end = end, end + len(group["params"])
             for name in lowest.rule.hypers:
+                if name == "lr" and lowest.lr_slots:
+                    parts = self._numbers.fixed[0][0][-len(groups) :], self._numbers.effective_lr
+                    factor, effective = (part[number] for part in parts)
+                    self.lrs.append(
+                        ScaledLr(group, number, lowest, packed, factor, effective, bases[number])
+                    )
+                    continue
                 first = Slot(name, f"p{start}")
                 slots = [first, Slot(name, number), Slot(name)]
                 slot = next((s for s in slots if s in (*lowest.tuned, *lowest.fixed)), None)
                 place = layout.names.index(f"0.{slot}") if slot else 0
-                if slot in (first, None):  # per tensor, of which a group may have none
-                    shown = packed[place : place + end - start]
+                if slot in lowest.fixed:
+                    group[name] = float(group[name])
+                elif slot in (first, None):  # per tensor, of which a group may have none
+                    group[name] = packed[place : place + end - start]
                 else:
-                    shown = packed[place]
-                group[name] = float(shown) if slot in lowest.fixed else shown
+                    group[name] = packed[place]
                 own.append([number, name, group[name], place])
             if self._betas:
                 group["betas"] = tuple(group[beta] for beta in self._betas)
@@ -101,23 +211,32 @@ class ParamGroupView:
         """Accept what `packed` holds now as right."""
         self._version = self._packed._version
 
-    def sync(self, groups: Sequence[dict[str, Any]]) -> None:
+    def sync(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Take over the numbers that were set in the param groups.
 
         Args:
             groups: the param groups, which may be other dicts by now.
 
+        Returns:
+            whether an lr that is tuned was set, or is scheduled.
+
         Raises:
-            ValueError: a tuned hyperparameter was set, or one that is not active, or to no number.
+            ValueError: a tuned hyperparameter was set that cannot be scaled, or one that is not
+                active, or to no number.
         """
-        if self._packed._version != self._version:
+        touched = self._packed._version != self._version
+        if touched:
             self._check_tuned()
         for watch in self._watched:
             number, name, seen, _ = watch
             # A group that was taken away is found when shards are rebuilt.
             if number < len(groups) and groups[number][name] is not seen:
                 self._take_over(watch, groups[number])
+        scaled = False
+        for lr, group in zip(self.lrs, groups, strict=False):
+            scaled |= lr.sync(group, touched) or lr.is_scheduled
         self.mark_clean()
+        return scaled
 
     def _take_over(self, watch: list[Any], group: dict[str, Any]) -> None:
         number, name, seen, place = watch
@@ -127,12 +246,7 @@ class ParamGroupView:
             return
         if isinstance(seen, Tensor):
             raise ValueError(self._refusal(name))
-        try:
-            value = float(group[name])
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{name} was set to {group[name]!r} in a param group; it must be a number"
-            ) from None
+        value = _to_float(name, group[name])
         if value != 0 and not self._layout.blocks[0].rule.is_active(name):
             raise ValueError(
                 f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
@@ -145,8 +259,8 @@ class ParamGroupView:
 
     def _check_tuned(self) -> None:
         """Raise if a tuned value is not that of its raw value: someone wrote to a view."""
-        lowest, numbers = self._layout.blocks[0], self._layout.numbers(self._packed)
-        for slot, raw in zip(lowest.tuned, numbers.raw[0][0], strict=True):
+        lowest = self._layout.blocks[0]
+        for slot, raw in zip(lowest.tuned, self._numbers.raw[0][0], strict=True):
             held = lowest.rule.tuned[slot.name].domain.value(raw)
             shown = self._packed[self._layout.names.index(f"0.{slot}")]
             if not torch.isclose(shown, held, rtol=1e-6, atol=0, equal_nan=True):
@@ -156,8 +270,10 @@ class ParamGroupView:
         rule, above = self._stack.levels[:2]
         others = tuple(other for other in rule.tuned if other != name)
         instead = f"{rule[others]} / ..." if others else type(rule)(**rule.values, **rule.settings)
+        cycled = name in ("momentum", "beta1")
         return (
             f"{name} was set from outside, but {above} moves it; to set it yourself or by a "
-            f"scheduler, leave it out of what is tuned, as in {instead}; where a loop asks for a "
-            "scheduler in any case, MultiplicativeLR(optimizer, lambda step: 1.0) changes nothing"
+            f"scheduler, leave it out of what is tuned, as in {instead}"
+            + "; OneCycleLR and CyclicLR leave it alone with cycle_momentum=False"
+            * cycled
         )
