@@ -27,9 +27,9 @@ from experiments.config.schema import Config, to_config
 from experiments.execution.outcome import Outcome, describe, explain, report_failures
 from experiments.execution.pool import run_all, use_gpu
 from experiments.files import named, write_json, write_text
+from experiments.records.loggers.catalog import find
 from experiments.records.store import RunStore
 from experiments.records.tidy import tidy_csv
-from experiments.records.wandb import say_how_to_sync
 from experiments.training.trainer import train
 
 SEARCHED = "optimization_results.yaml"  # what Optuna's sweeper leaves in the sweep's folder
@@ -147,14 +147,13 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
         if (folder / SEARCHED).exists():
             best = min(finished, key=objective)
             print(f"The smallest training loss, {objective(best):.4f}, is that of {describe(best)}")
-    if outcomes[0].config.logger.name == "wandb":
-        say_how_to_sync(outcomes[0].config.store)
+    find(outcomes[0].config).say_where(outcomes[0].config)
     failed = report_failures(outcomes)
     if ended_by is not None and not failed:
         print(f"error: {ended_by}", file=sys.stderr)
-    logs = folder / ".submitit"
-    if failed and logs.exists():
-        print(f"What the jobs said is in {logs}", file=sys.stderr)
+    logs = [path for path in folder.iterdir() if path.is_dir()]  # of a launcher that keeps them
+    if failed and logs:
+        print(f"What the jobs said is in {' and '.join(map(str, logs))}", file=sys.stderr)
         for note in folder.glob("job-*.json"):
             note.unlink()
     else:
