@@ -362,7 +362,7 @@ class Engine:
                 _check_entries(p, own, self.layout.states[0], self._rule.name)
                 given[p] = own
         edits = [
-            (p, name, torch.as_tensor(value).detach())
+            (p, name, _as_tensor(value).detach())
             for p, own in given.items()
             for name, value in own.items()
             if not self._is_shown(p, name, value)
@@ -692,13 +692,17 @@ def _check_entries(p: Tensor, own: Mapping[str, Any], kept: Mapping[str, bool], 
     shapes = {name: p.shape if vector else torch.Size() for name, vector in kept.items()}
     keeps = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
     for name, shape in shapes.items():
-        found = torch.as_tensor(own[name]).shape if name in own else None
+        found = _as_tensor(own[name]).shape if name in own else None
         if found != shape:
             wrong = "is missing in" if found is None else f"of {[*found]} was put into"
             raise ValueError(
                 f"{name!r} {wrong} the state of a parameter of {[*p.shape]}, of which {rule} "
                 f"keeps {keeps}"
             )
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def _number(value: Any) -> float | list[float]:
