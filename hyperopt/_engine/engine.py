@@ -32,7 +32,7 @@ from .views import ParamGroupView, start_of
 KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 # What torch's optimizers can be told in a group that changes what they compute.
-UNKNOWN_SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
+SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
 
 # How a logger knows the lr that a scheduler has scaled.
 EFFECTIVE = "0.effective_lr"
@@ -132,10 +132,12 @@ class Engine:
                 raise ValueError(
                     f"a param group of {rule.name} takes no {name!r}; did you mean {near!r}?"
                 )
-        for name in UNKNOWN_SWITCHES:
-            if group.get(name):
+        for name in group.keys() & {*SWITCHES, *rule.options}:
+            if group[name] != rule.settings.get(name, False):
+                can = f"does for all groups or none: {rule.name}({name}=...)"
                 raise ValueError(
-                    f"{name} is {group[name]!r} in a param group, which {rule.name} cannot do"
+                    f"{name} is {group[name]!r} in a param group, which {rule.name} "
+                    + (can if name in rule.options else "cannot do")
                 )
         checked = rule.with_values(own)
         own = {name: checked.values[name] for name in own}
