@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml constraints.txt $(OTHER_PYTHON)
 		'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "PYTHON=$(PYTHON) is Python %d.%d; give one of 3.10 or later, as in: make setup PYTHON=python3.12" % v[:2])' && \
 		'$(PYTHON)' -m venv --clear .venv; }
 	@echo "Installing into .venv with $$($(PY) --version); the first time this takes a few minutes, most of it for torch."
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[experiments,dev,peers,scaleout]'
+	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[experiments,dev,frameworks,peers,scaleout]'
 	@touch $@
 
 test: lint ## lint, then run the tests

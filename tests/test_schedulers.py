@@ -384,13 +384,13 @@ def test_what_cannot_be_scaled():
 
 def test_a_trust_region_bounds_the_effective_update():
     model, optimizer = made("Adam(1.0)[lr: log] / SGD(0, trust=0.1)")
-    scheduler = s.LambdaLR(optimizer, lambda t: (0.0, 1e6, 1e-3, 1e9)[t % 4])
-    for t in range(8):
+    scheduler = s.LambdaLR(optimizer, lambda t: (0.0, 1e6, 1e-3, 1e9, 1.0)[t])
+    for t in range(4):
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         train_by([scheduler], model, optimizer, range(t, t + 1))
         moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
         share = float(moved.norm() / before.norm())
-        if t % 4 in (1, 3):
+        if t in (1, 3):
             assert share == pytest.approx(0.1, rel=1e-3)
         else:
             assert share < 0.001

@@ -32,7 +32,7 @@ from .views import ParamGroupView, start_of
 KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 # What torch's optimizers can be told in a group that changes what they compute.
-UNKNOWN_SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
+SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
 
 # How a logger knows the lr that a scheduler has scaled.
 EFFECTIVE = "0.effective_lr"
@@ -141,10 +141,12 @@ class Engine:
                 raise ValueError(
                     f"a param group of {rule.name} takes no {name!r}; did you mean {near!r}?"
                 )
-        for name in UNKNOWN_SWITCHES:
-            if group.get(name):
+        for name in group.keys() & {*SWITCHES, *rule.options}:
+            if group[name] != rule.settings.get(name, False):
+                can = f"does for all groups or none: {rule.name}({name}=...)"
                 raise ValueError(
-                    f"{name} is {group[name]!r} in a param group, which {rule.name} cannot do"
+                    f"{name} is {group[name]!r} in a param group, which {rule.name} "
+                    + (can if name in rule.options else "cannot do")
                 )
         checked = rule.with_values(own)
         own = {name: checked.values[name] for name in own}
@@ -373,7 +375,7 @@ class Engine:
                 _check_entries(p, own, self.layout.states[0], self._rule.name)
                 given[p] = own
         edits = [
-            (p, name, torch.as_tensor(value).detach())
+            (p, name, _as_tensor(value).detach())
             for p, own in given.items()
             for name, value in own.items()
             if not self._is_shown(p, name, value)
@@ -706,13 +708,17 @@ def _check_entries(p: Tensor, own: Mapping[str, Any], kept: Mapping[str, bool], 
     shapes = {name: p.shape if vector else torch.Size() for name, vector in kept.items()}
     keeps = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
     for name, shape in shapes.items():
-        found = torch.as_tensor(own[name]).shape if name in own else None
+        found = _as_tensor(own[name]).shape if name in own else None
         if found != shape:
             wrong = "is missing in" if found is None else f"of {[*found]} was put into"
             raise ValueError(
                 f"{name!r} {wrong} the state of a parameter of {[*p.shape]}, of which {rule} "
                 f"keeps {keeps}"
             )
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def _number(value: Any) -> float | list[float]:
