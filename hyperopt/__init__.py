@@ -7,7 +7,7 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 (NeurIPS 2022).
 """
 
-from ._engine.compiler import compile_graph, trace
+from ._engine.compiler import compile_graph, kernel_count, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
 from .notation import parse
@@ -56,6 +56,7 @@ __all__ = [
     "compile_graph",
     "did_you_mean",
     "format_value",
+    "kernel_count",
     "parse",
     "trace",
 ]

@@ -12,6 +12,7 @@ import pandas as pd
 from experiments.files import write_text
 from experiments.studies import style
 from experiments.studies.claim import Claim, scale
+from experiments.studies.step_time import first_steps
 from experiments.studies.step_time.contenders import LABELS, TRAFFIC, tower_label
 
 
@@ -145,6 +146,9 @@ def draw(folder: Path) -> list[Path]:
         else:
             label = tower_label(row.family, row.height)
             lines.append(f"| {label} | {row.cold_s:.1f} s | {row.warm_s:.1f} s |")
+    if (folder / "first_steps.csv").exists():
+        rows = pd.read_csv(folder / "first_steps.csv").itertuples()
+        lines += ["", "## First steps", "", *first_steps.table([*rows])]
     for model, label in LABELS.items():
         lines += [
             "",
