@@ -173,7 +173,7 @@ class Program:
             elif how == "away and back":
                 value.data, kept = torch.zeros_like(value), value.detach().clone()
                 value.data = kept
-            else:
+            elif len(self.moved()) > 1:  # an empty state of ours shows the initial one
                 self.optimizer.state.pop(p)
 
     def set_lr(self, lr: float) -> None:
