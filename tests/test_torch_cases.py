@@ -173,8 +173,10 @@ class Program:
             elif how == "away and back":
                 value.data, kept = torch.zeros_like(value), value.detach().clone()
                 value.data = kept
-            elif len(self.moved()) > 1:  # an empty state of ours shows the initial one
+            else:
                 self.optimizer.state.pop(p)
+        if how == "pop":
+            self.step(15)  # until then, ours may show the initial state
 
     def set_lr(self, lr: float) -> None:
         self.optimizer.param_groups[-1]["lr"] = lr
