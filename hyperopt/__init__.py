@@ -10,6 +10,7 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 from ._engine.compiler import compile_graph, kernel_count, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
+from .errors import HyperoptWarning
 from .notation import parse
 from .optimizer import HyperOptimizer
 from .replay import Replay, Schedule
@@ -42,6 +43,7 @@ __all__ = [
     "Domain",
     "Hyper",
     "HyperOptimizer",
+    "HyperoptWarning",
     "Lion",
     "NAdam",
     "Option",

@@ -175,6 +175,8 @@ class Program:
                 value.data = kept
             else:
                 self.optimizer.state.pop(p)
+        if how == "pop":
+            self.step(15)  # until then, ours may show the initial state
 
     def set_lr(self, lr: float) -> None:
         self.optimizer.param_groups[-1]["lr"] = lr

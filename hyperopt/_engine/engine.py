@@ -224,6 +224,14 @@ class Engine:
                     "optimizer after model.to_empty and the initialization"
                 )
 
+    def _check_gradients(self) -> None:
+        for p in self._params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise TypeError(
+                    f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
+                    "make the layer with sparse=False"
+                )
+
     @property
     def _params(self) -> list[Tensor]:
         return [p for group in self.groups for p in group["params"]]
@@ -249,7 +257,11 @@ class Engine:
             self._rebuild_shards(_has_grad)
         if not self._shards:
             return
-        vectors = [shard.read() for shard in self._shards]
+        try:
+            vectors = [shard.read() for shard in self._shards]
+        except RuntimeError:
+            self._check_gradients()
+            raise
         if self._step is None or (self.compile == "auto" and self._steps_made == EAGER_STEPS):
             self._step = self._make_step(vectors)
         self._step(vectors)
@@ -457,12 +469,7 @@ class Engine:
         if len(self.groups) > self._known_groups:
             raise ValueError("a param group was put in by hand; use add_param_group")
         self._check_params(self._params)
-        for p in filter(_has_grad, self._params):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise TypeError(
-                    f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
-                    "make the layer with sparse=False"
-                )
+        self._check_gradients()
         for shard in self._shards + self._inactive_shards:
             shard.check_shapes()
         exported = self._export()
