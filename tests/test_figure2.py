@@ -92,7 +92,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("preset=short", "preset='short' is not one of cpu, paper"),
+        ("preset=short", "preset='short' is not one of cpu, cpu_bf16, paper"),
         ("start=own", "start='own' is not one of scratch, records"),
         ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
         ("seeds=0,0", "seeds='0,0' has a seed twice"),
@@ -367,6 +367,19 @@ def test_what_cannot_be_drawn_gets_a_line(done: Path, tmp_path: Path) -> None:
     (folder / "README.md").mkdir()
     with pytest.raises(OSError, match="Is a directory"):
         STUDY.draw(folder)
+
+
+def test_records_of_an_earlier_layout_are_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "figure2_cpu.jsonl.gz"
+    request = STUDY.request(["preset=cpu", f"results={tmp_path}"])
+    STUDY.say_what_moved(request)
+    assert capsys.readouterr().err == ""
+    old.touch()
+    STUDY.say_what_moved(request)
+    said = capsys.readouterr().err
+    assert said.endswith(f"mv {old} {tmp_path}/figure2/cpu/records/\n") and said.count("\n") == 1
 
 
 # One run.
