@@ -23,7 +23,7 @@ from experiments.data import images as data
 from experiments.records.archive import export_runs, import_runs, read_records
 from experiments.records.store import RunStore
 from experiments.studies import style
-from experiments.studies.figure2.report import read_figure2
+from experiments.studies.figure2.report import beside_float32, read_figure2
 from experiments.studies.figure2.runs import (
     CELLS,
     HE,
@@ -225,6 +225,16 @@ def test_tables_are_drawn_from_the_records_alone(
     assert saved == ["train_loss", "test_error", "lr", "momentum", "replay"]
     for name in saved:
         assert all((results_of(done) / f"{name}{suffix}").exists() for suffix in (".png", ".pdf"))
+
+
+def test_bf16_stands_beside_float32(done: Path, tmp_path: Path) -> None:
+    folder = copy_of_records(done, tmp_path)
+    assert beside_float32(read_figure2(folder), folder) == ""
+    bf16 = folder.with_name("cpu_bf16")
+    shutil.copytree(folder, bf16)
+    said = beside_float32(read_figure2(bf16), bf16)
+    (error,) = (r.summary["test_error"] for r in read_figure2(folder) if r.cell == HE)
+    assert f"in bf16 {error:.2f} % and" in said and f"in float32 {error:.2f} % and" in said
 
 
 def copy_of_records(done: Path, tmp_path: Path) -> Path:

@@ -323,6 +323,22 @@ def replay_figure(runs: list[Run]) -> plt.Figure:
 # All of it.
 
 
+def beside_float32(runs: list[Run], folder: Path) -> str:
+    """He et al.'s schedule in bf16 beside the same in float32, where a preset has both."""
+    other = folder.with_name(folder.name.replace("_bf16", ""))
+    if other == folder or not (other / "records").is_dir():
+        return ""
+    texts = []
+    for name, own in (("bf16", runs), ("float32", read_figure2(other))):
+        if found := of(own, HE):
+            error, loss = (
+                cell_text(cell_table(run_table(own)), HE, what, digits)
+                for what, digits in (("test_error", 2), ("train_loss", 3))
+            )
+            texts.append(f"in {name} {error} % and {loss} nats (n = {len(found)})")
+    return f"He et al.'s schedule ends {', '.join(texts)}." if len(texts) == 2 else ""
+
+
 def draw(folder: Path) -> list[Path]:
     """Draw Figure 2 from a folder's records; returns what was written there.
 
@@ -334,6 +350,7 @@ def draw(folder: Path) -> list[Path]:
     cells = cell_table(lines)
     costs = folder.parent / "cost.json"
     words = cost.words(json.loads(costs.read_text())) if costs.exists() else ""
+    words = "\n\n".join(part for part in (beside_float32(runs, folder), words) if part)
     paths = write_all(
         folder,
         {
