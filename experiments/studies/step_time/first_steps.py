@@ -127,7 +127,7 @@ def cold_and_warm(cases: Sequence[str]) -> list[dict[str, Any]]:
 def table(rows: Sequence[Any]) -> list[str]:
     """The lines of the page."""
     lines = [
-        f"The first of {STEPS} steps, in a process of its own; this includes the compiler's import.",
+        f"The first of {STEPS} steps in a process of its own, with the import of the compiler.",
         "A kernel belongs to a rule and not to a size.",
         "",
         "| what | parameters | first step, cold | from the cache on disk | kernels "
