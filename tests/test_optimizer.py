@@ -271,8 +271,8 @@ def test_groups_without_parameters():
                 o.step()
         assert all(map(torch.equal, w, x)), how
         if how == "per tensor":
-            first, empty, second, _ = (float(group["lr"]) for group in optimizer.param_groups)
-            assert empty == pytest.approx((first + second) / 2), "the mean of all"
+            first, none, second, _ = (float(group["lr"]) for group in optimizer.param_groups)
+            assert none == pytest.approx((first + second) / 2), "the mean of all"
     filled = HyperOptimizer([{"params": []}], "SGD(0.1)[lr: per tensor] / SGD(0.01)")
     filled.add_param_group({"params": weights((4,))})
     assert filled.names[0] == "0.lr[p0]"

@@ -209,7 +209,7 @@ def test_schedulers_below_a_level_that_does_not_move(name, shared):
 @pytest.mark.parametrize("stack", ["SGD(0.05) / SGD(0.01)", "SGD(0.05)[lr: log] / SGD(0.1)", AUTO])
 def test_the_factor_is_what_the_scheduler_has_written_over_where_it_started(stack, name):
     model, optimizer = made(stack)
-    peer = torch.optim.SGD(Net().parameters(), optimizer.stack.levels[0].lr)
+    peer = torch.optim.SGD(Net().parameters(), optimizer.param_groups[0]["lr"].item())
     schedulers, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](peer)
     start = peer.param_groups[0].get("initial_lr", peer.defaults["lr"])
     for t in range(11):
@@ -330,7 +330,7 @@ def test_scopes_are_scaled(scope):
             f"SGD(0.1)[lr: log{scope}] / SGD(0.1)",
             compile=False,
         )
-        multipliers = [lambda t, f=factor: f for factor in factors]
+        multipliers: list[Any] = [lambda t, f=factor: f for factor in factors]
         train_by([s.LambdaLR(optimizer, multipliers)], model, optimizer, range(1))
         return model, optimizer
 

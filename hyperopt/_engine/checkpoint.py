@@ -93,7 +93,7 @@ def restore(
         return value
 
     def vector(numbers: Sequence[Any]) -> Tensor:
-        own = {"dtype": like.dtype, "device": like.device}
+        own: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         if not any(isinstance(x, Tensor) for x in numbers):
             return torch.tensor([float(x) for x in numbers], **own)
         # Nothing waits for the device, and fake tensors have no numbers.

@@ -251,7 +251,7 @@ class Engine:
     @keeps
     def step(self) -> None:
         """Move everything, where a parameter has a gradient."""
-        self.sync(_has_grad)
+        self._sync(_has_grad)
         active = [[id(p) for p in group["params"] if _has_grad(p)] for group in self.groups]
         if active != self._active or any(shard.is_stale for shard in self._shards):
             self._rebuild_shards(_has_grad)
@@ -279,7 +279,11 @@ class Engine:
         return step or eager_step(self.layout, self._numbers, vectors)
 
     @keeps
-    def sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
+    def sync(self) -> None:
+        """Take over what the user set since the last step, as the next one will."""
+        self._sync()
+
+    def _sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
         """Take over what the user set in the param groups and in `state` since the last step.
 
         Args:
