@@ -136,6 +136,8 @@ def one_line(error: Exception) -> str:
     text = ": ".join(str(reason).splitlines()[0] for reason in reasons)
     if "INTERVAL_SWEEP" in text:
         return f"{text}; give hydra/sweeper=optuna"
+    if "Ambiguous value" in text or "requires --multirun" in text:
+        return f"{text}; for a sweep over several values give -m, as in: experiments.run -m ..."
     node = getattr(reasons[-1], "parent_node", None)  # of a key that is not in it
     if isinstance(reasons[-1], (ConfigAttributeError, ConfigKeyError)) and node is not None:
         return f"{text}; {did_you_mean(str(reasons[-1].key), list(node))}"

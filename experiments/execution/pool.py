@@ -39,6 +39,12 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
         One outcome for each config, in their order.
     """
     outcomes = [Outcome(config) for config in configs]
+    fill(outcomes, workers)
+    return outcomes
+
+
+def fill(outcomes: Sequence[Outcome], workers: int | None = None) -> None:
+    """Do as `run_all` does; where it is interrupted, what is known is in the outcomes."""
     waiting: list[Outcome] = []
     for outcome in outcomes:
         outcome.summary = RunStore(outcome.config.store).summary(run_hash(outcome.config))
@@ -49,7 +55,6 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
         size = workers or _side_by_side(waiting[0].config.device)
         prepare(waiting[0].config)
         _Pool(waiting, size, make_display(len(outcomes), len(waiting), show)).run()
-    return outcomes
 
 
 def run_one(config: Config) -> Outcome:
@@ -99,6 +104,7 @@ class _Worker:
 
     def give(self, job: Outcome) -> None:
         """Raises an OSError where the process has died."""
+        job.started = True
         self.job = job  # first: if interrupted in between, `end` must not wait for it
         self.structures.add(structure(job.config))
         self.pipe.send(job.config)
