@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -108,8 +110,21 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, which is handled as Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def guarded(main: Callable[[], int]) -> int:
-    """Call `main`; what was asked wrongly becomes one line and status 2, Ctrl-C a hint and 130."""
+    """Call `main`; what was asked wrongly becomes one line and status 2.
+
+    Ctrl-C becomes a hint and status 130, SIGTERM the same and 143.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -121,13 +136,12 @@ def guarded(main: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(
-            "\nInterrupted. Every run is kept up to the end of its last epoch; "
-            "the same command goes on from there.",
+            "\nInterrupted. What is done is kept; the same command goes on from there.",
             file=sys.stderr,
         )
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
 
 
 def one_line(error: Exception) -> str:

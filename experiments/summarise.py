@@ -10,8 +10,8 @@ diverged=false, or schedule.name=null where it is empty; a column may be given t
 standard deviation of what `show` names (by default the test error in percent or the test
 perplexity, and train_loss in nats) over all that `by` does not name (by default it names every
 setting in which the runs differ, but the seed). Runs that stand in one line may differ in their
-seed, and in the settings that `over` names; other differences are an error. `csv` names a file for the selected runs
-themselves, a line each; where they come from is written beside it, as .json.
+seed, and in the settings that `over` names; other differences are an error. `csv` names a file for
+the selected runs themselves, a line each; where they come from is written beside it, as .json.
 
 The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
 trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
@@ -121,7 +121,7 @@ def why_empty(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> It
         if (rest := len(empty) - diverged) and name.startswith("learned."):
             yield f"{name} is empty in {rest} of {len(groups)} lines, where nothing tunes it"
         elif rest:
-            yield f"{name} is empty in {rest} of {len(groups)} lines, whose runs have no such result"
+            yield f"{name} is empty in {rest} of {len(groups)} lines, whose runs lack it"
 
 
 def check_numbers(table: pd.DataFrame, show: Sequence[str]) -> None:

@@ -7,7 +7,7 @@
                  checkpoint.pt          until the run is finished
                  model.pt               the weights, where there is something to do with them
                  summary.json           written last: a run that has one is finished
-                 lock                   held by the process that works on the run, as long as it does
+                 lock                   held by the process that works on the run, while it does
 
 Every file but the growing curves is written beside its place and then moved there, so that it is
 whole whenever it is there.

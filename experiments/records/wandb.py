@@ -41,6 +41,9 @@ class Logger:
     def fail(self) -> None:
         """The run has failed."""
 
+    def interrupt(self) -> None:
+        """The run is stopped, to go on later."""
+
 
 class WandbLogger(Logger):
     """Weights & Biases. Offline where no key is set; it never asks, and never fails a run.
@@ -117,6 +120,9 @@ class WandbLogger(Logger):
 
     def fail(self) -> None:
         self._try(lambda: self._close("failed", 1))
+
+    def interrupt(self) -> None:
+        self._try(lambda: self._close("interrupted", 1))
 
     def _close(self, state: str, exit_code: int) -> None:
         self.run.finish(exit_code=exit_code)
