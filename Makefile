@@ -25,7 +25,8 @@ RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER
 TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(RUN_OPTIONS) $(if $(START),start=$(START)) \
 	$(if $(SEEDS),seeds=$(SEEDS))
 
-PUSH = $(if $(filter wandb,$(LOGGER)),$(PY) -m experiments.records.push_wandb,:)
+# A logger that shows more than files has a command of its own that brings them there.
+PUSH = $(if $(filter-out csv,$(LOGGER)),$(PY) -m experiments.records.push_$(LOGGER),:)
 
 # Only a PYTHON= that was asked for can make an existing .venv the wrong one.
 ifneq ($(origin PYTHON),file)
@@ -35,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark report clean other-python
+.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -93,6 +94,9 @@ gallery: setup ## draw the gallery of paths in two dimensions, with its animatio
 
 benchmark: setup ## time a step beside torch.optim and the published package, on one core (20 minutes)
 	@$(PY) -m experiments.studies step_time && $(PUSH)
+
+gpu-check: setup ## check on a GPU what a CPU cannot show, in ten minutes; writes results/gpu_check.md
+	@$(PY) -m scripts.gpu_check
 
 tables: setup ## redraw every table and figure from the results in the repository, without training
 	@$(PY) -m scripts.tables && $(PUSH)

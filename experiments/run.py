@@ -25,7 +25,7 @@ from experiments.config.resolve import check_store, resolve_all
 from experiments.config.schema import CONFIGS
 from experiments.execution.outcome import describe
 from experiments.execution.pool import run_one
-from experiments.records.wandb import say_how_to_sync
+from experiments.records.loggers.catalog import find
 from experiments.training.distributed import joined
 
 
@@ -91,8 +91,7 @@ def main() -> int:
         outcome = run_one(config)
     if is_first():
         print(describe(outcome))
-        if config.logger.name == "wandb":
-            say_how_to_sync(config.store)
+        find(config).say_where(config)
     return 0
 
 

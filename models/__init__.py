@@ -1,18 +1,12 @@
-"""The models of the experiments, as plain modules."""
+"""The models of the experiments. Each module of this folder that has `MODELS` is found here."""
 
-from collections.abc import Callable
-from functools import partial
+import pkgutil
+from importlib import import_module
 
-from torch import nn
+from models.declared import Model
 
-from .char_rnn import CharRNN
-from .mlp import MLP
-from .resnet import ResNet
-from .softmax import Softmax
-
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "mlp": MLP,
-    **{f"resnet{depth}": partial(ResNet, depth) for depth in (20, 32, 44, 56)},
-    "char_rnn": CharRNN,
-    "softmax": Softmax,
+MODELS: dict[str, Model] = {
+    name: model
+    for module in sorted(module.name for module in pkgutil.iter_modules(__path__))
+    for name, model in getattr(import_module(f"models.{module}"), "MODELS", {}).items()
 }

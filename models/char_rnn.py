@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.declared import Model
+
 Hidden = tuple[Tensor, Tensor]
 
 
@@ -66,3 +68,6 @@ class CharRNN(nn.Module):
             characters = torch.multinomial(chances, 1, generator=generator)[None]
             drawn.append(characters[0])
         return torch.cat(drawn) if drawn else start[:0]
+
+
+MODELS = {"char_rnn": Model(CharRNN, reads="text", sizes=("hidden", "layers"))}

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from models.declared import Model
+
 
 class MLP(nn.Module):
     """784-128-10 with tanh after *both* layers, then log-softmax; torch's default Linear init.
@@ -20,3 +22,6 @@ class MLP(nn.Module):
         """Log-probabilities, shape (n, 10), of images of shape (n, 28, 28), pixels in [0, 1]."""
         hidden = torch.tanh(self.hidden(images.flatten(1)))
         return torch.log_softmax(torch.tanh(self.output(hidden)), dim=1)
+
+
+MODELS = {"mlp": Model(MLP, reads="grey images")}

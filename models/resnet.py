@@ -11,9 +11,12 @@ the shape changes, every second pixel with zeros for the new channels, without p
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.declared import Model
 
 
 class BasicBlock(nn.Module):
@@ -66,3 +69,9 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(F.relu(self.norm(self.conv(x)), inplace=True))
         return F.log_softmax(self.linear(x.mean((2, 3))), dim=1)
+
+
+MODELS = {
+    f"resnet{depth}": Model(partial(ResNet, depth), reads="colour images")
+    for depth in (20, 32, 44, 56)
+}

@@ -23,8 +23,9 @@ from unittest.mock import patch
 from experiments.cli import asked_for_help, guarded, number, split
 from experiments.config.compose import compose
 from experiments.config.resolve import resolve_all
+from experiments.records.loggers.catalog import find
+from experiments.records.loggers.wandb import WandbLogger
 from experiments.records.store import RunDirectory
-from experiments.records.wandb import WandbLogger, prepare
 from experiments.training.trainer import train
 
 STACK = "Adam(0.001) / SGD(1e-5)"
@@ -62,7 +63,7 @@ def measure(logger: str, epochs: str, data: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as store, patch.dict(os.environ, {"WANDB_MODE": "offline"}):
         overrides = (f"data={data}", f"trainer.epochs={epochs}", f"stack={STACK}", "device=cpu")
         (config,) = resolve_all([compose([*overrides, f"logger={logger}", f"store={store}"])])
-        prepare(config)
+        find(config).prepare()
         with (
             patch.object(RunDirectory, "append_curves", records.around(RunDirectory.append_curves)),
             patch.object(WandbLogger, "log", records.around(WandbLogger.log)),

@@ -6,9 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 
 import random
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,31 +36,6 @@ class Digits(NamedTuple):
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
-
-
-@pytest.fixture(scope="session")
-def committed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Of a page with numbers, the results that were committed with it: a reader's own may differ.
-
-    Where the page is being changed, or where there is no repository, they are those of results/.
-    """
-    root = Path(__file__).parents[1]
-    whole = tmp_path_factory.mktemp("committed")
-
-    def results_of(page: str) -> Path:
-        def git(*arguments: str | Path) -> None:
-            subprocess.run(["git", "-C", root, *arguments], check=True, stderr=subprocess.DEVNULL)
-
-        try:
-            git("diff", "--quiet", "HEAD", "--", page)
-            if not (whole / "results").exists():
-                git("archive", "-o", whole / "results.tar", "HEAD", "results")
-                shutil.unpack_archive(whole / "results.tar", whole)
-        except (OSError, subprocess.CalledProcessError):
-            return root / "results"
-        return whole / "results"
-
-    return results_of
 
 
 @pytest.fixture(scope="session")

@@ -16,15 +16,16 @@ import hyperopt
 from experiments.config import baselines
 from experiments.config.baselines import PEERS, judged, make_optimizer, parse
 from experiments.config.identity import run_hash
-from experiments.data.images import Dataset, load, pixels
+from experiments.data.catalog import load
+from experiments.data.images import Dataset, pixels
 from experiments.execution.outcome import Outcome, describe
 from experiments.execution.pool import structure
 from experiments.records.store import RunStore
 from experiments.records.tidy import tidy
-from experiments.tasks.classification import Images
+from experiments.tasks.classification import Classification
 from experiments.training.trainer import train
 from hyperopt import RULES
-from models import MLP
+from models.mlp import MLP
 
 STACKS = ["AdamWScheduleFree(0.01)", "Prodigy()", "DAdaptAdam()", "DAdaptSGD()"]
 
@@ -117,7 +118,7 @@ class Stretched(nn.Module):
 
 def test_averages_of_batch_normalisation_follow_the_weights_that_are_judged() -> None:
     images, labels = torch.full((512, 2, 2), 255, dtype=torch.uint8), torch.zeros(512).long()
-    data = Images(Dataset("mnist", "", "", images, labels, images, labels), 8, False, "cpu")
+    data = Classification(Dataset("mnist", "", "", images, labels, images, labels), 8, False, "cpu")
     for stack, expected in (("AdamWScheduleFree(1.0)", "moved"), ("SGD(1.0)", "left alone")):
         model = Stretched()
         optimizer = make_optimizer(model, stack, compile=False)

@@ -25,14 +25,15 @@ from experiments.studies.char_rnn.report import read_runs, verdicts
 from experiments.studies.char_rnn.runs import (
     CELLS,
     LRS,
+    ONCE,
     PRESETS,
     STUDY,
     WAVES,
     Cell,
+    CharRnnPreset,
     cell_config,
     cell_of,
 )
-from experiments.studies.study import Preset
 from experiments.training.trainer import train
 from hyperopt import parse
 from scripts import report
@@ -63,6 +64,26 @@ def test_the_grid_is_the_papers() -> None:
         if cell.kind == "tower":
             above.add(str(stack.levels[1]))
     assert len(above) == 1, "the hyper-step size is the same from every start"
+
+
+def test_the_paper_s_preset_has_one_seed_of_more_rows() -> None:
+    """Adam above with a hundredth of the lr, from each of three; the log domain; Auto."""
+    runs = running.planned(STUDY, "preset=paper")
+    assert len(runs) == 3 * len(CELLS) + 5
+    once = [(cell, config) for cell, config in runs if cell in ONCE]
+    assert [(cell.kind, config.seed) for cell, config in once] == [
+        *[("adam", 0)] * 3,
+        *[("log", 0), ("auto", 0)],
+    ]
+    stacks = [config.stack.notation or "" for _, config in once]
+    assert stacks[:3] == [str(parse(f"Adam({lr})[lr] / Adam({lr / 100:.4g})")) for lr in LRS]
+    assert parse(stacks[3]).levels[0].tuned["lr"].domain.name == "log"
+    assert parse(stacks[4]).levels[0].name == "ScheduleFreeAdam"
+    for cell, config in runs:
+        schedule: dict[str, Any] = {"schedule": {}} if cell.kind == "decay" else {}
+        assert cell_of({"stack": config.stack.notation, **schedule}) == cell
+    few = running.planned(STUDY, "preset=paper", "kinds=auto,log", "seeds=0")
+    assert [cell.kind for cell, _ in few] == ["log", "auto"]
 
 
 def test_the_setting_is_char_rnns() -> None:
@@ -109,7 +130,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def execute(folder: Path, lines: Path, *more: str, **how: Any) -> list[Cell]:
     """The command in this process, on a preset of 40 steps; returns the cells it has made."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "cpu", Preset(SHORT))
+        patch.setitem(PRESETS, "cpu", CharRnnPreset(SHORT))
         arguments = ("preset=cpu", "seeds=0,1", f"data.root={lines}", *more)
         return [cell_of(run) for run in running.execute(STUDY, folder, *arguments, **how)]
 

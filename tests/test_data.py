@@ -15,14 +15,13 @@ from torchvision.datasets import CIFAR10 as CIFAR10Folder
 from experiments.config.compose import compose
 from experiments.config.resolve import resolve_all
 from experiments.data import images as data
-from experiments.data.catalog import resolve
+from experiments.data.catalog import load, resolve
 from experiments.data.images import (
     CIFAR10_MEAN,
     CIFAR10_SD,
     CIFAR10_SHA256,
     MNIST_SHA256,
     Dataset,
-    load,
     pixels,
 )
 
@@ -199,5 +198,7 @@ def test_a_banner_says_that_other_digits_stand_in(
 
 
 def test_an_unknown_data_set_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no data set 'mnits'; known are mnist, mnist-5k, cifar10"):
+    with pytest.raises(
+        ValueError, match=r"no data set 'mnits'; known are .*mnist, mnist-5k, cifar10"
+    ):
         resolve("mnits", tmp_path)

@@ -1,4 +1,4 @@
-"""docs/add-a-rule.md, followed word for word in a copy of the project."""
+"""Pages of docs/ that say how to add something, followed word for word in a copy of the project."""
 
 import json
 import re
@@ -12,11 +12,22 @@ import pytest
 import test_every_rule
 from test_project import ROOT
 
-PAGE = (ROOT / "docs" / "add-a-rule.md").read_text()
+DOCS = ROOT / "docs"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def files(page: str) -> dict[str, str]:
+    """The files that a page has the reader write: each is named before its block."""
+    text = (DOCS / page).read_text()
+    found = {}
+    for match in re.finditer(r"^```(?:python|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        names = re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", text[: match.start()])
+        found[next(name for name in names[::-1] if name not in found)] = match[1]
+    return found
 
 
 def follow(command: str, project: Path, *more: str) -> str:
@@ -29,12 +40,67 @@ def follow(command: str, project: Path, *more: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_adding_a_rule(tmp_path: Path) -> None:
-    for folder in ("hyperopt", "experiments", "hydra_plugins", "models", "configs", "tests"):
+FOLDERS = ("hyperopt", "experiments", "hydra_plugins", "models", "configs", "scripts", "tests")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project without results."""
+    for folder in FOLDERS:
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (rule,), (row,), (suite, one, seeds) = blocks("python"), blocks("yaml"), blocks("sh")
+    return tmp_path
+
+
+def write(page: str, project: Path) -> None:
+    for name, text in files(page).items():
+        path = project / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        assert not path.exists(), name
+        path.write_text(text)
+
+
+FEW = ("data=mnist-5k", "device=cpu", "progress=false", "workers=1")
+EAGER = ("trainer.compile=false", "trainer.compile_model=false")
+
+
+@pytest.mark.slow
+def test_adding_a_study(project: Path) -> None:
+    write("add-a-study.md", project)
+    (block,) = blocks("add-a-study.md", "sh")
+    list_them, train, draw, test = block.splitlines()
+    assert "nesterov     Momentum with and without" in follow(list_them, project)
+    follow(train, project, *FEW, *EAGER)
+    folder = project / "results" / "nesterov" / "quick-mnist-5k"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"runs.csv", "runs.json", "README.md", "figure.png", "figure.pdf"}
+    first = {path: path.read_bytes() for path in folder.iterdir()}
+    for path in folder.glob("figure.*"):
+        path.unlink()
+    follow(draw, project)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == first
+    assert "1 passed" in follow(test, project, "-p", "no:cacheprovider")
+
+
+@pytest.mark.slow
+def test_adding_a_model_and_its_data(project: Path) -> None:
+    write("add-a-model.md", project)
+    (block,) = blocks("add-a-model.md", "sh")
+    train, summarise = block.splitlines()
+    said = follow(train, project, "device=cpu", "progress=false", *EAGER)
+    assert "on Stripes" in said
+    (summary,) = (json.loads(path.read_text()) for path in project.glob("runs/*/summary.json"))
+    assert summary["model"] == {"name": "tiny_net"} and summary["test_error"] < 20
+    assert "tiny_net" in follow(summarise, project)
+    refused = [sys.executable, *shlex.split(train)[1:], "model=resnet20", *EAGER]
+    done = subprocess.run(refused, cwd=project, capture_output=True, text=True)
+    assert done.returncode == 2 and "give model=mlp or softmax or tiny_net" in done.stderr
+
+
+@pytest.mark.slow
+def test_adding_a_rule(project: Path) -> None:
+    page, tmp_path = "add-a-rule.md", project
+    (rule,), (row,), (suite, one, seeds) = (blocks(page, kind) for kind in ("python", "yaml", "sh"))
     (name,) = re.findall(r"^class (\w+)\(Rule\):", rule)
     with open(tmp_path / "hyperopt" / "rules.py", "a") as file:
         file.write(f"\n\n{rule}")
@@ -43,13 +109,12 @@ def test_adding_a_rule(tmp_path: Path) -> None:
     passed = re.search(r"(\d+) passed", follow(suite, tmp_path, "-p", "no:cacheprovider"))
     assert passed and int(passed[1]) >= len(tests) - 1  # the compiled one is skipped in places
 
-    (where,) = re.findall(r"`(configs/experiment/\w+\.yaml)`", PAGE)
+    (where,) = re.findall(r"`(configs/experiment/\w+\.yaml)`", (DOCS / page).read_text())
     (tmp_path / where).write_text(row)
-    short = ["data=mnist-5k", "trainer.epochs=1", "device=cpu", "progress=false", "workers=1"]
-    eager = ["trainer.compile=false", "trainer.compile_model=false"]
+    short = [*FEW, *EAGER, "trainer.epochs=1"]
     for command, runs in ((one, 1), (seeds, 3)):
         store = tmp_path / f"runs-{runs}"
-        follow(command, tmp_path, *short, *eager, f"store={store}")
+        follow(command, tmp_path, *short, f"store={store}")
         summaries = [json.loads(path.read_text()) for path in store.glob("*/summary.json")]
         assert len(summaries) == runs
         for summary in summaries:

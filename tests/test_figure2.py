@@ -18,6 +18,7 @@ import torch
 from experiments.config.identity import run_hash
 from experiments.config.resolve import resolve
 from experiments.config.schema import Config
+from experiments.data import catalog
 from experiments.data import images as data
 from experiments.records.archive import export_runs, import_runs, read_records
 from experiments.records.store import RunStore
@@ -72,7 +73,7 @@ def test_the_setting_is_that_of_he_et_al() -> None:
     trainer = config.trainer
     assert (trainer.steps, trainer.batch_size) == (64_000, 128)
     assert 163 * 391 < 64_000 < trainer.epochs * 391  # of 50,000 images
-    assert not (trainer.autocast or trainer.compile_model)
+    assert config.precision == "float32" and not trainer.compile_model
     assert (config.schedule.name, config.schedule.factor) == ("steps", 0.1)
     assert config.schedule.milestones == [0.5, 0.75]
     short = cell_config(HE, 0, PRESETS["cpu"].overrides)
@@ -123,9 +124,9 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Any:
         train, test = (data._sorted(arrays[f"x_{p}"], arrays[f"y_{p}"]) for p in ("train", "test"))
         known = data._dataset("cifar10", "", [*train, *test])
         patch.setitem(data.SHA256, "cifar10", known.sha256)
-        data.load.cache_clear()
+        catalog.load.cache_clear()
         yield folder
-    data.load.cache_clear()
+    catalog.load.cache_clear()
 
 
 SHORT = (
@@ -410,10 +411,10 @@ def test_steps_end_the_last_epoch_early(cifar: Path, tmp_path: Path) -> None:
     assert train(one)["train_loss"] != pytest.approx(float(curves[1].split(",")[2]), rel=1e-4)
 
 
-def test_autocast_computes_the_model_in_bfloat16(cifar: Path, tmp_path: Path) -> None:
+def test_bf16_computes_the_model_in_bfloat16(cifar: Path, tmp_path: Path) -> None:
     exact, rough = (
-        train(config_of(cifar, tmp_path, HE, "trainer.steps=1", f"trainer.autocast={cast}"))
-        for cast in (False, True)
+        train(config_of(cifar, tmp_path, HE, "trainer.steps=1", f"precision={precision}"))
+        for precision in ("float32", "bf16")
     )
     assert exact["hash"] != rough["hash"]
     assert exact["train_loss"] != rough["train_loss"]
@@ -424,7 +425,7 @@ def test_autocast_computes_the_model_in_bfloat16(cifar: Path, tmp_path: Path) ->
 def test_a_tower_learns_on_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On 128 of them the loss falls, they are told apart, and lr and momentum move all the time."""
     monkeypatch.setitem(data.SHA256, "cifar10", data.CIFAR10_SHA256)
-    images = data.load("cifar10", CIFAR10.parent)
+    images = catalog.load("cifar10", CIFAR10.parent)
     few = torch.randperm(50_000)[:128]
     x, y = images.x_train[few], images.y_train[few]
     some = replace(images, x_train=x, y_train=y, x_test=x, y_test=y)
@@ -441,8 +442,8 @@ def test_a_tower_learns_on_real_images(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.gpu
 def test_the_setting_runs_on_a_gpu(cifar: Path, tmp_path: Path) -> None:
     """A tower, and He et al.'s schedule in bfloat16, with batches as on a CPU."""
-    for cell, cast in ((REPLAYED, False), (HE, True)):
-        own = (cifar, tmp_path, cell, f"trainer.autocast={cast}")
+    for cell, precision in ((REPLAYED, "float32"), (HE, "bf16")):
+        own = (cifar, tmp_path, cell, f"precision={precision}")
         on_gpu = train(config_of(*own, "device=cuda"))
         on_cpu = train(config_of(*own))
         assert on_gpu["train_loss"] == pytest.approx(on_cpu["train_loss"], rel=0.05)

@@ -12,7 +12,7 @@ HASHES = {
     "experiment=table1_b8_adam-lr_adam seed=2": "f45e6af844877ad8",
     "experiment=figure2 seed=1": "a90d1a360ebb3654",
     "experiment=figure2 schedule=he": "a021cf79e0a63528",
-    "experiment=figure2 trainer.autocast=true": "b2a3d778ed3a9082",
+    "experiment=figure2 precision=bf16": "b2a3d778ed3a9082",
     "experiment=figure3": "f9219c1dcd8888ca",
     "experiment=char_rnn": "932823b412921c68",
     "experiment=char_rnn schedule=exponential": "69919b8c2415a006",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.data.images import CIFAR10_MEAN, CIFAR10_SD, Dataset, normalised
-from experiments.tasks.classification import Images
+from experiments.tasks.classification import Classification
 from models.resnet import ResNet
 
 
@@ -25,7 +25,7 @@ class Fed(NamedTuple):
     sizes: list[int]
 
 
-def fed(images: Images, seed: int = 0) -> Fed:
+def fed(images: Classification, seed: int = 0) -> Fed:
     """A whole epoch."""
     batches = list(images.epoch(torch.Generator().manual_seed(seed)))
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
@@ -34,7 +34,7 @@ def fed(images: Images, seed: int = 0) -> Fed:
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_an_epoch_has_each_image_once_in_an_order_of_its_own(augment: bool) -> None:
-    images = Images(dataset(30), 8, augment, "cpu")
+    images = Classification(dataset(30), 8, augment, "cpu")
     epoch = fed(images)
     assert epoch.sizes == [8, 8, 8, 6] and images.steps_per_epoch == 4
     assert sorted(epoch.labels.tolist()) == list(range(30))
@@ -45,14 +45,14 @@ def test_an_epoch_has_each_image_once_in_an_order_of_its_own(augment: bool) -> N
 
 def test_without_augmentation_images_are_as_they_are() -> None:
     data = dataset(30)
-    epoch = fed(Images(data, 8, False, "cpu"))
+    epoch = fed(Classification(data, 8, False, "cpu"))
     assert epoch.images.equal(data.x_train[epoch.labels])
 
 
 def test_augmented_images_are_crops_with_zeros_around_and_flips() -> None:
     """Each is one of the 9 x 9 x 2 that there are of it; all corners and both sides occur."""
     data = dataset(400)
-    epoch = fed(Images(data, 64, True, "cpu"))
+    epoch = fed(Classification(data, 64, True, "cpu"))
     padded = np.pad(data.x_train.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
     seen = set()
     for image, label in zip(epoch.images.numpy(), epoch.labels.tolist(), strict=True):
@@ -88,7 +88,7 @@ def test_the_test_error_is_of_evaluation_mode_and_leaves_the_model_training() ->
             return torch.nn.functional.one_hot(labels + (labels % 3 > 0), 1200)
 
     model = Third()
-    assert Images(dataset(1100), 8, True, "cpu").evaluate(model) == {
+    assert Classification(dataset(1100), 8, True, "cpu").evaluate(model) == {
         "test_error": pytest.approx(66.6364)
     }
     assert model.training and model.seen == 1100
@@ -96,7 +96,7 @@ def test_the_test_error_is_of_evaluation_mode_and_leaves_the_model_training() ->
 
 def test_feeding_takes_next_to_nothing_of_a_step() -> None:
     """Less than 3 % of a ResNet-20's step at batch 128, the least of several times of both."""
-    images = Images(dataset(2560), 128, True, "cpu")
+    images = Classification(dataset(2560), 128, True, "cpu")
     model = ResNet().to(memory_format=torch.channels_last)
     gradient = images.gradient(model, compile=False, autocast=False)
     feeding, stepping = [], []

@@ -34,7 +34,7 @@ def test_resnets_have_the_parameters_of_he_et_al(depth, parameters):
 
 
 def test_resnets_are_he_et_al_s_without_biases_and_with_parameter_free_shortcuts():
-    model = MODELS["resnet20"]()
+    model = MODELS["resnet20"].make()
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == 19
     for m in convolutions:

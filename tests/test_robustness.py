@@ -1,10 +1,9 @@
 """The benchmark of robustness: its runs, its whole command on a slice, its numbers, its drawing."""
 
 import functools
-import io
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ from experiments.studies.robustness.runs import (
 from hyperopt import Auto
 
 RESULTS = ROOT / "results" / "robustness"
-PAGE = ROOT / "docs" / "start-anywhere.md"
 DATA = {"char_rnn": "war_and_peace", "resnet": "cifar10"}
 
 
@@ -407,102 +405,3 @@ def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
     assert sorted(lines.hash) == sorted(summary["hash"] for summary in summaries)
     shown = drawn.points(lines).to_csv(index=False, lineterminator="\n", float_format="%.6g")
     assert (RESULTS / preset / "table.csv").read_text() == shown
-
-
-def test_the_page_says_what_was_found(committed: Callable[[str], Path]) -> None:
-    page, results = PAGE.read_text(), committed(str(PAGE))
-    found, less = (
-        drawn.points(pd.read_csv(results / "robustness" / preset / "runs.csv"))
-        for preset in ("paper", "cpu")
-    )
-    for lines in (
-        drawn.overview(drawn.robustness(found, "paper"), "paper", drawn.MAIN, None),
-        drawn.overview(drawn.ablated(drawn.robustness(less, "cpu")), "cpu", drawn.PARTS, None),
-        [f"- {verdict}" for verdict in drawn.verdicts(found, "paper")],
-    ):
-        text = "\n".join(lines)
-        assert text in page, f"docs/start-anywhere.md is to say:\n{text}"
-    words = " ".join(page.split())
-    best = found.loc[found.groupby(["task", "method"]).error.idxmin()]
-    best = best.set_index(["task", "method"])
-    ratio = best.error / best.error.groupby("task").transform(lambda own: own.xs("Auto", level=1))
-    lower = best[(ratio < 1) & best.index.isin(drawn.MAIN, level=1)]
-    assert sorted(lower.index) == [
-        ("char_rnn", "Adam-HD"),
-        ("char_rnn", "AdamW"),
-        ("mlp30", "Momentum"),
-        ("mlp30", "SGD"),
-        ("mlp30", "SGD-HD"),
-        ("resnet", "Adam"),
-        ("resnet", "Adam/SGD"),
-        ("resnet", "ScheduleFree"),
-        ("softmax", "ScheduleFree"),
-    ]
-    assert "from its best, all with three seeds: Schedule-Free AdamW on softmax regression" in words
-    assert (lower.n == 3).all()
-    assert (
-        "and, by a fifth, on ResNet-20; SGD, with and without momentum, and SGD-HD on the" in words
-    )
-    assert round(ratio["resnet", "ScheduleFree"], 1) == 0.8
-    assert (
-        "MLP after 30 epochs; Adam and Adam / SGD(1e-5) on ResNet-20; AdamW and Adam-HD on" in words
-    )
-    assert "on the RNN, by 0.2 % at most, much less than seeds differ by" in words
-    rnn = lower.loc["char_rnn"]
-    assert (ratio["char_rnn"][rnn.index] > 0.998).all() and (rnn.sd / rnn.error > 0.008).all()
-    errors = found[(found.task == "char_rnn") & (found.method == "Auto")].set_index("start").error
-    assert "it still ends higher from there than from 1e-3 and more" in words
-    assert errors[1e-7] > errors[1e-3:].max()
-    assert "Adam in the place of Schedule-Free Adam, all above it the same, ends higher" in words
-    means = less.groupby(["task", "method"]).error.mean()
-    for task, method in means.index:
-        if method == "no-mean":
-            assert means[task, "Auto"] < means[task, method]
-    lrs: dict[Any, list[float]] = {}
-    for files in read_records(results / "robustness" / "cpu" / "records").values():
-        cell = cell_of("cpu", json.loads(files["summary.json"]))
-        if (cell.task, cell.method) == ("mlp", "Auto"):
-            values = pd.read_csv(io.StringIO(files["hyperparameters.csv"])).set_index("step")
-            lrs.setdefault(cell.start, []).append(values["0.lr"][100])
-    low, high = (f"{sum(lrs[start]) / len(lrs[start]):.3f}" for start in (1e-8, 1e2))
-    assert f"after 100 steps lr is {low} from 1e-8 and {high} from 100" in " ".join(page.split())
-
-
-def test_the_page_says_how_many_seeds_there_are(committed: Callable[[str], Path]) -> None:
-    words = " ".join(PAGE.read_text().split())
-    assert "All methods have three seeds from all starts" in words
-    runs = pd.read_csv(committed(str(PAGE)) / "robustness" / "paper" / "runs.csv").fillna(
-        {"start": 0}
-    )
-    number = runs.groupby(["task", "method", "start"]).seed.nunique()
-    there = {*PRESETS["paper"].tasks["resnet"].starts}
-    half = []
-    for cell in cells("paper"):
-        seeds = number.get((cell.task, cell.method, cell.start or 0), 0)
-        if cell.task == "resnet" and cell.method in FIXED and cell.start not in there:
-            half.append(seeds)
-        elif cell.method in drawn.MAIN:
-            assert seeds == 3
-    assert "as Adam does on ResNet-20; there, most half powers have one seed" in words
-    assert min(half) == 1 and half.count(1) > len(half) / 2
-    assert "The best fixed lr is searched at half powers of ten too, so that the rule that" in words
-    lrs = drawn.points(runs[(runs.task == "resnet") & runs.method.isin(FIXED)])
-    best = lrs.loc[lrs.error.idxmin()]
-    assert best.method == "Adam" and best.start not in there
-    assert best.n == 3
-
-
-def test_the_page_says_what_auto_costs(committed: Callable[[str], Path]) -> None:
-    page = " ".join(PAGE.read_text().split())
-    timed = json.loads((committed(str(PAGE)) / "robustness" / drawn.TIMES).read_text())
-    relative, added = timed["relative"], timed["overheads_of_auto"]
-    auto, adam = relative["Auto"], relative["Adam"]
-    assert f"one with Auto takes {auto:.2f}, one with our own Adam {adam:.2f}" in page
-    assert "takes less than that of torch's Adam on all three models" in page
-    assert all(shares[drawn.REFERENCE] < 0 for shares in added.values())
-    ours = (f"{100 * added[name]['Adam']:.1f} %" for name in ("mlp", "char_rnn", "resnet20"))
-    told = "it adds {} to a step of the MLP, {} to one of the RNN and {} to one of ResNet-20"
-    assert told.format(*ours) in page
-    assert "to one of ResNet-20, where 5, 1 and 1 % were aimed at" in page
-    aims = {"mlp": 0.05, "char_rnn": 0.01, "resnet20": 0.01}
-    assert {name for name in aims if added[name]["Adam"] > aims[name]} == {"mlp", "char_rnn"}

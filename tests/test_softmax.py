@@ -11,15 +11,15 @@ from experiments.config.compose import compose
 from experiments.config.resolve import resolve
 from experiments.data.images import MNIST_SHA256, Dataset
 from experiments.studies.robustness.softmax_optimum import PATH, least_objective
-from experiments.tasks.classification import Images
+from experiments.tasks.classification import Classification
 from models.softmax import Softmax
 
 L2 = 0.3
 
 
-def task(mnist: Digits) -> Images:
+def task(mnist: Digits) -> Classification:
     parts = mnist.x_train[:300], mnist.y_train[:300], mnist.x_test[:100], mnist.y_test[:100]
-    return Images(Dataset("mnist-5k", "", "", *parts), 64, False, "cpu", l2=L2)
+    return Classification(Dataset("mnist-5k", "", "", *parts), 64, False, "cpu", l2=L2)
 
 
 def objective(model: Softmax, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

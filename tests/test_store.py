@@ -19,7 +19,7 @@ from experiments.config.identity import identity, run_hash
 from experiments.config.lr_schedules import ScheduleConfig
 from experiments.config.resolve import resolve
 from experiments.config.schema import Config
-from experiments.data.images import load
+from experiments.data.catalog import load
 from experiments.files import make_folder, write_text
 from experiments.records.store import RunDirectory, RunStore
 from experiments.training.trainer import train

@@ -14,7 +14,7 @@ from running import planned
 from experiments.config.compose import compose
 from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve
-from experiments.data.images import load
+from experiments.data.catalog import load
 from experiments.records.store import RunStore
 from experiments.studies.surface import runs as surface
 from experiments.studies.surface.runs import STUDY

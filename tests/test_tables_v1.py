@@ -11,9 +11,9 @@ from running import planned
 from experiments.config.compose import compose
 from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve
-from experiments.data.images import load
+from experiments.data.catalog import load
 from experiments.studies.tables_v1.runs import REFERENCE, STUDY, line, notation, reference
-from experiments.tasks.classification import Images
+from experiments.tasks.classification import Classification
 from hyperopt import parse
 
 
@@ -61,7 +61,7 @@ def test_the_order_is_part_of_a_run_and_leaves_earlier_hashes_alone() -> None:
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_come_in_the_order_of_the_file_unless_shuffled(shuffle: bool) -> None:
     data = load("mnist-5k", "")
-    images = Images(data, 300, False, "cpu", shuffle)
+    images = Classification(data, 300, False, "cpu", shuffle)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         x, y = (torch.cat(parts) for parts in zip(*images.epoch(generator), strict=True))

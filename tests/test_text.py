@@ -24,7 +24,7 @@ from experiments.config.schema import Config
 from experiments.data import corpus
 from experiments.data.corpus import CHARACTERS, LENGTH, SHA256, Book
 from experiments.records.store import RunStore
-from experiments.tasks.language_model import Text
+from experiments.tasks.language_model import LanguageModel
 from experiments.training.trainer import Progress, train
 from models.char_rnn import CharRNN
 
@@ -34,11 +34,11 @@ needs_book = pytest.mark.skipif(not WHOLE.is_file(), reason="needs War and Peace
 TINY = "to be or not to be, that is the question: whether 'tis nobler in the mind. " * 8
 
 
-def text(characters: str = TINY, validation: bool = False) -> Text:
-    return Text(Book(characters), 3, 5, validation, "cpu")
+def text(characters: str = TINY, validation: bool = False) -> LanguageModel:
+    return LanguageModel(Book(characters), 3, 5, validation, "cpu")
 
 
-def written(task: Text, numbers: Tensor) -> list[str]:
+def written(task: LanguageModel, numbers: Tensor) -> list[str]:
     return ["".join(task.vocabulary[i] for i in row) for row in numbers.tolist()]
 
 
@@ -99,7 +99,7 @@ def test_the_parts_of_the_book_are_the_documented_ones() -> None:
     assert (whole.sha256, len(whole.text), whole.name) == (SHA256, LENGTH, corpus.NAME)
     assert "".join(sorted(set(whole.text))) == "".join(sorted(CHARACTERS))
     assert whole.text.startswith(corpus.OPENING)
-    task = Text(whole, 50, 50, False, "cpu")
+    task = LanguageModel(whole, 50, 50, False, "cpu")
     assert (task.train, task.end, len(task.vocabulary)) == (1214, 1278, 82)
     assert task.streams.shape == (50, 63_901)
     first = "".join(task.vocabulary[i] for i in task.streams[1, :100].tolist())
@@ -109,7 +109,7 @@ def test_the_parts_of_the_book_are_the_documented_ones() -> None:
 # The gradient, the hidden state, and perplexity.
 
 
-def model_of(task: Text) -> CharRNN:
+def model_of(task: LanguageModel) -> CharRNN:
     torch.manual_seed(1)
     return CharRNN(len(task.vocabulary), hidden=6)
 
@@ -315,21 +315,21 @@ def test_a_run_cut_between_its_last_step_and_its_end_has_its_last_epoch(
     whole = train(config(tiny, tmp_path / "whole", TOWER, "trainer.checkpoint_every=1"))
     broken = config(tiny, tmp_path / "broken", TOWER, "trainer.checkpoint_every=1")
 
-    def interrupt(task: Text, model: nn.Module) -> dict[str, float]:
+    def interrupt(task: LanguageModel, model: nn.Module) -> dict[str, float]:
         raise KeyboardInterrupt
 
     for _ in range(2):  # at the end of the first epoch, twice
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Text, "evaluate", interrupt)
+            patch.setattr(LanguageModel, "evaluate", interrupt)
             train(broken)
-    evaluate, done = Text.evaluate, list[int]()
+    evaluate, done = LanguageModel.evaluate, list[int]()
 
-    def second(task: Text, model: nn.Module) -> dict[str, float]:
+    def second(task: LanguageModel, model: nn.Module) -> dict[str, float]:
         done.append(1)
         return interrupt(task, model) if len(done) == 2 else evaluate(task, model)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Text, "evaluate", second)
+        patch.setattr(LanguageModel, "evaluate", second)
         train(broken)
     assert result(train(broken)) == result(whole)
 
@@ -363,14 +363,17 @@ def test_a_run_that_diverges_is_a_result(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=mlp"], "model.name='mlp' does not read war_and_peace; give model=char_rnn"),
-        (["data=mnist-5k"], "model.name='char_rnn' does not read mnist-5k"),
+        (["model=mlp"], "model.name='mlp' does not read text; give model=char_rnn"),
+        (["data=mnist-5k"], "model.name='char_rnn' does not read grey images"),
         (["trainer.sequence_length=null"], "trainer.sequence_length=None must be 1 or more for"),
-        (["model.hidden=0"], "model.hidden=0 must be 1 or more for a text"),
-        (["trainer.compile_model=true"], "leaves an LSTM as it is; give trainer.compile_model=fa"),
+        (["model.hidden=0"], "model.hidden=0 must be 1 or more for text"),
+        (
+            ["trainer.compile_model=true"],
+            "trainer.compile_model=true is not for text; give trainer.compile_model=f",
+        ),
         (["trainer.clip_value=0"], "trainer.clip_value=0.0 must be a number above 0, or null"),
         (["trainer.checkpoint_every=0"], "trainer.checkpoint_every=0 must be 1 or more, or null"),
-        (["data.augment=true"], "data.augment=true is for images in colour, not for war_and_pe"),
+        (["data.augment=true"], "data.augment=true is not for text; give data.augment=false"),
     ],
 )
 def test_a_bad_value_gets_one_clear_line(tiny: Path, overrides: list[str], message: str) -> None:
@@ -383,7 +386,7 @@ def test_a_bad_value_gets_one_clear_line(tiny: Path, overrides: list[str], messa
     "override", ["data.validation=true", "trainer.sequence_length=5", "model.hidden=3"]
 )
 def test_what_only_a_text_has_is_refused_for_images(override: str) -> None:
-    with pytest.raises(ValueError, match=f"{override} is for a text, not for mnist-5k"):
+    with pytest.raises(ValueError, match=f"{override} is not for grey images; "):
         resolve(compose(["data=mnist-5k", override]), "mnist-5k")
 
 

@@ -19,13 +19,14 @@ from experiments.config.compose import compose
 from experiments.config.identity import run_hash
 from experiments.config.resolve import resolve, resolve_all
 from experiments.config.schema import Config
-from experiments.data.images import load, normalised, pixels
+from experiments.data.catalog import load
+from experiments.data.images import normalised, pixels
 from experiments.records.provenance import of_process
 from experiments.records.provenance import provenance as summed_up
 from experiments.records.store import RunStore
 from experiments.tasks.compiled_gradient import make_gradient
 from experiments.training.trainer import Progress, train
-from models import MLP
+from models.mlp import MLP
 
 
 def config(store: Path, *overrides: str) -> Config:
@@ -260,14 +261,14 @@ def test_the_compiled_gradient_updates_buffers_once() -> None:
         (["trainer.batch_size=0"], "trainer.batch_size=0 must be 1 or more"),
         (["trainer.epochs=0"], "trainer.epochs=0 must be 1 or more"),
         (["trainer.steps=0"], "trainer.steps=0 must be 1 or more"),
-        (["data.augment=true"], "data.augment=true is for images in colour, not for mnist-5k"),
+        (["data.augment=true"], "data.augment=true is for images in colour, not for grey images"),
         (["schedule=hee"], "there is no schedule 'hee'; did you mean he?"),
         (["seed=-1"], "seed=-1 must be 0 or more"),
         (["workers=-1"], "workers=-1 must be 1 or more, or null for one for each core"),
         (["trainer.clip_value=inf"], "trainer.clip_value=inf must be a number above 0, or null"),
         (["trainer.l2=nan"], "trainer.l2=nan must be a number above 0, or null"),
         (["model.name=mpl"], "model.name='mpl' is not one of mlp"),
-        (["model=resnet20"], "model.name='resnet20' does not read mnist-5k; give model=mlp"),
+        (["model=resnet20"], "model.name='resnet20' does not read grey images; give model=mlp"),
     ],
 )
 def test_a_bad_value_gets_one_clear_line(overrides: list[str], message: str) -> None:

@@ -25,9 +25,9 @@ from experiments.config.resolve import resolve
 from experiments.config.schema import Config
 from experiments.data import corpus
 from experiments.records import push_wandb
+from experiments.records.loggers.wandb import offline, push_results, say_how_to_sync
 from experiments.records.store import RunStore
 from experiments.records.tidy import JUDGED_BY
-from experiments.records.wandb import offline, push_results, say_how_to_sync
 from experiments.training.trainer import Progress, train
 
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ class Server:
         return {}
 
     def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
-        new = {"id": given["name"], "history": [], "summary": {}, "exit": None}
+        new: dict[str, Any] = {"id": given["name"], "history": [], "summary": {}, "exit": None}
         run = self.runs.setdefault(given["name"], new)
         run["state"] = "running"
         for theirs, own in (

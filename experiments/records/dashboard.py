@@ -23,10 +23,11 @@ from wandb_workspaces.reports.v2 import Config, SummaryMetric
 
 from experiments.cli import asked_for_help, guarded, split
 from experiments.config.schema import LoggerConfig
-from experiments.records.wandb import offline
+from experiments.records.loggers.wandb import offline
+from experiments.tasks.catalog import tasks
 
-# How runs are judged, those on images and those on a text.
-MEASURES = {"test_error": "Test error (%)", "test_perplexity": "Test perplexity"}
+# How runs are judged.
+MEASURES = {task.judged_by.name: task.judged_by.words.capitalize() for task in tasks()}
 
 # W&B has no heat map of its own. In this one, in Vega-Lite, a cell is the mean over its runs.
 HEAT_MAP: dict[str, Any] = {

@@ -19,16 +19,10 @@ from pathlib import Path
 
 from experiments.cli import asked_for_help, guarded, split
 from experiments.config.schema import LoggerConfig
+from experiments.records.loggers.logger import Row, history
+from experiments.records.loggers.wandb import WandbLogger, push_results, read_note, say_how_to_sync
 from experiments.records.store import RunDirectory, RunStore
 from experiments.records.tidy import read_summaries
-from experiments.records.wandb import (
-    Row,
-    WandbLogger,
-    history,
-    push_results,
-    read_note,
-    say_how_to_sync,
-)
 
 
 @dataclass(frozen=True)

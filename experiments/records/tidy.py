@@ -10,11 +10,11 @@ from typing import Any
 from experiments.config.baselines import parse
 from experiments.files import csv_text
 from experiments.records.store import RunStore
-from experiments.tasks.classification import Images
-from experiments.tasks.language_model import Text
+from experiments.tasks.catalog import tasks
 
-JUDGED_BY = (Images.metrics[-1], Text.metrics[-1])
-RESULTS = (*Images.metrics, "objective", *Text.metrics, "train_loss", "diverged", "epochs", "steps")
+JUDGED_BY = tuple(task.judged_by.name for task in tasks())
+METRICS = tuple(name for task in tasks() for name in task.metrics)
+RESULTS = (*METRICS, "objective", "train_loss", "diverged", "epochs", "steps")
 # Of a summary, what is neither a setting nor a result.
 LEFT_OUT = ("hash", "hyperparameters", "tuned", "data_source", "data_sha256", "provenance")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.files import write_text
 from experiments.records.archive import read_records, setting
+from experiments.studies.pages import diverged, with_sd
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def read_runs(
     return runs
 
 
+def precision(run: Run) -> str:
+    """How the runs of a setting were computed, where that is not float32, for captions."""
+    return ", in bf16" if run.summary["trainer"].get("autocast") else ""
+
+
 def of(runs: Iterable[Run], cell: Any) -> list[Run]:
     return [run for run in runs if run.cell == cell]
 
@@ -84,24 +89,10 @@ def count(runs: Iterable[Run]) -> str:
 
 def mean_text(line: pd.Series, what: str, digits: int) -> str:
     """As in "17.20 ± 0.31", from a line with `what`, its `_sd`, n, and how many diverged."""
-    text = "" if math.isnan(line[what]) else f"{line[what]:.{digits}f}"
-    if not math.isnan(line[f"{what}_sd"]):
-        text += f" ± {line[f'{what}_sd']:.{digits}f}"
-    return text + (f" ({line.diverged} of {line.n} diverged)" if line.diverged else "")
+    return with_sd(line[what], line[f"{what}_sd"], digits) + diverged(line)
 
 
 def mean_of(values: Sequence[float | None]) -> str:
     """The mean; nothing where a run ended in something that is not a number."""
     numbers = [value for value in values if value is not None]
     return f"{sum(numbers) / len(numbers):.4g}" if numbers and len(numbers) == len(values) else ""
-
-
-def write_all(folder: Path, texts: dict[str, str]) -> list[Path]:
-    """Write files into a folder by their names; returns their paths."""
-    for name, text in texts.items():
-        write_text(folder / name, text)
-    return [folder / name for name in texts]
-
-
-def csv_of(table: pd.DataFrame, float_format: str | None = "%.6g") -> str:
-    return table.to_csv(index=False, lineterminator="\n", float_format=float_format)

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from typing import Any
 from experiments.cli import asked_for_help, choose, seed_list, split
 from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve_all
-from experiments.config.schema import Config
-from experiments.data.catalog import is_whole
+from experiments.config.schema import Config, StackConfig
+from experiments.data.catalog import find
 from experiments.execution.outcome import report_failures
 from experiments.execution.pool import run_all
 from experiments.files import csv_text, make_folder, write_json, write_text
@@ -35,9 +35,9 @@ from experiments.records.archive import (
     read_records,
     setting,
 )
+from experiments.records.loggers.catalog import find as find_logger
 from experiments.records.provenance import provenance
 from experiments.records.store import RunStore
-from experiments.records.wandb import push_results, say_how_to_sync
 
 Summary = dict[str, Any]
 
@@ -55,7 +55,7 @@ SETTABLE = (
     "workers",
 )
 # Where records are kept some more may be set: `check_setting` compares with what is recorded.
-SETTABLE_WITH_RECORDS = (*SETTABLE, "trainer.autocast", "trainer.threads")
+SETTABLE_WITH_RECORDS = (*SETTABLE, "precision", "trainer.threads")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,13 @@ class Options:
     seeds: str = ""
     start: str = "scratch"
     results: str = "results"
+
+
+@dataclass(frozen=True)
+class CellOptions(Options):
+    """The same for a study whose cells are of several kinds; empty is all of them."""
+
+    kinds: str = ""
 
 
 @dataclass
@@ -125,6 +132,33 @@ class Part:
         return [cell for batch in self.batches for cell, _ in batch]
 
 
+def each_seed(
+    request: Request, base: Config, cells: Iterable[tuple[Any, str, str]]
+) -> list[tuple[Any, Config]]:
+    """The runs of cells that differ in their stack alone, each with all seeds that are asked for.
+
+    Args:
+        base: the config of all of them, but for stack, seed and row.
+        cells: each with its stack, and the name of its row.
+    """
+    return [
+        (cell, replace(base, stack=StackConfig(stack), seed=seed, row=row))
+        for cell, stack, row in cells
+        for seed in request.seeds
+    ]
+
+
+def chosen(cells: Sequence[Any], request: Request, known: Sequence[str]) -> list[Any]:
+    """The cells of the kinds that are asked for, of those that are known.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    asked = request.options.kinds
+    kinds = {choose("kinds", kind, known) for kind in asked.split(",")} if asked else known
+    return [cell for cell in cells if cell.kind in kinds]
+
+
 class Reported:
     """A study's report: the module of that name beside its runs."""
 
@@ -147,6 +181,10 @@ class Reported:
             raise ValueError(
                 f"{error}; the runs are kept, and when this is mended, make tables draws them"
             ) from None
+
+    def prose(self, folder: Path) -> dict[str, str]:
+        """What README and docs say of a folder of results, by the names of the blocks."""
+        return getattr(self.report, "prose", lambda folder: {})(folder)
 
     def claims(self, folder: Path) -> Iterator[Any]:
         """What the paper claims of it, beside what a folder of results has found."""
@@ -221,12 +259,14 @@ class Study(Reported):
                 break
         if good or self.line is None:
             self.draw(request.folder)
-            publish(Path(request.options.results), part.configs[0])
+            config = part.configs[0]
+            find_logger(config).publish(Path(request.options.results), config)
         return 0 if good else 1
 
     def folder(self, request: Request, configs: Sequence[Config]) -> Path:
         """Where results go. Those of a part of a data set may not replace what is committed."""
-        others = sorted({config.data.name for config in configs if not is_whole(config.data.name)})
+        names = {config.data.name for config in configs}
+        others = sorted(name for name in names if not find(name).is_whole(name))
         return Path(request.options.results, self.name, "-".join([request.name, *others]))
 
     def folders(self, results: Path) -> list[Path]:
@@ -347,10 +387,3 @@ def train_and_list(part: Part, path: Path, line: Callable[[Any, Summary], dict[s
     write_text(path, csv_text([list(lines[0]), *(list(one.values()) for one in lines)]))
     write_json(where, made)
     return True
-
-
-def publish(results: Path, config: Config) -> None:
-    """Bring what was drawn to where the runs are shown; `config` is that of any of them."""
-    if config.logger.name == "wandb":
-        push_results(results, Path(config.store), config.logger.project)
-        say_how_to_sync(config.store)

@@ -58,6 +58,11 @@ plt.rcParams.update(
 )
 
 
+def subplots(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
+    """Axes on a figure as wide as a page, `height` inches high."""
+    return plt.subplots(rows, columns, figsize=(WIDTH, height), **options)
+
+
 def save(figure: Figure, path: Path) -> list[Path]:
     """Write a figure as PDF and PNG beside each other, without the time of drawing."""
     paths = []

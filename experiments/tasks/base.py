@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +12,53 @@ from torch import Tensor, nn
 from experiments.tasks.compiled_gradient import Gradient
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What the runs of a task are judged by.
+
+    Attributes:
+        name: in summaries.
+        words: for axes and captions.
+        text: of a value, as a format.
+    """
+
+    name: str
+    words: str
+    text: str
+
+
 class Task(Protocol):
     """Data on a device, and what is done with them.
 
+    A class of tasks is the `TASK` of a module in this folder, and is found there.
+
     Attributes:
+        kinds: of the data that it is for.
+        keys: the keys of a config that not every task reads, with the value that leaves each out.
+        required: those of them that must be 1 or more.
+        distributed: whether several processes can do it together.
+        judged_by: what runs are judged by.
         metrics: the names of what `evaluate` returns, the one that a run is judged by last.
         model_arguments: what a model has to know of the data, for its constructor.
         steps_per_epoch: the batches of an epoch.
     """
 
+    kinds: ClassVar[tuple[str, ...]]
+    keys: ClassVar[dict[str, Any]]
+    required: ClassVar[tuple[str, ...]] = ()
+    distributed: ClassVar[bool]
+    judged_by: ClassVar[Measure]
     metrics: tuple[str, ...]
     model_arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, config: Any, data: Any, device: torch.device) -> Task:
+        """The task of a resolved config on its data."""
+        ...
+
+    @classmethod
+    def check(cls, config: Any, kind: str) -> None:
+        """Raise a ValueError, in one line, for a value that data of some kind cannot have."""
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -51,11 +88,3 @@ class Task(Protocol):
     def kept(self, model: nn.Module) -> dict[str, Any] | None:
         """What is kept of a finished run's model; None for nothing."""
         ...
-
-
-def headline(metrics: Mapping[str, Any]) -> str:
-    """What a run is judged by, in words, from its summary or the last row of its curves."""
-    if "test_error" in metrics:
-        return f"error {metrics['test_error']:.2f}%"
-    perplexity = metrics["test_perplexity"]
-    return f"perplexity {'infinite' if perplexity is None else f'{perplexity:.3f}'}"

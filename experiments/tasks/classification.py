@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.data.images import INPUTS, Dataset
+from experiments.data.catalog import find
+from experiments.data.images import Dataset, ImageSet
+from experiments.data.source import COLOUR, GREY
+from experiments.tasks.base import Measure
 from experiments.tasks.compiled_gradient import Gradient, make_gradient
 
 PAD = 4  # pixels of zeros around an image from which a crop is taken
@@ -18,7 +21,7 @@ EVALUATION_VALUES = 2000 * 28 * 28  # of a batch of test images; larger ones lea
 RENEWING_BATCHES = 50
 
 
-class Images:
+class Classification:
     """A data set on a device, in batches.
 
     Args:
@@ -32,6 +35,16 @@ class Images:
         ValueError: a batch is larger than the training set.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = (GREY, COLOUR)
+    keys: ClassVar[dict[str, Any]] = {
+        "data.shuffle": True,
+        "data.augment": False,
+        "trainer.l2": None,
+        "trainer.compile_model": False,
+    }
+    required: ClassVar[tuple[str, ...]] = ()
+    distributed: ClassVar[bool] = True
+    judged_by: ClassVar[Measure] = Measure("test_error", "test error (%)", "error {:.2f}%")
     metrics: tuple[str, ...] = ("test_error",)  # percent
 
     def __init__(
@@ -46,7 +59,9 @@ class Images:
         self.batch_size, self.augment, self.shuffle, self.l2 = batch_size, augment, shuffle, l2
         if l2 is not None:
             self.metrics = (*self.metrics, "objective")  # nats
-        self.inputs = INPUTS[data.name]
+        source = find(data.name)
+        assert isinstance(source, ImageSet)
+        self.inputs = source.inputs
         x = F.pad(data.x_train, (0, 0, PAD, PAD, PAD, PAD)) if augment else data.x_train
         self.x_train, self.y_train = x.to(device), data.y_train.to(device)
         self.x_test, self.y_test = data.x_test.to(device), data.y_test.to(device)
@@ -57,6 +72,16 @@ class Images:
             )
         self.size = data.x_train.shape[1]
         self.model_arguments: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, config: Any, data: Dataset, device: torch.device) -> Classification:
+        trainer, how = config.trainer, config.data
+        return cls(data, trainer.batch_size, how.augment, device, how.shuffle, trainer.l2)
+
+    @classmethod
+    def check(cls, config: Any, kind: str) -> None:
+        if config.data.augment and kind != COLOUR:
+            raise ValueError(f"data.augment=true is for images in colour, not for {kind}")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -156,3 +181,6 @@ class Images:
 def half_square(weights: Iterable[Tensor]) -> Tensor:
     """Half the squared norm of all weights together, 0-dim."""
     return torch.stack([w.square().sum() for w in weights]).sum() / 2
+
+
+TASK = Classification

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,13 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data.corpus import Book
+from experiments.data.source import TEXT
+from experiments.tasks.base import Measure
 from experiments.tasks.compiled_gradient import Gradient
 from models.char_rnn import Hidden
 
 TRAIN_SHARE = 0.95
 
 
-class Text:
+class LanguageModel:
     """A book on a device, as streams of characters.
 
     The hidden state starts at zero in each epoch and in each evaluation, and is carried from batch
@@ -48,6 +50,13 @@ class Text:
             character that the training part has not.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = (TEXT,)
+    keys: ClassVar[dict[str, Any]] = {"data.validation": False, "trainer.sequence_length": None}
+    required: ClassVar[tuple[str, ...]] = ("trainer.sequence_length",)
+    distributed: ClassVar[bool] = False
+    judged_by: ClassVar[Measure] = Measure(
+        "test_perplexity", "test perplexity", "perplexity {:.3f}"
+    )
     metrics: tuple[str, ...] = ("test_loss", "test_bits_per_character", "test_perplexity")
 
     def __init__(
@@ -87,6 +96,15 @@ class Text:
         self.streams = torch.from_numpy(np.searchsorted(known, streams)).to(device)
         self.model_arguments = {"vocabulary": len(known)}
         self.hidden: Hidden | None = None
+
+    @classmethod
+    def of(cls, config: Any, data: Book, device: torch.device) -> LanguageModel:
+        trainer = config.trainer
+        sizes = trainer.batch_size, trainer.sequence_length
+        return cls(data, *sizes, config.data.validation, device)
+
+    @classmethod
+    def check(cls, config: Any, kind: str) -> None: ...
 
     @property
     def steps_per_epoch(self) -> int:
@@ -148,3 +166,6 @@ class Text:
     def kept(self, model: nn.Module) -> dict[str, Any]:
         """What `experiments.sample` writes with."""
         return {"model": model.state_dict(), "vocabulary": self.vocabulary}
+
+
+TASK = LanguageModel

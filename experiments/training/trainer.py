@@ -22,14 +22,13 @@ from experiments.config.identity import identity, identity_hash
 from experiments.config.lr_schedules import make_schedule
 from experiments.config.processes import is_first
 from experiments.config.schema import Config
-from experiments.data import corpus
-from experiments.data.images import Dataset, load
+from experiments.data.catalog import find, load
+from experiments.records.loggers.catalog import make_logger
+from experiments.records.loggers.logger import Logger, Row, history, made_by
 from experiments.records.provenance import device_name, of_process
 from experiments.records.store import RunDirectory, RunStore, no_records
-from experiments.records.wandb import Logger, Row, history, made_by, make_logger
 from experiments.tasks.base import Task
-from experiments.tasks.classification import Images
-from experiments.tasks.language_model import Text
+from experiments.tasks.catalog import task_for
 from experiments.training import distributed
 from experiments.training.interrupt import Interrupts
 from models import MODELS
@@ -116,18 +115,9 @@ class _Run:
         torch.set_num_threads(config.trainer.threads)
         self.device = torch.device(config.device)
         trainer = config.trainer
-        self.data: Dataset | corpus.Book
-        self.task: Task
-        where = config.data.name, config.data.root
-        if corpus.is_book(config.data.name):
-            assert trainer.sequence_length is not None
-            sizes = trainer.batch_size, trainer.sequence_length
-            self.data = corpus.load(*where)
-            self.task = Text(self.data, *sizes, config.data.validation, self.device)
-        else:
-            self.data = load(*where)
-            how = config.data.augment, self.device, config.data.shuffle, trainer.l2
-            self.task = Images(self.data, trainer.batch_size, *how)
+        self.data = load(config.data.name, config.data.root)
+        kind = find(config.data.name).kind
+        self.task: Task = task_for(kind).of(config, self.data, self.device)
         whole = trainer.epochs * self.task.steps_per_epoch
         self.steps = min(whole, trainer.steps or whole)
         self._start()
@@ -138,7 +128,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(init_seed))
             sizes = {k: v for k, v in asdict(self.config.model).items() if v is not None}
-            make = MODELS[sizes.pop("name")]
+            make = MODELS[sizes.pop("name")].make
             self.model = make(**self.task.model_arguments, **sizes)
         # Convolutions are faster with the channels of a pixel beside each other.
         self.model.to(self.device).to(memory_format=torch.channels_last)
@@ -148,7 +138,7 @@ class _Run:
         )
         self.shares = distributed.Shares(self.model)
         self.gradient = self.task.gradient(
-            self.shares.model, trainer.compile_model, trainer.autocast
+            self.shares.model, trainer.compile_model, self.config.precision == "bf16"
         )
         start = self.optimizer.hyperparameters()[0]
         self.schedule = make_schedule(self.config.schedule, start, self.steps)

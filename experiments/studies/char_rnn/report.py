@@ -14,19 +14,11 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 from experiments.data.catalog import label as data_label
 from experiments.files import write_json
 from experiments.records.provenance import provenance
-from experiments.studies import style
-from experiments.studies.char_rnn.runs import BETAS, DECAY, FREE, KINDS, LRS, Cell, cell_of
+from experiments.studies import pages, style
+from experiments.studies.char_rnn.runs import BETAS, DECAY, FREE, KINDS, LRS, ONCE, Cell, cell_of
 from experiments.studies.claim import Claim, paired, scale
-from experiments.studies.curves import (
-    Run,
-    count,
-    csv_of,
-    mean_of,
-    mean_text,
-    of,
-    read_runs,
-    write_all,
-)
+from experiments.studies.curves import Run, count, mean_of, mean_text, of, precision, read_runs
+from experiments.studies.pages import csv_of, table, write_all
 
 LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": style.ORANGE, "linestyle": "--"},
@@ -34,8 +26,11 @@ LOOKS: dict[str, dict[str, Any]] = {
     "betas": {"color": style.GREEN, "linestyle": "-."},
     "free": {"color": style.GREEN, "linestyle": "-", "alpha": 0.6},
     "decay": {"color": style.BLACK, "linestyle": ":"},
+    "adam": {"color": style.VERMILION, "linestyle": "-"},
+    "log": {"color": style.VERMILION, "linestyle": "--"},
+    "auto": {"color": style.GREEN, "linestyle": ":"},
 }
-ORDER = [DECAY, *(Cell(kind, lr) for lr in LRS for kind in ("plain", "tower")), FREE, BETAS]
+ORDER = [DECAY, *(Cell(kind, lr) for lr in LRS for kind in ("plain", "tower")), FREE, BETAS, *ONCE]
 PAPERS_EPOCHS = 50
 
 METRICS = ("test_perplexity", "test_bits_per_character", "test_loss", "train_loss")
@@ -51,6 +46,7 @@ def setting(runs: list[Run], preset: str) -> str:
     summary = runs[0].summary
     epochs = summary["trainer"]["epochs"]
     text = f"Character RNN on {data_label(summary['data'])}, preset {preset}, {epochs} epochs"
+    text += precision(runs[0])
     reduced = f"{text}; a reduced setting, the paper's is {PAPERS_EPOCHS} epochs"
     return text if is_papers(runs) else reduced
 
@@ -186,9 +182,7 @@ def markdown(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
         "seeds. The test part is the last twentieth of each of 50 streams; the training loss is "
         "the mean over the last epoch. *Learned* are the final values, mean over seeds.",
         "",
-        f"| {' | '.join(head)} |",
-        f"| --- |{' ---: |' * 5} --- | ---: |",
-        *(f"| {' | '.join(row)} |" for row in rows(runs, cells)),
+        *table(head, "lrrrrrlr", rows(runs, cells)),
         "",
         *(part for verdict in verdicts(runs) for part in (verdict, "")),
         "The stacks: "
@@ -211,18 +205,15 @@ def caption(runs: list[Run]) -> str:
 
 
 def latex(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
-    """The table for a paper; needs the booktabs package."""
-    lines = [
-        "\\begin{table}",
-        f"  \\caption{{{setting(runs, preset)}; {count(runs)}.}}",
-        "  \\centering\\small",
-        "  \\begin{tabular}{lrrr}",
-        "    \\toprule",
-        "    & from lr & test perplexity & bits per character \\\\",
-        "    \\midrule",
-        *(f"    {' & '.join(row[:4])} \\\\".replace("±", "$\\pm$") for row in rows(runs, cells)),
-    ]
-    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+    """The table for a paper."""
+    body = ["\\midrule", *(pages.latex_row(row[:4]) for row in rows(runs, cells))]
+    heads = ("", "from lr", "test perplexity", "bits per character")
+    return pages.latex(f"{setting(runs, preset)}; {count(runs)}", "lrrr", heads, body)
+
+
+def nearest(lr: float) -> float:
+    """The column in which a cell is shown."""
+    return min(LRS, key=lambda start: abs(math.log(start / lr)))
 
 
 def figure(runs: list[Run], preset: str) -> plt.Figure:
@@ -238,7 +229,7 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
     labels: dict[str, Any] = {}
     for column, lr in zip(axes.T, LRS, strict=True):
         shown = [DECAY, Cell("plain", lr), Cell("tower", lr)]
-        shown += [cell for cell in (FREE, BETAS) if cell.lr == lr]
+        shown += [cell for cell in (FREE, BETAS, *ONCE) if nearest(cell.lr) == lr]
         for axis, (name, _) in zip(column, panels, strict=True):
             for cell in shown:
                 for run in of(runs, cell):
@@ -271,12 +262,12 @@ def draw(folder: Path) -> list[Path]:
         read_runs(folder / "records", cell_of),
         key=lambda run: (order.index(run.cell.kind), run.cell.lr, run.seed),
     )
-    preset, table = preset_of(folder), run_table(runs)
-    cells = cell_table(table)
+    preset, lines = preset_of(folder), run_table(runs)
+    cells = cell_table(lines)
     paths = write_all(
         folder,
         {
-            "runs.csv": csv_of(table, None),
+            "runs.csv": csv_of(lines, None),
             "table.csv": csv_of(cells),
             "README.md": markdown(runs, cells, preset),
             "table.tex": latex(runs, cells, preset),
@@ -302,3 +293,24 @@ def claims(folder: Path) -> Iterator[Claim]:
             "yes" if tower <= plain else "no",
             hashes,
         )
+
+
+def prose(folder: Path) -> dict[str, str]:
+    """The towers against plain Adam, in words."""
+    runs = read_runs(folder / "records", cell_of)
+    cells = cell_table(run_table(runs))
+
+    def of_cell(kind: str, lr: float) -> str:
+        line = cells[(cells.kind == kind) & (cells.lr == lr)].squeeze()
+        return mean_text(line, "test_perplexity", 2) if not line.empty else "not run"
+
+    pairs = (
+        f"{of_cell('tower', lr)} from lr {lr:g} (plain Adam {of_cell('plain', lr)})" for lr in LRS
+    )
+    text = (
+        f"{setting(runs, preset_of(folder))} ({count(runs)}). The tower ends at a test perplexity "
+        f"of {', '.join(pairs)}. From lr {FREE.lr:g}, a tower that tunes to the end ends at "
+        f"{of_cell(FREE.kind, FREE.lr)}. char-rnn's own decay ends at "
+        f"{of_cell(DECAY.kind, DECAY.lr)}."
+    )
+    return {"summary": text}

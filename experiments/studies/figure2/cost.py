@@ -28,7 +28,7 @@ from experiments.data.images import Dataset
 from experiments.files import write_json
 from experiments.records.provenance import device_name
 from experiments.studies.figure2.runs import CELLS, HE, REPLAYED, Cell
-from experiments.tasks.classification import Images
+from experiments.tasks.classification import Classification
 from hyperopt import HyperOptimizer
 from models import MODELS
 
@@ -50,8 +50,8 @@ class Options:
 class Run:
     """One step after another of a cell, in the setting of the figure."""
 
-    def __init__(self, cell: Cell, images: Images) -> None:
-        model = MODELS["resnet20"]().to(memory_format=torch.channels_last)
+    def __init__(self, cell: Cell, images: Classification) -> None:
+        model = MODELS["resnet20"].make().to(memory_format=torch.channels_last)
         self.gradient = images.gradient(model, compile=False, autocast=False)
         self.optimizer = HyperOptimizer(model.parameters(), cell.stack, compile=True)
 
@@ -66,14 +66,16 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def synthetic() -> Images:
+def synthetic() -> Classification:
     """Noise in the shape of CIFAR-10's training set, of which a step takes as long."""
     pixels = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(10, (50_000,))
-    return Images(Dataset("cifar10", "", "", pixels, labels, pixels, labels), 128, True, "cpu")
+    return Classification(
+        Dataset("cifar10", "", "", pixels, labels, pixels, labels), 128, True, "cpu"
+    )
 
 
-def batches(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(images: Classification) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     while True:
         yield from images.epoch(generator)

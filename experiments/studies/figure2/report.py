@@ -16,18 +16,9 @@ import pandas as pd
 from experiments.data.catalog import label as data_label
 from experiments.files import write_json
 from experiments.records.provenance import provenance
-from experiments.studies import style
+from experiments.studies import pages, style
 from experiments.studies.claim import Claim, paired, scale
-from experiments.studies.curves import (
-    Run,
-    count,
-    csv_of,
-    mean_of,
-    mean_text,
-    of,
-    read_runs,
-    write_all,
-)
+from experiments.studies.curves import Run, count, mean_of, mean_text, of, precision, read_runs
 from experiments.studies.figure2 import cost
 from experiments.studies.figure2.runs import (
     HE,
@@ -39,6 +30,7 @@ from experiments.studies.figure2.runs import (
     Cell,
     cell_of,
 )
+from experiments.studies.pages import csv_of, table, write_all
 
 LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": style.ORANGE, "linestyle": "--"},
@@ -71,7 +63,7 @@ def setting(runs: list[Run]) -> str:
     summary = runs[0].summary
     steps = summary["trainer"].get("steps")
     length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
-    text = f"ResNet-20 on {data_label(summary['data'])}, {length}"
+    text = f"ResNet-20 on {data_label(summary['data'])}, {length}{precision(runs[0])}"
     reduced = f"{text}; a reduced setting, the paper's is {PAPERS_STEPS:,} steps"
     return text if is_papers(runs) else reduced
 
@@ -144,9 +136,30 @@ def compare(runs: list[Run]) -> dict[tuple[float, float], tuple[float, float]]:
     return found
 
 
+HEADS = (
+    *("lr", "momentum", "Plain: error", "Tower: error", "Plain: loss", "Tower: loss"),
+    *("n, plain", "n, tower", "Learned lr", "Learned momentum", "Tower's loss no worse"),
+)
+
+
 def markdown(runs: list[Run], cells: pd.DataFrame, about: str) -> str:
     """The table with the figures and what is to be said of them, as Markdown."""
     losses = compare(runs)
+    grid = []
+    for lr, momentum in GRID:
+        both = _, tower = Cell("plain", lr, momentum), Cell("tower", lr, momentum)
+        before, after = losses.get((lr, momentum), (math.nan, math.nan))
+        towers = [run.summary["hyperparameters"][0] for run in of(runs, tower)]
+        grid.append(
+            [
+                *(f"{lr}", f"{momentum}"),
+                *(cell_text(cells, cell, "test_error", 2) for cell in both),
+                *(cell_text(cells, cell, "train_loss", 3) for cell in both),
+                *(str(len(of(runs, cell))) for cell in both),
+                *(mean_of([values[key] for values in towers]) for key in ("lr", "momentum")),
+                "" if math.isnan(before) else "yes" if after <= before else "no",
+            ]
+        )
     lines = [
         f"# Figure 2: {setting(runs)}",
         "",
@@ -155,39 +168,29 @@ def markdown(runs: list[Run], cells: pd.DataFrame, about: str) -> str:
         "held fixed, and the tower that tunes both, with the paper's hyper-step sizes. Weight "
         "decay 1e-4 throughout. *Learned* are the tower's final values, mean over seeds.",
         "",
-        "| lr | momentum | Plain: error | Tower: error | Plain: loss | Tower: loss | n, plain "
-        "| n, tower | Learned lr | Learned momentum | Tower's loss no worse |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        *table(HEADS, "rrrrrrrrrrl", grid),
     ]
-    for lr, momentum in GRID:
-        plain, tower = Cell("plain", lr, momentum), Cell("tower", lr, momentum)
-        verdict = ""
-        if (lr, momentum) in losses:
-            before, after = losses[lr, momentum]
-            verdict = "yes" if after <= before else "no"
-        towers = [run.summary["hyperparameters"][0] for run in of(runs, tower)]
-        texts = [
-            *(cell_text(cells, cell, "test_error", 2) for cell in (plain, tower)),
-            *(cell_text(cells, cell, "train_loss", 3) for cell in (plain, tower)),
-            *(str(len(of(runs, cell))) for cell in (plain, tower)),
-            *(mean_of([values[key] for values in towers]) for key in ("lr", "momentum")),
-            verdict,
-        ]
-        lines.append(f"| {lr} | {momentum} | {' | '.join(texts)} |")
     better = sum(after <= before for before, after in losses.values())
     lines += [
         "",
         f"The tower's training loss is no worse than the plain run's from {better} of "
         f"{len(losses)} starts.",
         "",
-        "| From lr 0.1, momentum 0.9 | Test error | Training loss | n |",
-        "| --- | ---: | ---: | ---: |",
+        *table(
+            ("From lr 0.1, momentum 0.9", "Test error", "Training loss", "n"),
+            "lrrr",
+            (
+                (
+                    KINDS[cell.kind],
+                    cell_text(cells, cell, "test_error", 2),
+                    cell_text(cells, cell, "train_loss", 3),
+                    str(len(of(runs, cell))),
+                )
+                for cell in (Cell("plain", 0.1, 0.9), REPLAYED, REPLAY, HE)
+                if of(runs, cell)
+            ),
+        ),
     ]
-    for cell in (Cell("plain", 0.1, 0.9), REPLAYED, REPLAY, HE):
-        if found := of(runs, cell):
-            error = cell_text(cells, cell, "test_error", 2)
-            loss = cell_text(cells, cell, "train_loss", 3)
-            lines.append(f"| {KINDS[cell.kind]} | {error} | {loss} | {len(found)} |")
     if of(runs, REPLAY):
         first = min(run.seed for run in of(runs, REPLAYED))
         told = (
@@ -226,25 +229,16 @@ def captions(runs: list[Run]) -> dict[str, str]:
 
 
 def latex(runs: list[Run], cells: pd.DataFrame) -> str:
-    """The table for a paper; needs the booktabs package."""
-    lines = [
-        "\\begin{table}",
-        f"  \\caption{{Test error (\\%) from nine starts, {count(runs)}. {setting(runs)}.}}",
-        "  \\centering\\small",
-        "  \\begin{tabular}{rrrr}",
-        "    \\toprule",
-        "    lr & momentum & plain & tower \\\\",
-        "    \\midrule",
-    ]
+    """The table for a paper."""
+    body = ["\\midrule"]
     for lr, momentum in GRID:
-        texts = [
-            cell_text(cells, Cell(kind, lr, momentum), "test_error", 2)
-            for kind in ("plain", "tower")
-        ]
-        lines.append(f"    {lr} & {momentum} & {' & '.join(texts)} \\\\".replace("±", "$\\pm$"))
-    he = cell_text(cells, HE, "test_error", 2).replace("±", "$\\pm$")
-    lines += ["    \\midrule", f"    \\multicolumn{{3}}{{l}}{{{KINDS['he']}}} & {he} \\\\"]
-    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+        both = (Cell(kind, lr, momentum) for kind in ("plain", "tower"))
+        texts = [cell_text(cells, cell, "test_error", 2) for cell in both]
+        body.append(pages.latex_row([f"{lr}", f"{momentum}", *texts]))
+    he = f"\\multicolumn{{3}}{{l}}{{{KINDS['he']}}}"
+    body += ["\\midrule", pages.latex_row([he, cell_text(cells, HE, "test_error", 2)])]
+    caption = f"Test error (\\%) from nine starts, {count(runs)}. {setting(runs)}"
+    return pages.latex(caption, "rrrr", ("lr", "momentum", "plain", "tower"), body)
 
 
 # Figures.
@@ -336,14 +330,14 @@ def draw(folder: Path) -> list[Path]:
         ValueError: the records are damaged, or of several settings.
     """
     runs = read_figure2(folder)
-    table = run_table(runs)
-    cells = cell_table(table)
+    lines = run_table(runs)
+    cells = cell_table(lines)
     costs = folder.parent / "cost.json"
     words = cost.words(json.loads(costs.read_text())) if costs.exists() else ""
     paths = write_all(
         folder,
         {
-            "runs.csv": csv_of(table, None),
+            "runs.csv": csv_of(lines, None),
             "table.csv": csv_of(cells),
             "README.md": markdown(runs, cells, words),
             "table.tex": latex(runs, cells),
@@ -403,3 +397,34 @@ def claims_of(runs: list[Run]) -> Iterator[Claim]:
             "yes" if mean <= 0.5 else "no",
             " ".join(run.summary["hash"] for run in towers),
         )
+
+
+def prose(folder: Path) -> dict[str, str]:
+    """The towers against plain SGD and He et al., in words."""
+    runs = read_figure2(folder)
+    cells = cell_table(run_table(runs)).set_index(["kind", "lr", "momentum"])
+    plain, tower = cells.loc["plain"], cells.loc["tower"]
+    both = plain.index.intersection(tower.index)
+    plain, tower = plain.loc[both], tower.loc[both]
+    lower = (tower.test_error < plain.test_error).sum()
+    losses = (tower.train_loss <= plain.train_loss).sum()
+    gain = plain.test_error - tower.test_error
+    start = gain.idxmax()
+    moved = (tower.learned_lr / tower.index.get_level_values("lr")).dropna()
+    farthest = moved.idxmin()
+    best = tower.test_error.min()
+    text = (
+        f"{setting(runs)} ({count(runs)}). He et al.'s schedule ends at a test error of "
+        f"{cell_text(cells.reset_index(), HE, 'test_error', 2)} %, the best tower at {best:.2f} %. "
+        f"The tower ends at a lower test error than the plain run from {lower} of {len(both)} "
+        f"starts, and at no higher training loss from {losses}. It gains most from lr {start[0]:g} "
+        f"and momentum {start[1]:g}: {tower.test_error[start]:.2f} % in place of "
+        f"{plain.test_error[start]:.2f} %. It lowers lr most from lr {farthest[0]:g} and momentum "
+        f"{farthest[1]:g}, to {tower.learned_lr[farthest]:.2g}; He et al. lower theirs to a "
+        "hundredth of the start."
+    )
+    stuck = [start for start in both if min(tower.test_error[start], 89) == 89]
+    if stuck:
+        starts = " and ".join(f"lr {lr:g}, momentum {momentum:g}" for lr, momentum in stuck)
+        text += f" The tower never leaves chance from {starts}."
+    return {"summary": text}

@@ -23,10 +23,9 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.cli import ROOT, asked_for_help, guarded, split
 from experiments.data.catalog import label as data_label
-from experiments.data.images import LABELS
 from experiments.studies import style
 from experiments.studies.claim import Claim, scale
-from experiments.studies.curves import csv_of, write_all
+from experiments.studies.pages import csv_of, diverged, table, with_sd, write_all
 from experiments.studies.step_time.report import plot_heights
 
 REFERENCE = Path(__file__).with_name("published.csv")
@@ -108,6 +107,7 @@ MEASURES = {  # by the names that the table has for them
     "own_decades": ("Own decades", "of starts near the height's best error"),
     "own_reach": ("Own reach", "decades down to the least of those"),
 }
+ENDS = ("Best error", "from", "Diverged", "Runs")
 CLAIMED = ("below", "reach", "own_reach")  # what is not to shrink with height
 
 
@@ -193,11 +193,11 @@ def setting(runs: pd.DataFrame) -> str:
         f"{count} {what}{'s' if count > 1 else ''}"
         for count, what in ((runs.epochs.max(), "epoch"), (runs.seed.nunique(), "seed"))
     )
-    data, devices = LABELS[runs.data.iloc[0]], " and ".join(runs.device.unique())
+    data, devices = data_label(runs.data.iloc[0]), " and ".join(runs.device.unique())
     return f"MLP on {data}, batch 256, {length}, {seeds}, {devices}"
 
 
-def markdown(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> str:
+def markdown(runs: pd.DataFrame, errors: pd.DataFrame, robust: pd.DataFrame) -> str:
     """The figure with its caption, the decades of robustness, and every point, as Markdown."""
     lines = [
         f"# Figure 3: {setting(runs)}",
@@ -213,37 +213,36 @@ def markdown(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> s
         "*Reach*: how many powers of ten below that start the least of them lies. *Own*: the same "
         "with the best error of the height itself, so how flat its curve is.",
         "",
-        "| Towers of | Height | Decades | Too small | Reach | Own decades | Own reach "
-        "| Best error | from | Diverged | Runs |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *table(
+            ("Towers of", "Height", *(head for head, _ in MEASURES.values()), *ENDS),
+            "lrrrrrrrrrr",
+            (
+                (
+                    *(line.rule, str(line.height)),
+                    *(f"{getattr(line, measure):.1f}" for measure in MEASURES),
+                    *(f"{line.best_error:.2f}", f"{line.best_lr:g}"),
+                    *(str(line.diverged), str(line.runs)),
+                )
+                for line in robust.itertuples()
+            ),
+        ),
     ]
-    for line in robust.itertuples():
-        lines.append(
-            f"| {line.rule} | {line.height} | {line.decades:.1f} | {line.below:.1f} | "
-            f"{line.reach:.1f} | {line.own_decades:.1f} | {line.own_reach:.1f} | "
-            f"{line.best_error:.2f} | {line.best_lr:g} | {line.diverged} | {line.runs} |"
-        )
     lines += ["", "With height:", ""]
     for (rule, measure), verdict in claim(robust).items():
         answer = "never shrinks" if verdict else "shrinks somewhere"
         lines.append(f"- towers of {rule}: *{MEASURES[measure][0]}* {answer}.")
-    for rule, own in table.groupby("rule", sort=False):
-        heights = list(own.height.unique())
-        lines += [
-            "",
-            f"## Towers of {rule}: test error in percent",
-            "",
-            f"| Start | {' | '.join(f'height {height}' for height in heights)} |",
-            f"| ---: |{' ---: |' * len(heights)}",
-        ]
-        for lr, row in own.groupby("lr"):
-            cells = [
-                f"{one.test_error:.2f}"
-                + ("" if math.isnan(one.sd) else f" ± {one.sd:.2f}")
-                + (f" ({one.diverged} of {one.n} diverged)" if one.diverged else "")
+    for rule, own in errors.groupby("rule", sort=False):
+        heads = ["Start", *(f"height {height}" for height in own.height.unique())]
+        cells = (
+            [f"{lr:g}"]
+            + [
+                with_sd(one.test_error, one.sd) + diverged(one)
                 for one in row.sort_values("height").itertuples()
             ]
-            lines.append(f"| {lr:g} | {' | '.join(cells)} |")
+            for lr, row in own.groupby("lr")
+        )
+        lines += ["", f"## Towers of {rule}: test error in percent", ""]
+        lines += table(heads, "r" * len(heads), cells)
     return "\n".join(lines) + "\n"
 
 
@@ -331,11 +330,11 @@ def draw_decades(axis: plt.Axes, robust: pd.DataFrame) -> None:
 def draw(folder: Path) -> list[Path]:
     """Draw Figure 3 from the CSV of its runs; returns what was written beside it."""
     runs = pd.read_csv(folder / "runs.csv")
-    table = points(runs)
-    robust = robustness(table)
-    texts = {"table.csv": csv_of(table), "README.md": markdown(runs, table, robust)}
+    errors = points(runs)
+    robust = robustness(errors)
+    texts = {"table.csv": csv_of(errors), "README.md": markdown(runs, errors, robust)}
     paths = write_all(folder, texts)
-    return paths + style.save(figure(runs, table, robust), folder / "figure")
+    return paths + style.save(figure(runs, errors, robust), folder / "figure")
 
 
 # Of Figure 3, what is not to shrink with height: decades of starts.
@@ -363,6 +362,29 @@ def claims(folder: Path) -> Iterator[Claim]:
             "yes" if holds else "no",
             " ".join(runs[runs.rule == rule].hash),
         )
+
+
+def prose(folder: Path) -> dict[str, str]:
+    """What taller towers forgive, in words."""
+    runs = pd.read_csv(folder / "runs.csv")
+    errors = points(runs).set_index(["rule", "height", "lr"]).sort_index().test_error
+    robust = robustness(points(runs)).set_index(["rule", "height"])
+    top = robust.loc["Adam"].index.max()
+    reach = robust.reach
+    best = errors["SGD", 0].idxmin()
+    text = (
+        f"{setting(runs)}. From a step size of 1e-8 plain Adam ends at a test error of "
+        f"{errors['Adam', 0, 1e-8]:.1f} %, a tower of Adam of height {top} at "
+        f"{errors['Adam', top, 1e-8]:.1f} %. A tower of height 2 ends within {NEAR} times the best "
+        f"error of plain Adam from starts {reach['Adam', 2]:.1f} powers of ten below the best one, "
+        f"one of height {top} from {reach['Adam', top]:.1f}. Extra height does not help from every "
+        f"small start: from 1e-4 heights 2 and {top} end at {errors['Adam', 2, 1e-4]:.1f} and "
+        f"{errors['Adam', top, 1e-4]:.1f} %. From 100, every tower of Adam ends at "
+        f"{errors.loc['Adam', 1:, 100].min():.0f} % or more. Plain SGD does best from {best:.3g}, "
+        f"at {errors['SGD', 0, best]:.1f} %; from a hundredth of that and less, no tower of SGD "
+        f"ends below {errors.loc['SGD', 1:, : best / 100].min():.1f} %."
+    )
+    return {"summary": text}
 
 
 def main() -> int:

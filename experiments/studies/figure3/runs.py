@@ -10,17 +10,15 @@ All levels of a tower start at the same step size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.config.compose import compose
-from experiments.config.schema import StackConfig
-from experiments.studies.study import Part, Preset, Request, Study
+from experiments.studies import stacks
+from experiments.studies.stacks import LEVELS, STARTS
+from experiments.studies.study import Part, Preset, Request, Study, each_seed
 
-# A level of each rule, with the published package's constants.
-LEVELS = {"SGD": "SGD({lr})", "Adam": "Adam({lr}, v0=1e-8)"}
 HEIGHTS = range(6)
-STARTS = tuple(float(f"{10 ** (k / 2):.4g}") for k in range(-16, 5))  # 1e-8 to 1e2
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,7 @@ class Tower:
 
     @property
     def stack(self) -> str:
-        level = LEVELS[self.rule].format(lr=self.lr)
-        return " / ".join([level] * (self.height + 1))
+        return stacks.tower(self.rule, self.height, self.lr)
 
     @property
     def label(self) -> str:
@@ -61,15 +58,7 @@ def parts(request: Request) -> Iterator[Part]:
     base = compose(["experiment=figure3", *request.overrides])
     lrs = request.preset.lrs
     towers = [Tower(rule, n, lr) for rule in LEVELS for n in HEIGHTS for lr in lrs]
-    yield Part(
-        [
-            [
-                (tower, replace(base, stack=StackConfig(tower.stack), seed=seed, row=tower.label))
-                for tower in towers
-                for seed in request.seeds
-            ]
-        ]
-    )
+    yield Part([each_seed(request, base, ((t, t.stack, t.label) for t in towers))])
 
 
 def line(tower: Tower, summary: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from experiments.data.catalog import label as data_label
 from experiments.files import write_json
 from experiments.records.provenance import provenance
-from experiments.studies import style
-from experiments.studies.curves import Run, csv_of, read_runs, write_all
+from experiments.studies import pages, style
+from experiments.studies.curves import Run, read_runs
+from experiments.studies.pages import csv_of, write_all
 from experiments.studies.robustness.runs import (
     ABLATION,
     FIXED,
@@ -240,7 +241,7 @@ def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: A
     """
     tasks = [task for task in PRESETS[preset].tasks if (robust.task == task).any()]
     heads = ["", *(title(preset, task) for task in tasks), *(["Step"] if times else [])]
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    rows = []
     for method in methods:
         own = robust[robust.method == method].set_index("task")
         if own.empty:
@@ -260,8 +261,8 @@ def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: A
             cells.append(f"{' / '.join(decades)} / {ratio}{missing}")
         if times:
             cells.append(f"{times[method]:.2f}" if method in times else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(cells)
+    return pages.table(heads, "l" + "r" * (len(heads) - 1), rows)
 
 
 def ablated(robust: pd.DataFrame) -> pd.DataFrame:
@@ -348,7 +349,7 @@ def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
     """Errors by method and start, as lines of Markdown: mean ± standard deviation over seeds."""
     there = PRESETS[preset].tasks[task].starts
     heads = ["", *(f"{start:g}" for start in there), "n"]
-    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    rows = []
     for method in LABELS:
         mine = own[own.method == method]
         mine = mine if method in FREE else mine[mine.start.isin(there)]
@@ -364,8 +365,8 @@ def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
         low, high = mine.n.min(), mine.n.max()
         n = f"{low}" if low == high else f"{low} to {high}"
         label = f"{'Auto ' * (method in ABLATION)}{LABELS[method]}"
-        lines.append(f"| {' | '.join([label, *cells, n])} |")
-    return lines
+        rows.append([label, *cells, n])
+    return pages.table(heads, "l" + "r" * (len(heads) - 1), rows)
 
 
 def _text(line: Any, digits: int) -> str:
@@ -544,3 +545,58 @@ def draw(folder: Path) -> list[Path]:
     if set(SHORT) <= set(own.method):
         paths += style.save(curves(own, preset, "mlp"), folder / "mlp")
     return [*paths, folder / "runs.json", *style.save(figure(table, preset), folder / "figure")]
+
+
+def prose(folder: Path) -> dict[str, str]:
+    """What README and docs/start-anywhere.md say of the benchmark."""
+    preset, runs = preset_of(folder), pd.read_csv(folder / "runs.csv")
+    found = points(runs)
+    robust = robustness(found, preset)
+    verdict_list = [f"- {verdict}" for verdict in verdicts(found, preset)]
+    auto = found[(found.method == "Auto") & found.ratio.notna()]
+    worst = (
+        f"{own.ratio.max():.2f} times on {title(preset, task)}"
+        for task in PRESETS[preset].tasks
+        if not (own := auto[auto.task == task]).empty
+    )
+    return {
+        "summary": (
+            f"Auto starts anywhere between {auto.start.min():g} and {auto.start.max():g} "
+            f"({count(auto)}). From its worst start it ends, beside the best fixed lr of SGD, SGD "
+            f"with momentum and Adam, at an error of {', '.join(worst)}."
+        ),
+        "verdicts": "\n".join(verdict_list),
+        "overview": "\n".join(overview(robust, preset, MAIN, None)),
+        "parts": "\n".join(overview(ablated(robust), preset, PARTS, None)),
+        "lower": lower(found, preset),
+        "costs": costs(json.loads((folder.parent / TIMES).read_text())),
+    }
+
+
+def lower(found: pd.DataFrame, preset: str) -> str:
+    """The methods that end lower from their own best start than Auto from its best."""
+    best = found.loc[found.groupby(["task", "method"]).error.idxmin()]
+    lines = []
+    for task in PRESETS[preset].tasks:
+        own = best[best.task == task].set_index("method")
+        if "Auto" not in own.index:
+            continue
+        ratios = own.error / own.error["Auto"]
+        names = [method for method in MAIN if ratios.get(method, 1.0) < 1]
+        told = ", ".join(f"{LABELS[name]} ({ratios[name]:.3g} times)" for name in names)
+        lines.append(f"- {title(preset, task)}: {told or 'none'}.")
+    return "\n".join(lines)
+
+
+def costs(times: Mapping[str, Any]) -> str:
+    """What Auto adds to a step."""
+    relative = times["relative"]
+    added = ", ".join(
+        f"{100 * shares['Adam']:.1f} % on {model}"
+        for model, shares in times["overheads_of_auto"].items()
+    )
+    return (
+        f"A whole training step of the MLP takes {relative['Auto']:.2f} times as long with Auto as "
+        f"with torch's Adam (foreach); with our own Adam it takes {relative['Adam']:.2f} times as "
+        f"long. Beside our own Adam, `step()` of Auto adds to a whole step: {added}."
+    )

@@ -39,15 +39,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from experiments.cli import choose
 from experiments.config.baselines import parse
 from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
-from experiments.studies.figure3.runs import LEVELS, STARTS
+from experiments.studies.stacks import STARTS, auto, tower
 from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
-from hyperopt import Adam, Auto, Rule
+from hyperopt import Adam
 
 
 @dataclass(frozen=True)
@@ -130,6 +128,14 @@ PRESETS = {
             "resnet": Setting(("trainer.epochs=2", "trainer.steps=null")),
         },
     ),
+    "quick": RobustnessPreset(
+        ("device=cpu", "trainer.compile=false"),
+        (0,),
+        {
+            "mlp": Setting(("trainer.epochs=1",), STARTS[6:17:5], grid=STARTS[6:17:5]),
+            "softmax": Setting(("trainer.epochs=1",), STARTS[6:17:5], grid=STARTS[6:17:5]),
+        },
+    ),
 }
 
 
@@ -148,9 +154,9 @@ STACKS = {
     "SGD-HD": "SGD({lr}) / SGD(1e-3)",
     "Adam-HD": "Adam({lr})[lr] / SGD({beta})",
     "Adam/SGD": "Adam({lr}, v0=1e-8) / SGD(1e-5)",
-    "SGD-5": " / ".join([LEVELS["SGD"]] * 6),
-    "Adam-2": " / ".join([LEVELS["Adam"]] * 3),
-    "Adam-5": " / ".join([LEVELS["Adam"]] * 6),
+    "SGD-5": tower("SGD", 5, "{lr}"),
+    "Adam-2": tower("Adam", 2, "{lr}"),
+    "Adam-5": tower("Adam", 5, "{lr}"),
 }
 # What of Auto is another. An update can be bounded in the log domain alone.
 ABLATION: dict[str, dict[str, Any]] = {
@@ -201,16 +207,6 @@ class Cell:
             return str(parse(text))
         assert self.start is not None
         return auto(self.start, **ABLATION.get(self.method, {}))
-
-
-def auto(lr: float, rule: type[Rule] | None = None, domain: str = "log", **options: Any) -> str:
-    """`Auto`'s stack, with another rule, lr moved in another domain, or other options above it."""
-    lowest, above = Auto([torch.zeros(1)], lr, compile=False).stack.levels
-    if rule is not None:
-        lowest = rule(lr)
-    return str(
-        lowest[f"lr: {domain}"] / type(above)(**{**above.values, **above.settings, **options})
-    )
 
 
 def starts(method: str, setting: Setting) -> list[float | None]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from experiments.cli import ROOT, guarded
 from experiments.config.compose import compose
 from experiments.config.resolve import resolve_all
-from experiments.data.images import load, pixels
+from experiments.data.catalog import load
+from experiments.data.images import pixels
 from experiments.files import write_json
 
 PATH = ROOT / "results" / "robustness" / "softmax_optimum.json"

@@ -30,8 +30,8 @@ from experiments.studies.robustness.runs import (
 from experiments.studies.step_time.contenders import Plain
 from experiments.studies.step_time.contenders import setting as model_and_loss
 from experiments.studies.step_time.runs import rounds
-from experiments.tasks.classification import Images
-from models import MLP
+from experiments.tasks.classification import Classification
+from models.mlp import MLP
 
 ROUNDS = 60
 
@@ -42,7 +42,9 @@ def measure(count: int = ROUNDS, at_least: float = 0.02, compile: bool = True) -
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (256, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.randint(10, (256,), generator=generator)
-    noise = Images(Dataset("mnist", "", "", pixels, labels, pixels, labels), 256, False, "cpu")
+    noise = Classification(
+        Dataset("mnist", "", "", pixels, labels, pixels, labels), 256, False, "cpu"
+    )
 
     def action(make: Callable[[MLP], Any]) -> Callable[[], None]:
         model = MLP()

@@ -12,9 +12,9 @@ import pandas as pd
 from matplotlib.ticker import FixedLocator, FuncFormatter
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 
-from experiments.data.images import LABELS
+from experiments.data.catalog import label as data_label
 from experiments.studies import style
-from experiments.studies.curves import write_all
+from experiments.studies.pages import table, write_all
 from hyperopt import parse
 
 SMOOTH = 9  # steps over which losses are averaged; batches differ
@@ -143,7 +143,7 @@ def setting(runs: pd.DataFrame) -> str:
     """The runs' setting in words, for captions."""
     line = runs.iloc[0]
     return (
-        f"MLP on {LABELS[line.data]}, one epoch in the order of the file, batch 300, "
+        f"MLP on {data_label(line.data)}, one epoch in the order of the file, batch 300, "
         f"seed {line.seed}, {line.device}; losses averaged over {SMOOTH} steps"
     )
 
@@ -165,14 +165,15 @@ def markdown(runs: pd.DataFrame, surface: Surface) -> str:
         "",
         caption,
         "",
-        "| Tower | Step size at the end | Test error (%) |",
-        "| --- | ---: | ---: |",
     ]
     errors = runs.set_index("stack").test_error
-    for stack, (lr, _) in surface.towers.items():
-        lines.append(f"| `{stack}` | {10.0 ** lr[-1]:.3g} | {errors[stack]:.2f} |")
     plain = errors.drop(list(surface.towers))
-    lines.append(f"| `{plain.idxmin()}`, the best plain run | | {plain.min():.2f} |")
+    rows = [
+        (f"`{stack}`", f"{10.0 ** lr[-1]:.3g}", f"{errors[stack]:.2f}")
+        for stack, (lr, _) in surface.towers.items()
+    ]
+    rows.append((f"`{plain.idxmin()}`, the best plain run", "", f"{plain.min():.2f}"))
+    lines += table(("Tower", "Step size at the end", "Test error (%)"), "lrr", rows)
     return "\n".join(lines) + "\n"
 
 

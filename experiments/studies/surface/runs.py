@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.config.compose import compose
-from experiments.config.schema import StackConfig
 from experiments.files import csv_text, write_text
 from experiments.records.store import RunStore
-from experiments.studies.study import Part, Preset, Request, Study
+from experiments.studies.study import Part, Preset, Request, Study, each_seed
 
 LRS = tuple(float(f"{10 ** (k / 16):.4g}") for k in range(-48, 13))  # 1e-3 to 5.6
 TOWERS = (
@@ -41,16 +40,8 @@ PRESETS = {"paper": SurfacePreset(seeds=(0,)), "quick": SurfacePreset(seeds=(0,)
 def parts(request: Request) -> Iterator[Part]:
     """The runs of the surface, of one seed."""
     base = compose(["experiment=surface", *request.overrides])
-    (seed,) = request.seeds
-    plain = [f"SGD({lr})" for lr in LRS[:: request.preset.every]]
-    surface = Part(
-        [
-            [
-                (stack, replace(base, stack=StackConfig(stack), seed=seed, row=stack))
-                for stack in [*plain, *TOWERS]
-            ]
-        ]
-    )
+    plain = (f"SGD({lr})" for lr in LRS[:: request.preset.every])
+    surface = Part([each_seed(request, base, ((s, s, s) for s in [*plain, *TOWERS]))])
     yield surface
     rows = curves(RunStore(base.store), surface.summaries)
     write_text(request.folder / "curves.csv", csv_text(rows))

@@ -12,12 +12,19 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from experiments.data.catalog import label as data_label
-from experiments.studies import style
+from experiments.studies import pages, style
 from experiments.studies.claim import Claim, scale
-from experiments.studies.curves import csv_of, write_all
+from experiments.studies.pages import csv_of, diverged, table, with_sd, write_all
 from experiments.studies.table1.runs import LEARNED, REFERENCE
 
 BLOCKS = {"a": "SGD", "b": "Adam", "c": "AdaGrad", "d": "RMSProp"}
+HEADS = (
+    *("Optimizer", "Kind", "Epochs", "Published", "Its code, rerun", "Ours", "n"),
+    *("Learned", "Agrees"),
+)
+OWN_HEADS = (
+    *("Tower", "Plain optimizer started at", "Ours", "n", "The paper's start", "Published"),
+)
 KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
 
 
@@ -78,11 +85,6 @@ def setting(runs: pd.DataFrame, reference: pd.DataFrame) -> str:
     return text + "; a reduced setting, not comparable with the paper's"
 
 
-def error_text(mean: float, sd: float) -> str:
-    """As in "4.81 ± 0.10"; without a standard deviation where there is none."""
-    return f"{mean:.2f}" if math.isnan(sd) else f"{mean:.2f} ± {sd:.2f}"
-
-
 def learned_text(line: pd.Series) -> str:
     """As in "lr = 0.06958 ± 0.0043"; without a standard deviation where there is none."""
     texts = []
@@ -97,7 +99,7 @@ def verdict(line: pd.Series) -> str:
     return {True: "yes", False: "no"}.get(line.get("agrees"), "")
 
 
-def markdown(table: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words: str) -> str:
+def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words: str) -> str:
     """The table, and the small one of the rows started from our own towers, as Markdown."""
     lines = [
         f"# Table 1: {words}",
@@ -109,22 +111,25 @@ def markdown(table: pd.DataFrame, own: pd.DataFrame | None, words: str, own_word
         "*Agrees*: ours is within twice the pooled standard deviation of the published mean, or "
         "0.3 points, whichever is larger.",
         "",
-        "| Optimizer | Kind | Epochs | Published | Its code, rerun | Ours | n | Learned | Agrees |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        *table(
+            HEADS,
+            "llrrrrrll",
+            (
+                (
+                    f"`{line.row}`",
+                    KINDS[line.kind],
+                    str(line.epochs),
+                    with_sd(line.published_error, line.published_sd),
+                    with_sd(line.rerun_error, line.rerun_sd),
+                    with_sd(line.our_error, line.our_sd) + diverged(line),
+                    str(line.n),
+                    learned_text(line),
+                    verdict(line),
+                )
+                for _, line in rows.iterrows()
+            ),
+        ),
     ]
-    for _, line in table.iterrows():
-        cells = [
-            f"`{line.row}`",
-            KINDS[line.kind],
-            str(line.epochs),
-            error_text(line.published_error, line.published_sd),
-            error_text(line.rerun_error, line.rerun_sd),
-            error_text(line.our_error, line.our_sd) + _diverged(line),
-            str(line.n),
-            learned_text(line),
-            verdict(line),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     if own is not None:
         lines += [
             "",
@@ -132,55 +137,49 @@ def markdown(table: pd.DataFrame, own: pd.DataFrame | None, words: str, own_word
             "",
             "The plain optimizer started at the mean of our towers' final hyperparameters.",
             "",
-            "| Tower | Plain optimizer started at | Ours | n | The paper's start | Published |",
-            "| --- | --- | ---: | ---: | --- | ---: |",
+            *table(
+                OWN_HEADS,
+                "llrrlr",
+                (
+                    (
+                        f"`{line.tower}`",
+                        f"`{line.start}`",
+                        with_sd(line.our_error, line.our_sd) + diverged(line),
+                        str(line.n),
+                        f"`{line.row}`",
+                        with_sd(line.published_error, line.published_sd),
+                    )
+                    for _, line in own.iterrows()
+                ),
+            ),
         ]
-        for _, line in own.iterrows():
-            cells = [
-                f"`{line.tower}`",
-                f"`{line.start}`",
-                error_text(line.our_error, line.our_sd) + _diverged(line),
-                str(line.n),
-                f"`{line.row}`",
-                error_text(line.published_error, line.published_sd),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        for tower, row in itertools.pairwise(table.itertuples()):
+        for tower, row in itertools.pairwise(rows.itertuples()):
             if row.kind == "relearned" and row.row not in set(own.row):
                 lines += [
                     "",
                     f"`{tower.row}` is left out: no plain optimizer can start at the mean of what "
-                    f"our towers learned, {learned_text(table.loc[tower.Index])}.",
+                    f"our towers learned, {learned_text(rows.loc[tower.Index])}.",
                 ]
     return "\n".join(lines) + "\n"
 
 
-def _diverged(line: pd.Series) -> str:
-    return f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
-
-
-def latex(table: pd.DataFrame, words: str) -> str:
-    """The table for a paper; needs the booktabs package."""
-    lines = [
-        "\\begin{table}",
-        f"  \\caption{{Test error (\\%) of the MLP, published and ours. {words}.}}",
-        "  \\centering\\small",
-        "  \\begin{tabular}{llrrl}",
-        "    \\toprule",
-        "    Optimizer & Learned (ours) & Published & Ours & Agrees \\\\",
-    ]
-    for block, rows in table.groupby("block", sort=False):
-        lines.append(f"    \\midrule % {BLOCKS[str(block)]}")
-        for _, line in rows.iterrows():
+def latex(rows: pd.DataFrame, words: str) -> str:
+    """The table for a paper."""
+    body = []
+    for block, own in rows.groupby("block", sort=False):
+        body.append(f"\\midrule % {BLOCKS[str(block)]}")
+        for _, line in own.iterrows():
             cells = [
                 f"\\texttt{{{line.row}}}",
                 re.sub(r"beta(\d)", r"$\\beta_\1$", learned_text(line)),
-                error_text(line.published_error, line.published_sd),
-                error_text(line.our_error, line.our_sd) + _diverged(line),
+                with_sd(line.published_error, line.published_sd),
+                with_sd(line.our_error, line.our_sd) + diverged(line),
                 verdict(line),
             ]
-            lines.append(f"    {' & '.join(cells)} \\\\".replace("±", "$\\pm$"))
-    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+            body.append(pages.latex_row(cells))
+    heads = ("Optimizer", "Learned (ours)", "Published", "Ours", "Agrees")
+    caption = f"Test error (\\%) of the MLP, published and ours. {words}"
+    return pages.latex(caption, "llrrl", heads, body)
 
 
 def figure(table: pd.DataFrame, words: str) -> plt.Figure:
@@ -224,28 +223,27 @@ def figure(table: pd.DataFrame, words: str) -> plt.Figure:
 
 def own_table(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """`summarize`, with the tower of each row and the start that ours had."""
-    table = summarize(runs, reference)
-    order = list(reference.index)
-    table["tower"] = [order[order.index(row) - 1] for row in table.row]
-    table["start"] = [runs.loc[runs.row == row, "stack"].iloc[0] for row in table.row]
-    return table.drop(columns=[c for c in table.columns if c == "agrees" or "learned_" in c])
+    rows, order = summarize(runs, reference), list(reference.index)
+    rows["tower"] = [order[order.index(row) - 1] for row in rows.row]
+    rows["start"] = [runs.loc[runs.row == row, "stack"].iloc[0] for row in rows.row]
+    return rows.drop(columns=[c for c in rows.columns if c == "agrees" or "learned_" in c])
 
 
 def draw(folder: Path) -> list[Path]:
     """Draw Table 1 from the CSVs of its runs; returns what was written beside them."""
     reference = pd.read_csv(REFERENCE).set_index("stack")
     runs = pd.read_csv(folder / "runs.csv")
-    table = summarize(runs, reference)
+    rows = summarize(runs, reference)
     words = setting(runs, reference)
-    texts = {"table.csv": csv_of(table)}
+    texts = {"table.csv": csv_of(rows)}
     own, own_words = None, ""
     if (folder / "own_runs.csv").exists():
         own_runs = pd.read_csv(folder / "own_runs.csv")
         own, own_words = own_table(own_runs, reference), setting(own_runs, reference)
         texts["own.csv"] = csv_of(own)
-    texts["README.md"] = markdown(table, own, words, own_words)
-    texts["table.tex"] = latex(table, words)
-    return write_all(folder, texts) + style.save(figure(table, words), folder / "figure")
+    texts["README.md"] = markdown(rows, own, words, own_words)
+    texts["table.tex"] = latex(rows, words)
+    return write_all(folder, texts) + style.save(figure(rows, words), folder / "figure")
 
 
 def claims(folder: Path) -> Iterator[Claim]:
@@ -259,9 +257,39 @@ def claims(folder: Path) -> Iterator[Claim]:
             f"Table 1, {line.row}, {line.epochs} epochs",
             scale(bool(verdict(line))),
             "test error (%)",
-            error_text(line.published_error, line.published_sd),
-            error_text(line.our_error, line.our_sd),
+            with_sd(line.published_error, line.published_sd),
+            with_sd(line.our_error, line.our_sd),
             int(line.n),
             verdict(line),
             " ".join(own.hash),
         )
+
+
+SHOWN = (
+    *("SGD(0.01)", "SGD(0.01) / SGD(0.01)", "SGD(0.01) / Adam(0.1)"),
+    *("Adam(0.001)", "Adam(0.001) / SGD(1e-5)", "Adam(0.001)[lr] / Adam(0.001)"),
+    *("AdaGrad(0.01)", "AdaGrad(0.01) / AdaGrad(0.01)"),
+    *("RMSProp(0.01)", "RMSProp(0.01) / RMSProp(1e-4)"),
+)
+
+
+def prose(folder: Path) -> dict[str, str]:
+    """Some rows of the table, and how many of all agree."""
+    rows = pd.read_csv(folder / "table.csv").set_index("row")
+    cells = (
+        (
+            f"`{name}`",
+            with_sd(line.published_error, line.published_sd),
+            with_sd(line.our_error, line.our_sd),
+        )
+        for name, line in rows.loc[list(SHOWN)].iterrows()
+    )
+    text = f"{rows.agrees.sum()} of the {len(rows)} rows of Table 1 agree with the paper."
+    for name, line in rows[~rows.agrees.astype(bool)].iterrows():
+        rerun = with_sd(line.rerun_error, line.rerun_sd)
+        text += (
+            f" `{name}` does not: {with_sd(line.our_error, line.our_sd)} here, "
+            f"{with_sd(line.published_error, line.published_sd)} in the paper. The published "
+            f"package gives {rerun} on the same data."
+        )
+    return {"rows": "\n".join(table(("Stack", "The paper", "Here"), "lrr", cells)), "agree": text}

@@ -8,9 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.data.catalog import label
-from experiments.data.images import LABELS
+from experiments.data.catalog import label as data_label
+from experiments.studies import pages
 from experiments.studies.claim import Claim, scale
-from experiments.studies.curves import csv_of, write_all
+from experiments.studies.pages import csv_of, diverged, table, with_sd, write_all
 from experiments.studies.tables_v1.runs import REFERENCE
 
 TOO_MUCH = (
@@ -48,17 +49,16 @@ def setting(runs: pd.DataFrame) -> str:
     """The runs' setting in words."""
     seeds = runs.seed.nunique()
     return (
-        f"MLP on {LABELS[runs.data.iloc[0]]}, {runs.epochs.iloc[0]} epoch, batch 300, in the order "
-        f"of the file, {seeds} seeds, {' and '.join(runs.device.unique())}"
+        f"MLP on {data_label(runs.data.iloc[0])}, {runs.epochs.iloc[0]} epoch, batch 300, in the "
+        f"order of the file, {seeds} seeds, {' and '.join(runs.device.unique())}"
     )
 
 
 def accuracy_text(line: pd.Series) -> str:
-    text = f"{line.accuracy:.2f} ± {line.sd:.2f}"
-    return text + (f" ({line.diverged} of {line.n} diverged)" if line.diverged else "")
+    return with_sd(line.accuracy, line.sd) + diverged(line)
 
 
-def markdown(table: pd.DataFrame, words: str) -> str:
+def markdown(runs: pd.DataFrame, words: str) -> str:
     lines = [
         f"# The first version's tables: {words}",
         "",
@@ -68,54 +68,49 @@ def markdown(table: pd.DataFrame, words: str) -> str:
         "core, ours that of the fastest seed, of runs side by side on a machine that may have had "
         "more to do; what a step costs is measured in [results/step_time](../../step_time).",
     ]
-    for number, rows in table.groupby("table"):
-        lines += [
-            "",
-            f"## Table {number}",
-            "",
-            "| Optimizer | Published | Ours | Published time | Our time |",
-            "| --- | ---: | ---: | ---: | ---: |",
-        ]
-        for _, line in rows.iterrows():
-            lines.append(
-                f"| `{line.row}` | {line.published_accuracy:.2f} | {accuracy_text(line)} | "
-                f"{line.published_ms_per_step:g} | {line.ms_per_step:.2f} |"
+    heads = ("Optimizer", "Published", "Ours", "Published time", "Our time")
+    for number, rows in runs.groupby("table"):
+        cells = (
+            (
+                f"`{line.row}`",
+                f"{line.published_accuracy:.2f}",
+                accuracy_text(line),
+                f"{line.published_ms_per_step:g}",
+                f"{line.ms_per_step:.2f}",
             )
+            for _, line in rows.iterrows()
+        )
+        lines += ["", f"## Table {number}", "", *table(heads, "lrrrr", cells)]
     return "\n".join([*lines, "", TOO_MUCH]) + "\n"
 
 
-def latex(table: pd.DataFrame, words: str) -> str:
-    """The tables for a paper; needs the booktabs package."""
-    lines = [
-        "\\begin{table}",
-        f"  \\caption{{Test accuracy (\\%), published in the first version and ours. {words}.}}",
-        "  \\centering\\small",
-        "  \\begin{tabular}{lrrrr}",
-        "    \\toprule",
-        "    Optimizer & Published & Ours & ms & ms, ours \\\\",
-    ]
-    for number, rows in table.groupby("table"):
-        lines.append(f"    \\midrule % Table {number}")
+def latex(runs: pd.DataFrame, words: str) -> str:
+    """The tables for a paper."""
+    body = []
+    for number, rows in runs.groupby("table"):
+        body.append(f"\\midrule % Table {number}")
         for _, line in rows.iterrows():
             cells = [
                 f"\\texttt{{{line.row}}}",
                 f"{line.published_accuracy:.2f}",
-                accuracy_text(line).replace("±", "$\\pm$"),
+                accuracy_text(line),
                 f"{line.published_ms_per_step:g}",
                 f"{line.ms_per_step:.2f}",
             ]
-            lines.append(f"    {' & '.join(cells)} \\\\")
-    return "\n".join([*lines, "    \\bottomrule", "  \\end{tabular}", "\\end{table}"]) + "\n"
+            body.append(pages.latex_row(cells))
+    caption = f"Test accuracy (\\%), published in the first version and ours. {words}"
+    heads = ("Optimizer", "Published", "Ours", "ms", "ms, ours")
+    return pages.latex(caption, "lrrrr", heads, body)
 
 
 def draw(folder: Path) -> list[Path]:
     """Draw the tables from the CSV of the runs; returns what was written beside it."""
     runs = pd.read_csv(folder / "runs.csv")
-    table, words = summarize(runs, pd.read_csv(REFERENCE)), setting(runs)
+    rows, words = summarize(runs, pd.read_csv(REFERENCE)), setting(runs)
     texts = {
-        "table.csv": csv_of(table),
-        "README.md": markdown(table, words),
-        "table.tex": latex(table, words),
+        "table.csv": csv_of(rows),
+        "README.md": markdown(rows, words),
+        "table.tex": latex(rows, words),
     }
     return write_all(folder, texts)
 
@@ -123,8 +118,7 @@ def draw(folder: Path) -> list[Path]:
 def claims(folder: Path) -> Iterator[Claim]:
     """A claim for each row of the first version's tables, to the digits that these have."""
     runs = pd.read_csv(folder / "runs.csv")
-    table = summarize(runs, pd.read_csv(REFERENCE))
-    for _, line in table.iterrows():
+    for _, line in summarize(runs, pd.read_csv(REFERENCE)).iterrows():
         own = runs[(runs.table == line.table) & (runs.row == line.row)]
         near = abs(line.accuracy - line.published_accuracy) <= max(2 * line.sd, 0.5)
         yield Claim(

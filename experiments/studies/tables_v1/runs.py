@@ -9,13 +9,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.config.compose import compose
-from experiments.config.schema import StackConfig
-from experiments.studies.study import Part, Preset, Request, Study
+from experiments.studies.study import Part, Preset, Request, Study, each_seed
 
 REFERENCE = Path(__file__).with_name("published.csv")
 Row = dict[str, str]  # a line of the published tables
@@ -44,16 +42,8 @@ def notation(row: str) -> str:
 def parts(request: Request) -> Iterator[Part]:
     """The runs of both tables."""
     base = compose(["experiment=tables_v1", *request.overrides])
-    rows = [(row, StackConfig(notation(row["stack"]))) for row in reference()]
-    yield Part(
-        [
-            [
-                (row, replace(base, stack=stack, seed=seed, row=row["stack"]))
-                for row, stack in rows
-                for seed in request.seeds
-            ]
-        ]
-    )
+    rows = ((row, notation(row["stack"]), row["stack"]) for row in reference())
+    yield Part([each_seed(request, base, rows)])
 
 
 def line(row: Row, summary: dict[str, Any]) -> dict[str, Any]:

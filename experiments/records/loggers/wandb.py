@@ -1,6 +1,6 @@
-"""Views of a run's records beside the curves that the run store always has.
+"""Weights & Biases: the same records on a dashboard.
 
-Weights & Biases has a run under its hash, so that one which goes on after a kill goes on there too.
+It has a run under its hash, so that one which goes on after a kill goes on there too.
 What it was given of a run stands in `wandb.json` in the run's directory.
 """
 
@@ -18,31 +18,13 @@ from typing import Any
 
 from experiments.config.baselines import parse
 from experiments.config.identity import identity
-from experiments.config.processes import is_first
 from experiments.config.schema import Config
 from experiments.files import write_json
+from experiments.records.loggers.logger import Logger, Row, made_by
 from experiments.records.store import RunDirectory
 
 NOTE = "wandb.json"
 LONGEST, LONGEST_TAG = 128, 64  # characters of a name and of a tag
-
-Row = dict[str, float]
-
-
-class Logger:
-    """Nothing beside the store: the curves are its CSV files."""
-
-    def log(self, rows: Sequence[Row]) -> None:
-        """Take what `history` makes of an epoch."""
-
-    def finish(self, summary: dict[str, Any]) -> None:
-        """Take the summary of the finished run."""
-
-    def fail(self) -> None:
-        """The run has failed."""
-
-    def interrupt(self) -> None:
-        """The run is stopped, to go on later."""
 
 
 class WandbLogger(Logger):
@@ -63,6 +45,28 @@ class WandbLogger(Logger):
         self.directory = directory
         self.run: Any = None
         self._try(self._open, settings, made_by, project)
+
+    @classmethod
+    def prepare(cls) -> None:
+        try:
+            import wandb
+
+            wandb.setup(wandb.Settings(silent=True))
+        except Exception as error:  # each run will try for itself
+            print(f"wandb could not be prepared: {error}", file=sys.stderr)
+
+    @classmethod
+    def publish(cls, results: Path, config: Config) -> None:
+        push_results(results, Path(config.store), config.logger.project)
+        say_how_to_sync(config.store)
+
+    @classmethod
+    def say_where(cls, config: Config) -> None:
+        say_how_to_sync(config.store)
+
+    @classmethod
+    def of(cls, config: Config, directory: RunDirectory) -> WandbLogger:
+        return cls(directory, identity(config), made_by(config), config.logger.project)
 
     def _open(self, settings: dict[str, Any], made_by: dict[str, Any], project: str) -> None:
         import wandb
@@ -147,11 +151,6 @@ class WandbLogger(Logger):
             print(f"wandb failed and is left out of this run: {reason}", file=sys.stderr)
 
 
-def made_by(config: Config) -> dict[str, Any]:
-    """Which table or figure a run was done for; it does not change the run."""
-    return {"experiment": config.experiment, "preset": config.preset, "row": config.row}
-
-
 def results(summary: dict[str, Any]) -> dict[str, Any]:
     """What of a run's summary goes to the summary there."""
     made = summary["provenance"]
@@ -160,38 +159,6 @@ def results(summary: dict[str, Any]) -> dict[str, Any]:
     for level, values in enumerate(summary["hyperparameters"]):
         found |= {f"learned.{level}.{name}": value for name, value in values.items()}
     return found | {name: made[name] for name in ("seconds_per_step", "seconds", "finished")}
-
-
-def history(
-    start: float,
-    curves: Sequence[Row],
-    values: Sequence[Row],
-    hypergradients: Sequence[Row],
-    times: Sequence[float],
-) -> list[Row]:
-    """The rows that are logged: one for each record of the hyperparameters.
-
-    An epoch's last one has its loss and error too.
-
-    Args:
-        start: the step before the first epoch here.
-        curves: a row for each epoch.
-        values, hypergradients: a row every few steps, and at each epoch's end.
-        times: the seconds since 1970 at `start` and at the end of each epoch; between them a row's
-            `time` lies on the line. It may be empty.
-    """
-    gradients = {row["step"]: row for row in hypergradients}
-    rows = []
-    for k, end in enumerate(curves):
-        for row in values:
-            if start < row["step"] <= end["step"]:
-                new = {**row, **gradients.get(row["step"], {})}
-                if len(times) == len(curves) + 1:
-                    share = (row["step"] - start) / (end["step"] - start)
-                    new["time"] = times[k] + share * (times[k + 1] - times[k])
-                rows.append({**new, **end} if row["step"] == end["step"] else new)
-        start = end["step"]
-    return rows
 
 
 def read_note(directory: RunDirectory) -> dict[str, Any]:
@@ -212,17 +179,6 @@ def offline() -> bool:
     import wandb
 
     return not wandb.login(prompt=False, verify=False)
-
-
-def prepare(config: Config) -> None:
-    """Start what the runs of this process and its children share of a logger."""
-    if config.logger.name == "wandb":
-        try:
-            import wandb
-
-            wandb.setup(wandb.Settings(silent=True))
-        except Exception as error:  # each run will try for itself
-            print(f"wandb could not be prepared: {error}", file=sys.stderr)
 
 
 def say_how_to_sync(store: str | Path) -> None:
@@ -291,17 +247,4 @@ def _digest(paths: Sequence[Path]) -> str:
     return every.hexdigest()
 
 
-LOGGERS = ("csv", "wandb")
-
-
-def make_logger(config: Config, directory: RunDirectory) -> Logger:
-    """The logger that the config names.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if config.logger.name not in LOGGERS:
-        raise ValueError(f"logger.name={config.logger.name!r} is not one of {', '.join(LOGGERS)}")
-    if config.logger.name == "csv" or not is_first():
-        return Logger()
-    return WandbLogger(directory, identity(config), made_by(config), config.logger.project)
+LOGGERS = {"wandb": WandbLogger}

@@ -1,0 +1,62 @@
+"""What the pages of studies share: tables as Markdown and LaTeX, numbers with deviations, files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.files import write_text
+
+
+def table(heads: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as lines of Markdown; `sides` has an l or an r for each column."""
+    under = ("---:" if side == "r" else "---" for side in sides)
+    return [f"| {' | '.join(cells)} |" for cells in (heads, [*under], *rows)]
+
+
+def latex(caption: str, sides: str, heads: Sequence[str], body: Iterable[str]) -> str:
+    """A table as LaTeX, for a paper that has the booktabs package."""
+    lines = [
+        "\\begin{table}",
+        f"  \\caption{{{caption}.}}",
+        "  \\centering\\small",
+        f"  \\begin{{tabular}}{{{sides}}}",
+        "    \\toprule",
+        f"    {' & '.join(heads).lstrip()} \\\\",
+        *(f"    {line}" for line in body),
+        "    \\bottomrule",
+        "  \\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def latex_row(cells: Sequence[str]) -> str:
+    return f"{' & '.join(cells)} \\\\".replace("±", "$\\pm$")
+
+
+def with_sd(mean: float, sd: float, digits: int = 2) -> str:
+    """As in "4.81 ± 0.10"; without a standard deviation where there is none."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
+
+
+def diverged(line: Any) -> str:
+    """What is said of a line with n runs of which some diverged."""
+    return f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
+
+
+def csv_of(table: pd.DataFrame, float_format: str | None = "%.6g") -> str:
+    return table.to_csv(index=False, lineterminator="\n", float_format=float_format)
+
+
+def write_all(folder: Path, texts: Mapping[str, str]) -> list[Path]:
+    """Write files into a folder by their names; returns their paths."""
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]

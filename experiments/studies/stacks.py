@@ -1,0 +1,30 @@
+"""Stacks that several studies train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hyperopt import Auto, Rule
+
+# A level of each rule, with the published package's constants.
+LEVELS = {"SGD": "SGD({lr})", "Adam": "Adam({lr}, v0=1e-8)"}
+STARTS = tuple(float(f"{10 ** (k / 2):.4g}") for k in range(-16, 5))  # 1e-8 to 1e2
+
+
+def tower(rule: str, height: int, lr: float | str) -> str:
+    """All levels of one rule, started at one step size; "{lr}" leaves that open."""
+    return " / ".join([LEVELS[rule].format(lr=lr)] * (height + 1))
+
+
+def auto(
+    lr: float | None = None, rule: type[Rule] | None = None, domain: str = "log", **options: Any
+) -> str:
+    """`Auto`'s stack, with another rule, lr moved in another domain, or other options above it."""
+    start = {} if lr is None else {"lr": lr}
+    lowest, above = Auto([torch.zeros(1)], compile=False, **start).stack.levels
+    if rule is not None:
+        lowest = rule(lowest.values["lr"])
+    top = type(above)(**{**above.values, **above.settings, **options})
+    return str(lowest[f"lr: {domain}"] / top)

@@ -1,0 +1,50 @@
+"""What README and docs say of results is what the results say."""
+
+from pathlib import Path
+
+import pytest
+
+from experiments.cli import ROOT
+from experiments.studies.prose import BLOCK, wrapped, written
+
+RESULTS = ROOT / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_writing_a_page_again_changes_nothing(page: Path) -> None:
+    """Where this fails, `make tables` writes what the results say."""
+    text = page.read_text()
+    assert written(text, RESULTS) == text
+
+
+def test_the_readme_and_the_page_of_auto_have_blocks() -> None:
+    blocks = {page.name: len(BLOCK.findall(page.read_text())) for page in PAGES}
+    assert blocks["README.md"] >= 7 and blocks["start-anywhere.md"] >= 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("table1/paper/nothing", "no results in .*table1/paper for the block table1/paper/nothing"),
+        ("table1/none/rows", "no results in .*table1/none for"),
+        ("table9/paper/rows", "there is no study 'table9'; did you mean table1"),
+    ],
+)
+def test_a_block_that_nobody_knows_is_an_error(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        written(f"<!-- begin {name} -->\n<!-- end -->", RESULTS)
+
+
+def test_only_what_is_between_markers_is_written() -> None:
+    text = "before\n<!-- begin table1/paper/rows -->\nold\n<!-- end -->\nafter\n"
+    new = written(text, RESULTS)
+    assert new.startswith("before\n<!-- begin") and new.endswith("<!-- end -->\nafter\n")
+    assert "old" not in new and "| `SGD(0.01)` | 8.99 ± 0.05 |" in new
+
+
+def test_paragraphs_are_wrapped_and_tables_are_not() -> None:
+    long = "word " * 40
+    text = wrapped(f"{long}\n\n| {long} |")
+    assert max(map(len, text.split("\n\n")[0].splitlines())) <= 100
+    assert text.endswith(f"| {long} |")
