@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -121,8 +122,10 @@ def _terminate(*_: object) -> None:
 def guarded(main: Callable[[], int]) -> int:
     """Call `main`; what was asked wrongly becomes one line and status 2.
 
-    Ctrl-C becomes a hint and status 130, SIGTERM the same and 143.
+    Ctrl-C becomes a hint and status 130, SIGTERM the same and 143. All processes of the command
+    find its name in HYPEROPT_COMMAND.
     """
+    os.environ["HYPEROPT_COMMAND"] = f"{time.time_ns():x}-{os.getpid()}"
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -23,15 +23,20 @@ class Server:
 
     Attributes:
         runs: by their ids; what each has.
-        attempts: how many requests came.
+        received: the rows of each run, as they came; one that came twice is there twice.
+        room: rows of a run that are kept; what comes after is lost. None is all.
+        attempts: the paths of all requests.
         delay: seconds before each answer.
         refuse: whether all requests fail.
+        unknown: queries that it cannot answer.
     """
 
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.attempts: list[str] = []
         self.unknown: list[str] = []
+        self.received: dict[str, list[dict[str, Any]]] = {}
+        self.room: int | None = None
         self.url = ""
         self.delay = 0.0
         self.refuse = False
@@ -49,20 +54,27 @@ class Server:
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
         if "viewer" in query:
             viewer = {"id": "u", "username": "someone", "entity": "someone", "flags": "{}"}
-            viewer |= {"email": "", "admin": False, "teams": {"edges": []}, "apiKeys": {"edges": []}}
+            viewer |= {
+                "email": "",
+                "admin": False,
+                "teams": {"edges": []},
+                "apiKeys": {"edges": []},
+            }
             return {"viewer": viewer, "serverInfo": None}
         if "project(" in query or "model(" in query:
             run = self.runs.get(variables.get("name") or variables.get("run") or "")
             if "model(" in query:
                 return {"model": {"bucket": run and self._bucket(run)}}
-            return {"project": {"run": run and self._bucket(run), "internalId": "1", "readOnly": False}}
+            return {
+                "project": {"run": run and self._bucket(run), "internalId": "1", "readOnly": False}
+            }
         self.unknown.append(query)
         return {}
 
     def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
         new: dict[str, Any] = {"id": given["name"], "history": [], "summary": {}, "exit": None}
         run = self.runs.setdefault(given["name"], new)
-        run["state"] = "running"
+        run["state"] = given.get("state") or "running"
         for theirs, own in (
             ("displayName", "name"), ("groupName", "group"), ("tags", "tags"), ("config", "config"),
             ("project", "project"), ("entity", "entity"), ("jobType", "job_type"),
@@ -80,7 +92,7 @@ class Server:
             "project": {"id": "1", "name": project, "entity": {"id": "1", "name": entity}},
             "historyLineCount": len(run["history"]), "eventsLineCount": 0, "logLineCount": 0,
             "historyTail": json.dumps([json.dumps(last)] if last else []), "eventsTail": "[]",
-            "lastHistoryStep": last.get("_step", -1), "historyKeys": None,
+            "historyKeys": {"lastStep": last.get("_step", -1)},
             "summaryMetrics": json.dumps(run["summary"]), "config": run.get("config") or "{}",
             "tags": run.get("tags") or [], "group": run.get("group"), "jobType": None,
             "createdAt": "2026-01-01T00:00:00", "heartbeatAt": "2026-01-01T00:00:00",
@@ -95,8 +107,10 @@ class Server:
         for name, part in (body.get("files") or {}).items():
             if name == "wandb-history.jsonl":
                 rows = [json.loads(line) for line in part["content"]]
+                rows = rows[: None if self.room is None else self.room - len(known["history"])]
+                self.received.setdefault(run, []).extend(rows)
                 known["history"][part["offset"] :] = rows
-            if name == "wandb-summary.json":
+            if name == "wandb-summary.json" and self.room is None:
                 known["summary"] |= json.loads(part["content"][-1])
         if body.get("complete"):
             known["exit"] = body.get("exitcode")
@@ -128,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         known: Server = self.server.known
         known.attempts.append(self.path)
+        time.sleep(known.delay)
         self._send({}, 503 if known.refuse else 200)
 
     def do_POST(self) -> None:
