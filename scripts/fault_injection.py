@@ -102,7 +102,7 @@ class Faults:
             raise Harm(f"{store} has {len(summaries)} runs, not {self.runs}")
         for summary in summaries:
             files = {path.name for path in RunStore(store).run(summary["hash"]).path.iterdir()}
-            if files != {*FILES, "lock"}:
+            if files != {*FILES}:
                 raise Harm(f"run {summary['hash']} has the files {sorted(files)}")
         found = [path for path in (store / "sweeps").glob("*.csv") if lines(path) == self.runs + 1]
         if len(found) != 1:
