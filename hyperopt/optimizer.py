@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._engine.engine import Engine
+from ._engine.torch_private import disable_dynamo
 from .notation import parse
 from .rule import Rule, Stack, State
 
@@ -84,7 +85,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         self._engine.add_group(own)
 
-    @torch._disable_dynamo  # which, in a loop that is compiled as a whole, would trace it wrongly
+    @disable_dynamo  # it would trace the step wrongly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.

@@ -25,6 +25,7 @@ from .modes import is_fake, keeps
 from .packed import Layout, Vectors
 from .shards import Shard, divide, local, precision, processes
 from .step import Step, compiled_step, eager_step
+from .torch_private import is_flattened
 from .updates import LastUpdate, Numbers
 from .views import ParamGroupView, start_of
 
@@ -209,7 +210,7 @@ class Engine:
                 raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
             if p.dtype.itemsize < 2:
                 raise TypeError(f"a parameter is of {p.dtype}, which is too coarse to be moved")
-            if getattr(p, "_fsdp_flattened", False):
+            if is_flattened(p):
                 raise TypeError(
                     "a parameter is part of a FullyShardedDataParallel, which hides how it is "
                     "divided; use torch.distributed.fsdp.fully_shard"

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .torch_private import version_of
+
 # Modules that nobody edits: their functions and classes are known by their names.
 _FIXED = {*sys.stdlib_module_names, "torch", "numpy"}
 _OURS = {"hyperopt.rule", "hyperopt.domains"}
@@ -76,7 +78,7 @@ class _Walk:
             if thing.numel() <= 64 and thing.device.type == "cpu":
                 return str(thing.dtype), thing.tolist()
             self.same.append(_Same(thing))
-            return (thing._version,)
+            return (version_of(thing),)
         if isinstance(thing, CodeType):
             names = thing.co_names, thing.co_varnames, thing.co_freevars
             return thing.co_code, repr(names), *thing.co_consts
