@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..rule import State
 from .blocks import Block, Owner
 from .packed import Vectors
-from .torch_private import copy_lists, local
+from .torch_private import copy_lists, local, tree_map
 from .updates import LastUpdate
 
 # From this many elements on, a parameter is worked on where it lies and not gathered with others:

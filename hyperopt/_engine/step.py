@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import warn_user
 from ..rule import State
@@ -19,7 +18,7 @@ from . import compiler
 from .blocks import Block
 from .fingerprint import fingerprint
 from .packed import Layout, Vectors
-from .torch_private import sum_over
+from .torch_private import sum_over, tree_flatten, tree_leaves, tree_unflatten
 from .updates import Numbers, recompute_last_update, update_hyperparameters, update_weights
 
 Part = Callable[..., None]

@@ -15,6 +15,7 @@ Each with the version that brought it:
   `CppPythonBindingsCodeCache.load_pybinding` (2.2),
   `codecache._get_cpp_prefix_header` (2.8), `cpu_vec_isa.valid_vec_isa_list`, `.x86_isa_checker`
   and `.supported_vec_isa_list` (2.5)
+- `torch.utils._pytree` (2.0)
 - of autograd, modes and lists: `torch._C._is_any_autocast_enabled`, `_len_torch_dispatch_stack`,
   `torch._subclasses.fake_tensor`, `torch._foreach_copy_`, `torch._disable_dynamo`,
   `Tensor._version` (2.0)
@@ -40,8 +41,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["FakeTensor", "make_fx", "unset_fake_temporarily"]
+__all__ += ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
 # The size with which a kernel of any size is made. Inductor asks for it where it has to decide what
 # pays, such as whether to use several threads.

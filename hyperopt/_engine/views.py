@@ -212,7 +212,7 @@ class ParamGroupView:
 
     def mark_clean(self) -> None:
         """Accept what `packed` holds now as right."""
-        self._version = version_of(self._packed)
+        self._clean_version = version_of(self._packed)
 
     def sync(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Take over the numbers that were set in the param groups.
@@ -227,7 +227,7 @@ class ParamGroupView:
             ValueError: a tuned hyperparameter was set that cannot be scaled, or one that is not
                 active, or to no number.
         """
-        touched = version_of(self._packed) != self._version
+        touched = version_of(self._packed) != self._clean_version
         if touched:
             self._check_tuned()
         for watch in self._watched:
