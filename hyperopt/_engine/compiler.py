@@ -5,11 +5,12 @@ done, and the graph goes to Inductor. Nothing is guarded or traced again afterwa
 the vectors is a symbol: a kernel belongs to what a rule computes, to a dtype and a device, and to
 no size.
 
-Vectors are changed in place. Inductor would first write their new values elsewhere, since something
-might still have to read the old ones; so the kernel is told that it writes to other vectors than it
-reads from, and is given the same ones. That is right if each element is read before it is written,
-as in a loop over the elements; `_works_in_place` tries this out on each kernel, and one for which
-it is wrong is compiled again, knowing what it does.
+Vectors are changed in place. Inductor would write their new values elsewhere first, in case
+something still has to read the old ones. So a kernel is compiled to write to other vectors than it
+reads, and is then given the same ones. That is right if each element is read before it is written,
+as in a loop over the elements. `_works_in_place` tests this for each kernel. A kernel that fails is
+compiled again, for one set of vectors. The tests use no collectives: other ranks may not be running
+them.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ def _works_in_place(
 ) -> bool:
     """Whether writing to the vectors that are read gives the same results, bit by bit.
 
-    They are compared with those of writing to others, which hold something else. All numbers are
-    such that the result depends on each; with a beta of 1 Adam would not move anything.
+    The reference writes to other vectors, which hold other numbers. All numbers are between 0.1 and
+    0.9, so that the result depends on each; with a beta of 1, for example, Adam moves nothing.
     """
     device = small[0][2]
     generator = torch.Generator(device).manual_seed(0)  # the user's is left alone

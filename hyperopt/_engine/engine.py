@@ -73,7 +73,7 @@ class Engine:
             raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
         self.stack, self.compile, self.is_compiled = stack, compile, False
         self.betas = betas(stack.levels[0])
-        self._overrides: list[frozenset[str]] = []  # the values that each group has to itself
+        self._overrides: list[frozenset[str]] = []  # the values that each group overrides
         self._shards: list[Shard] = []  # what the last step moved
         self._inactive_shards: list[Shard] = []  # what only earlier steps moved
         self._known_groups = 0  # how many there were when the layout was made
@@ -593,7 +593,7 @@ class Engine:
 
     @keeps
     def save(self) -> dict[str, Any]:
-        """The state_dict, but for hooks."""
+        """The state_dict, without hooks."""
         self.sync()
         groups = {p: i for i, group in enumerate(self.groups) for p in group["params"]}
         shards = self._shards + self._inactive_shards

@@ -91,15 +91,15 @@ def has_modes() -> bool:
 
 
 class Untraced(Exception):
-    """What torch makes a graph of failed, which concerns no other functions than this one."""
+    """torch could not make a graph of this function. Other functions are not concerned."""
 
 
 class Sized(Exception):
-    """A function that was to serve vectors of any length looks at the length."""
+    """A function depends on the length of its vectors, and so cannot have one kernel for all."""
 
 
 def reason(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error in one line."""
     lines = (line for line in str(error).splitlines() if line.strip())
     return f"{type(error).__name__}: {next(lines, '')}"
 
