@@ -178,9 +178,10 @@ class HyperOptimizer(torch.optim.Optimizer):
         """The hypergradients of the last step, in the order of `names`.
 
         They are the estimates that the level above was given: derivatives of the loss with respect
-        to the raw values or, with ``normalize``, cosines. They are clipped if that level clips, 0 in
-        the first step, and NaN in a step that was skipped. A new tensor, float64, 1-D, of one number
-        for each tuned hyperparameter (`names` begins with these); nothing waits for the device.
+        to the raw values or, with ``normalize``, cosines. They are clipped if that level clips, 0
+        in the first step, and NaN in a step that was skipped. A new tensor, float64, 1-D, of one
+        number for each tuned hyperparameter (`names` begins with these). Nothing waits for the
+        device.
         """
         return self._engine.hypergradients
 
@@ -210,8 +211,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Everything that a run needs to go on bit for bit, as tensors, numbers and strings.
 
         ``state`` is, as in ``torch.optim``, by the number of the parameter: the rule's state in the
-        parameter's shape and, if the last update must be recomputed, its gradient and, where needed,
-        the weights before it. Everything is divided over processes like the parameter.
+        parameter's shape and, if the last update must be recomputed, its gradient and, where
+        needed, the weights before it. Everything is divided over processes like the parameter.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
