@@ -15,6 +15,9 @@ HYDRAS_GROUPS = tuple(
     f"hydra/{name}" for name in ("launcher", "sweeper", "sweeper/sampler", "help")
 )
 
+# The plugin's launcher ends with the first job that fails; ours waits for each.
+RENAMED = {"hydra/launcher=submitit_slurm": "hydra/launcher=slurm"}
+
 
 def protect_notation(arguments: Sequence[str]) -> list[str]:
     """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
@@ -28,7 +31,7 @@ def protect_notation(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in ("stack", "stack.notation") or "(" not in value:
-            protected.append(argument)
+            protected.append(RENAMED.get(argument, argument))
             continue
         stacks, depth = [""], 0
         for character in value:

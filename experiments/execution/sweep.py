@@ -29,8 +29,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from experiments.cli import Terminated
 from experiments.config.resolve import resolve_all
 from experiments.config.schema import Config, to_config
+from experiments.execution import cluster
 from experiments.execution.outcome import Outcome, count, describe, explain, report_failures
 from experiments.execution.pool import fill, use_gpu
 from experiments.files import named, write_json, write_text
@@ -67,12 +69,13 @@ def hold(folder: Path) -> Callable[[], None]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders of sweeps that nobody holds any more."""
+    """Remove the folders of sweeps that nobody holds any more, and that have no queued jobs."""
     for lock in parent.glob(f"*/{LOCK}"):
         if re.fullmatch(r"[0-9a-f]+-\d+", lock.parent.name):
             with suppress(OSError), open(lock) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
+                if not cluster.is_live(lock.parent):
+                    shutil.rmtree(lock.parent)
 
 
 def discard(folder: Path) -> None:
@@ -102,6 +105,8 @@ def job(composed: DictConfig) -> float | None:
         (config,) = resolve_all([config])
         use_gpu(number)
         outcome = Outcome(config, train(config))
+    except Terminated:
+        raise SystemExit(143) from None
     except Exception as error:
         outcome = Outcome(config, error=explain(error))
     finally:
@@ -207,7 +212,8 @@ def interrupted(folder: Path) -> None:
     """Say how far a sweep is that is stopped."""
     if outcomes := outcomes_of(folder):
         print(f"\n{count(outcomes)}.", file=sys.stderr)
-    discard(folder)
+    if not (folder / cluster.JOBS).exists():
+        discard(folder)
 
 
 def _write_csv(finished: Sequence[Outcome]) -> Path:
