@@ -49,7 +49,7 @@ CAPTIONS = {
 FIRST = ("table1", "figure2", "figure3", "char_rnn", "robustness", "surface", "gallery")
 ROWS = 400  # at most, of a table; what has more is linked
 PRINTED = 40  # of them, on paper; see report.html
-SHOWN, LONGEST = 6, 400  # hashes, or characters, of a cell that are shown without a click
+SHOWN, LONGEST = 1, 400  # hashes, or characters, of a cell that are shown without a click
 
 
 @dataclass(frozen=True)
