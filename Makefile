@@ -36,7 +36,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report clean other-python
+.PHONY: help setup test lint format reproduce reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ lint: setup ## check style (ruff) and types (mypy)
 
 format: setup ## format the code and mend what ruff can mend
 	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
+
+reproduce: setup ## train and draw all tables and figures that have the preset, as in PRESET=quick
+	@$(PY) -m experiments.studies all $(TABLE_OPTIONS)
 
 reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PRESET=quick for a trial)
 	@$(PY) -m experiments.studies table1 $(TABLE_OPTIONS)

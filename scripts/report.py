@@ -341,10 +341,14 @@ def _order(path: Path, folder: Path) -> tuple:
 
 
 def _tables(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.csv")):
+    def is_raw(path: Path) -> bool:
+        """What other tables are made of."""
+        return path.stem.endswith(("runs", "curves", "replay"))
+
+    for path in sorted(folder.rglob("*.csv"), key=lambda path: (is_raw(path), path)):
         name, link = html.escape(name_of(path, folder)), html.escape(_link(path, folder))
         rows = sum(1 for _ in path.open()) - 1
-        if path.stem.endswith(("runs", "curves", "replay")) or rows > ROWS:
+        if is_raw(path) or rows > ROWS:
             yield f'<p class="raw"><a href="{link}">{name}.csv</a>, {rows} rows</p>'
             continue
         content = pd.read_csv(path, dtype=str, keep_default_na=False)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config.baselines import PeerOptimizer, judged, make_optimizer
+from experiments.config.baselines import BaselineOptimizer, judged, make_optimizer
 from experiments.config.identity import identity, identity_hash
 from experiments.config.lr_schedules import make_schedule
 from experiments.config.processes import is_first
@@ -158,7 +158,7 @@ class _Run:
         self.trajectory: list[list[float]] = []  # step, values in the order of _recorded
         self.hypergradients: list[list[float]] = []  # step, values in the order of _tuned
         self.times: list[float] = []  # since 1970, of the start and of each epoch's end
-        peer = self.optimizer.version if isinstance(self.optimizer, PeerOptimizer) else None
+        peer = self.optimizer.version if isinstance(self.optimizer, BaselineOptimizer) else None
         made = {**of_process(), "device": device_name(self.device)}
         # What has done the run: this process, and before it those from which it goes on, if other.
         self.made: list[dict[str, Any]] = [{**made, "peer": peer} if peer else made]
