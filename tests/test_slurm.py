@@ -102,20 +102,21 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
     assert "The tidy CSV of 2 runs is" in out
 
     second = start(tmp_path, queue)  # only what is left is queued; then the command is stopped
-    wait_for(lambda: "2_1" in ask("squeue", "--array", "--noheader", "--format=%i"))
-    wait_for(lambda: any(tmp_path.glob(".sweep/*/jobs.json")))
-    time.sleep(1)
+    noted: list[Path] = []
+    wait_for(lambda: noted.extend(tmp_path.glob(".sweep/*/jobs.json")) or noted)
+    queued = [job["id"] for job in json.loads(noted[0].read_text())]
+    time.sleep(0.5)
     second.send_signal(signal.SIGINT)
     _, err = second.communicate(timeout=60)
     assert second.returncode == 130
-    assert "2 jobs go on without this command" in err and "scancel 2_0 2_1" in err
+    assert "2 jobs go on without this command" in err and f"scancel {' '.join(queued)}" in err
     third = start(tmp_path, queue)
     out, err = third.communicate(timeout=200)
     assert third.returncode == 0, err
     assert "4 runs: 4 finished, 0 failed, 0 not started." in err
-    assert "do these runs already: 2_" in err
+    assert f"2 jobs do these runs already: {', '.join(queued)}" in err
     ids = ask("squeue", "--array", "--states=all", "--noheader", "--format=%i").split()
-    assert {id.partition("_")[0] for id in ids} == {"1", "2"}  # nothing was queued a third time
+    assert {*ids} == {"1_0", "1_1", "1_2", "1_3", *queued}  # nothing was queued a third time
     path = Path(re.findall(r"The tidy CSV of 4 runs is (\S+)", out)[0])
     alone = tmp_path / "alone"
     configs = [compose([*FIXED, LENGTH, f"seed={seed}", f"store={alone}"]) for seed in range(4)]
