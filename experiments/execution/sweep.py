@@ -17,6 +17,8 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -42,6 +44,8 @@ from experiments.records.tidy import tidy_csv
 from experiments.training.trainer import train
 
 LOCK = "lock"
+TELL = 1.0  # seconds between two looks at the notes of jobs
+OWN = "hydra_plugins.hyperopt_"  # launchers that say themselves how far they are
 SEARCHED = "optimization_results.yaml"  # what Optuna's sweeper leaves in the sweep's folder
 
 single: list[Config] = []  # the config of a command line without -m
@@ -58,6 +62,26 @@ class Begin(Callback):
         with suppress(OSError):  # of a full disk the runs tell
             remove_abandoned(folder.parent)
             atexit.register(hold(folder))
+        launcher = str(config.hydra.launcher.get("_target_", ""))
+        if config.progress and not launcher.startswith(OWN):
+            threading.Thread(target=_tell, args=(folder,), daemon=True).start()
+
+
+def _tell(folder: Path) -> None:
+    """Say how far the jobs of another launcher are, from their notes, as long as there are any."""
+    began, told = time.monotonic(), ""
+    while folders and folders[-1] == folder:
+        with suppress(OSError, ValueError):
+            outcomes = outcomes_of(folder)
+            finished = sum(outcome.summary is not None for outcome in outcomes)
+            failed = sum(outcome.error is not None for outcome in outcomes)
+            text = f"{finished} runs are finished, {failed} failed, "
+            text += f"{len(outcomes) - finished - failed} running"
+            if outcomes and text != told:
+                minutes, seconds = divmod(int(time.monotonic() - began), 60)
+                print(f"[{minutes}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
+                told = text
+        time.sleep(TELL)
 
 
 def hold(folder: Path) -> Callable[[], None]:
@@ -173,6 +197,7 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
         ended_by: what ended Hydra's part of it.
     """
     outcomes = outcomes_of(folder)
+    folders.clear()  # which ends `_tell`
     if not outcomes:  # nothing was begun
         if isinstance(ended_by, OSError) and not folder.exists():
             raise named(ended_by, folder)
