@@ -293,7 +293,7 @@ def _claims(found: Sequence[Claim]) -> Iterator[str]:
 @functools.cache
 def _captions(folder: Path) -> dict[str, str]:
     """What the pages of a folder say of their figures, by the figure's path."""
-    found = {}
+    found: dict[str, str] = {}
     for page in (*folder.rglob("README.md"), folder.parent / "README.md"):
         for text, target in re.findall(
             r"!\[(.*?)\]\((\S+?)\)", page.read_text() if page.exists() else ""

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import slurm
 
 from experiments.config.compose import compose
 from experiments.config.resolve import resolve
 from experiments.records.store import RunStore
 from experiments.records.tidy import tidy_csv
 from experiments.training.trainer import train
+from scripts import slurm
 
 FIXED = ("data=mnist-5k", "device=cpu", "trainer.compile=false", "trainer.compile_model=false")
 LENGTH = "trainer.epochs=25"
@@ -102,9 +102,9 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
     assert "The tidy CSV of 2 runs is" in out
 
     second = start(tmp_path, queue)  # only what is left is queued; then the command is stopped
-    noted: list[Path] = []
-    wait_for(lambda: noted.extend(tmp_path.glob(".sweep/*/jobs.json")) or noted)
-    queued = [job["id"] for job in json.loads(noted[0].read_text())]
+    wait_for(lambda: any(tmp_path.glob(".sweep/*/jobs.json")))
+    (noted,) = tmp_path.glob(".sweep/*/jobs.json")
+    queued = [job["id"] for job in json.loads(noted.read_text())]
     time.sleep(0.5)
     second.send_signal(signal.SIGINT)
     _, err = second.communicate(timeout=60)

@@ -179,8 +179,8 @@ def _submit(launcher: Any, asked: Sequence[tuple[Sequence[str], int]]) -> list[A
     import submitit
 
     own = ("max_num_timeout", "submitit_folder")
-    base = ("timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes")
-    base += ("name", "stderr_to_stdout")
+    base = ["timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb", "nodes"]
+    base += ["name", "stderr_to_stdout"]
     params = {
         name if name in base else f"slurm_{name}": value
         for name, value in launcher.params.items()

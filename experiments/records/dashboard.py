@@ -87,7 +87,7 @@ GROUPS = {"height": "by height", "lr": "by start"}
 
 def workspace(entity: str, project: str) -> workspaces.Workspace:
     """The dashboard; nothing is sent before its `save`."""
-    sections = {
+    sections: dict[str, list[Any]] = {
         f"Over training, {words}": [
             _over_time(f"{name} {words}", column, group) for column, name in OVER_TIME.items()
         ]
