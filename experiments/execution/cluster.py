@@ -28,7 +28,7 @@ from experiments.cli import Terminated
 from experiments.config.identity import run_hash
 from experiments.config.resolve import resolve_all
 from experiments.config.schema import Config, to_config
-from experiments.execution.outcome import Outcome
+from experiments.execution.outcome import Outcome, here, objective
 from experiments.files import write_json
 from experiments.records.store import RunStore
 
@@ -78,8 +78,6 @@ def request_key(config: Config) -> str:
 
 def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
     """Queue the jobs of a sweep that are not done or queued already, and wait for all."""
-    from experiments.execution import sweep
-
     configs = [_config(launcher, one) for one in overrides]
     folder = Path(str(launcher.config.hydra.sweep.dir))
     outcomes = [Outcome(config) for config in configs]
@@ -102,7 +100,7 @@ def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> lis
         _name({known[k].id: configs[k] for k in new})
         for k in new:
             print(f"job {known[k].id}: {_label(configs[k])}, log {known[k].log}", file=sys.stderr)
-    sweep.here.extend(outcomes)
+    here.extend(outcomes)
     _Watch({k: (job, outcomes[k]) for k, job in known.items()}, outcomes).run()
     (folder / JOBS).unlink(missing_ok=True)
     for note in folder.glob("job-*.json"):
@@ -110,7 +108,7 @@ def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> lis
     done = []
     for outcome, one in zip(outcomes, overrides, strict=True):
         done.append(JobReturn(overrides=one, status=JobStatus.COMPLETED))
-        done[-1].return_value = sweep.objective(outcome) if outcome.summary else None
+        done[-1].return_value = objective(outcome) if outcome.summary else None
     return done
 
 

@@ -12,7 +12,6 @@ import atexit
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -35,7 +34,15 @@ from experiments.cli import Terminated
 from experiments.config.resolve import resolve_all
 from experiments.config.schema import Config, to_config
 from experiments.execution import cluster
-from experiments.execution.outcome import Outcome, count, describe, explain, report_failures
+from experiments.execution.outcome import (
+    Outcome,
+    count,
+    describe,
+    explain,
+    here,
+    objective,
+    report_failures,
+)
 from experiments.execution.pool import fill, use_gpu
 from experiments.files import named, write_json, write_text
 from experiments.records.loggers.catalog import find
@@ -50,7 +57,6 @@ SEARCHED = "optimization_results.yaml"  # what Optuna's sweeper leaves in the sw
 
 single: list[Config] = []  # the config of a command line without -m
 folders: list[Path] = []  # that of the sweep which this process has started
-here: list[Outcome] = []  # of its runs, where this process's pool does them
 
 
 class Begin(Callback):
@@ -157,13 +163,6 @@ def launch(composed: Sequence[DictConfig]) -> list[JobReturn]:
         done.append(JobReturn(overrides=job, status=JobStatus.COMPLETED))
         done[-1].return_value = found
     return done
-
-
-def objective(outcome: Outcome) -> float:
-    """The training loss of the last epoch; infinite where the run diverged."""
-    assert outcome.summary is not None
-    loss = outcome.summary["train_loss"]
-    return math.inf if outcome.summary["diverged"] or loss is None else loss
 
 
 def _leave_note(folder: Path, number: int, outcome: Outcome) -> None:
