@@ -158,7 +158,7 @@ def _finished(config: Config, params: Any) -> dict[str, Any] | None:
         return None
     with suppress(Exception):  # what this machine lacks, those of the cluster may have
         (resolved,) = resolve_all([config])
-        return RunStore(config.store).summary(run_hash(resolved))
+        return RunStore(config.store).finished(run_hash(resolved))
     return None
 
 
