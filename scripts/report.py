@@ -10,19 +10,25 @@ every run of these and of the store, with its curves where they are kept, and wh
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
+import gzip
 import html
 import io
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from experiments.cli import ROOT, asked_for_help, guarded, split
+from experiments.config.compose import compose
 from experiments.files import write_text
 from experiments.records.archive import read_records
 from experiments.records.tidy import read_summaries
@@ -30,10 +36,20 @@ from experiments.studies.catalog import studies
 from experiments.studies.claim import Claim, scale
 
 PAGE = Path(__file__).with_name("report.html")
-POINTS = 240  # at most, of a curve
-ROWS = 2000  # at most, of a table; what has more is the curves of runs
+LIMIT = 2_990_000  # bytes of the page
+POINTS = 60  # at most, of a curve; all of them are in the files that the page links to
+STRIDES = (1, 2, 3, 4, 6, 10, 20, 60)
+WIDE, QUALITY = 1300, 72  # pixels of a figure's longer side, and its quality as WebP
+# Of figures that no page shows.
+CAPTIONS = {
+    "gallery/figure": "Paths of a tower, gradient descent, Adam and L-BFGS on four surfaces",
+    "robustness/mlp": "Test error of the MLP on MNIST against the initial learning rate, by method",
+    "step_time/peers": "Time of a training step, ours beside other packages, by model",
+}
+FIRST = ("table1", "figure2", "figure3", "char_rnn", "robustness", "surface", "gallery")
+ROWS = 400  # at most, of a table; what has more is linked
 PRINTED = 40  # of them, on paper; see report.html
-SHOWN, LONGEST = 6, 400  # hashes, or characters, of a cell that are shown without a click
+SHOWN, LONGEST = 1, 400  # hashes, or characters, of a cell that are shown without a click
 
 
 @dataclass(frozen=True)
@@ -46,21 +62,54 @@ class Options:
 
 @dataclass(frozen=True)
 class RunEntry:
-    """A run, with its curves by their names: steps and values of each."""
+    """A run, with its curves by their names: steps and values of each, and where all of it is."""
 
     hash: Any
-    stack: Any
+    experiment: Any
+    model: Any
     data: Any
-    seed: Any
+    stack: Any
+    schedule: Any
     epochs: Any
+    seed: Any
     test_error: Any
     test_perplexity: Any
     train_loss: Any
     diverged: Any
     curves: dict[str, tuple[list[float], list[float | None]]]
+    source: str
 
 
-COLUMNS = [f.name for f in fields(RunEntry) if f.name != "curves"]
+COLUMNS = [f.name for f in fields(RunEntry) if f.name not in ("curves", "source")]
+# The field's names for the columns of tables.
+WORDS = {
+    "test_error": "test error (%)",
+    "test_accuracy": "test accuracy (%)",
+    "test_perplexity": "test perplexity",
+    "test_loss": "test loss (nats)",
+    "test_bits_per_character": "test loss (bits per character)",
+    "train_loss": "training loss (nats)",
+    "ours_error": "our test error (%)",
+    "lr": "initial lr",
+    "n": "seeds",
+    "step_us": "optimizer step alone (µs)",
+    "inside_us": "optimizer step in training (µs)",
+    "whole_us": "training step (µs)",
+    "cold_s": "first compilation (s)",
+    "warm_s": "from the disk cache (s)",
+    "ms_per_step": "time per step (ms)",
+    "bytes_per_parameter": "memory per parameter (bytes)",
+    "dataset": "data",
+}
+SUFFIXES = {"_q25": ", lower quartile", "_q75": ", upper quartile", "_sd": ", standard deviation"}
+
+
+def words(column: str) -> str:
+    """A column's name in the words of the field."""
+    for end, text in SUFFIXES.items():
+        if column.endswith(end):
+            return words(column.removesuffix(end)) + text
+    return WORDS.get(column, column.replace("_", " "))
 
 
 def found_in(results: Path) -> Iterator[tuple[Any, Path]]:
@@ -87,23 +136,59 @@ def run_entries(folder: Path, store: Path) -> list[RunEntry]:
     """Every run of a folder's records and lists and of a store, with whatever curves there are."""
     found: dict[str, RunEntry] = {}
     for source in sorted(folder.rglob("*runs.csv")):
-        for _, line in pd.read_csv(source).iterrows():
+        study = source.relative_to(folder).parts[0]
+        for line in pd.read_csv(source).to_dict("records"):
             if isinstance(line.get("hash"), str):
+                stack = line.get("stack") or line.get("method") or line.get("row")
+                own = {
+                    name: line[name] for name in ("kind", "rule", "height", "lr") if name in line
+                }
+                told = ", ".join(
+                    f"{value}" if k == "kind" else f"{k} {value}" for k, value in own.items()
+                )
                 values = {name: line.get(name) for name in COLUMNS}
-                stack = line.get("stack", line.get("row", name_of(source, folder)))
-                found[line["hash"]] = RunEntry(**{**values, "stack": stack}, curves={})
+                values |= {"experiment": study, "stack": stack or told}
+                values["model"] = line.get("model.name") or line.get("task") or _model_of(study)
+                found[line["hash"]] = RunEntry(**values, curves={}, source=_link(source, folder))
     for source in sorted(folder.rglob("*.jsonl.gz")):
+        study = source.relative_to(folder).parts[0]
         for files in read_records(source).values():
-            _add(found, json.loads(files["summary.json"]), files)
+            summary = json.loads(files["summary.json"])
+            _add(found, summary, files, study, _link(source, folder))
     for summary in read_summaries(store):
-        own = store / summary["hash"]
-        _add(found, summary, {path.name: path.read_text() for path in sorted(own.glob("*.csv"))})
+        own_folder = store / summary["hash"]
+        files = {path.name: path.read_text() for path in sorted(own_folder.glob("*.csv"))}
+        study = summary["provenance"].get("made_by", {}).get("experiment")
+        _add(found, summary, files, study, own_folder.resolve().as_uri())
     return sorted(found.values(), key=lambda entry: not entry.curves)
 
 
-def _add(found: dict[str, RunEntry], summary: dict[str, Any], files: dict[str, str]) -> None:
+def _link(path: Path, folder: Path) -> str:
+    """From the page, which lies in a folder beside those of the studies."""
+    return f"../{path.relative_to(folder).as_posix()}"
+
+
+@functools.cache
+def _model_of(study: str) -> str:
+    """The model of a study whose list of runs does not name it."""
+    with contextlib.suppress(ValueError):
+        return compose([f"experiment={study}"]).model.name
+    return ""
+
+
+def _add(
+    found: dict[str, RunEntry],
+    summary: dict[str, Any],
+    files: dict[str, str],
+    study: str | None,
+    source: str,
+) -> None:
     values = {name: summary.get(name) for name in COLUMNS}
-    found[summary["hash"]] = RunEntry(**values, curves=curves(files))
+    values["model"] = summary.get("model", {}).get("name")
+    values["schedule"] = summary.get("schedule", {}).get("name", "constant")
+    values["epochs"] = summary.get("trainer", {}).get("epochs")
+    values["experiment"] = study
+    found[summary["hash"]] = RunEntry(**values, curves=curves(files), source=source)
 
 
 def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | None]]]:
@@ -114,8 +199,9 @@ def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | N
             table = pd.read_csv(io.StringIO(files[name]))
             thin = table.iloc[:: -(-len(table) // POINTS) or 1]
             for column in thin.columns.drop(["step", "epoch"], errors="ignore"):
-                values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in thin[column]]
-                found[column] = thin.step.tolist(), values
+                values = [float(f"{v:.4g}") if math.isfinite(v) else None for v in thin[column]]
+                if len({*values}) > 1:  # what stays as it was is in the stack
+                    found[column] = thin.step.tolist(), values
     return found
 
 
@@ -123,29 +209,52 @@ def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | N
 
 
 def page(folder: Path, store: Path) -> str:
-    """The whole page."""
+    """The whole page. What is long is packed, and unpacked by the browser."""
     entries = run_entries(folder, store)
+    found = claims(folder)
     parts = [
         "<h1>Gradient Descent: The Ultimate Optimizer</h1>",
         "<p>What the paper of Chandra, Xie, Ragan-Kelley and Meijer (NeurIPS 2022) claims, and "
-        "what this repository found. A click on a heading sorts a table.</p>",
+        "what this repository found.</p>",
         "<nav>"
-        + "".join(f'<a href="#{n}">{n}</a>' for n in ("claims", "figures", "tables", "runs"))
+        + "".join(f'<a href="#{n}">{n}</a>' for n in ("figures", "claims", "tables", "runs"))
         + '<a href="#provenance">provenance</a></nav>',
-        *_section("claims", _claims(claims(folder))),
         *_section("figures", _figures(folder)),
+        *_section("claims", _claims(found)),
         *_section("tables", _tables(folder)),
         *_section("runs", _runs(entries)),
         *_section("provenance", _provenance(folder)),
     ]
+    template = PAGE.read_text().replace("<!--CONTENT-->", "\n".join(parts))
+    for stride in STRIDES:  # the more runs, the fewer points of each
+        packed = _packed(entries, stride)
+        if len(template) + len(packed) < LIMIT:
+            break
+    return template.replace("<!--DATA-->", packed)
+
+
+def _packed(entries: Sequence[RunEntry], stride: int) -> str:
+    """All runs, compressed, with each `stride`-th point of their curves."""
     data = {
-        entry.hash: {"label": f"{entry.stack}, seed {entry.seed}", "columns": entry.curves}
-        for entry in entries
-        if entry.curves
+        "columns": [words(name) for name in COLUMNS],
+        "runs": [[_plain(getattr(entry, name)) for name in COLUMNS] for entry in entries],
+        "sources": [entry.source for entry in entries],
+        "curves": {
+            entry.hash: {k: (x[::stride], y[::stride]) for k, (x, y) in entry.curves.items()}
+            for entry in entries
+            if entry.curves
+        },
     }
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    template = PAGE.read_text()
-    return template.replace("<!--CONTENT-->", "\n".join(parts)).replace("<!--DATA-->", text)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def _plain(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 1e9 else float(f"{value:.5g}")
+    return value if isinstance(value, (str, int)) else str(value)
 
 
 def _section(name: str, parts: Iterator[str]) -> Iterator[str]:
@@ -164,58 +273,117 @@ def _claims(found: Sequence[Claim]) -> Iterator[str]:
         f"<p>{' and '.join(told)} agree with the paper. Ours are mean ± standard deviation over n "
         "seeds.</p>"
     )
-    heads = [f.name for f in fields(Claim)]
-    yield table(heads, [astuple(claim) for claim in found], tall=False)
+    heads = [f.name for f in fields(Claim) if f.name != "runs"]
+    verdicts = {"yes": "agree", "no": "disagree", "": "not judged"}
+    options = "".join(
+        f'<option value="{value}">{text} ({sum(c.verdict == value for c in found)})</option>'
+        for value, text in verdicts.items()
+    )
+    yield (
+        f"<details id=judged><summary>All {len(found)} claims</summary>"
+        f'<div class="controls"><label>show <select id="verdict"><option value="all">all</option>'
+        f"{options}</select></label></div>"
+    )
+    rows = [[*(getattr(claim, head) for head in heads), claim.runs] for claim in found]
+    kinds = [f'data-verdict="{claim.verdict}"' for claim in found]
+    yield table([*heads, "runs"], rows, kinds, tall=False)
+    yield "</details>"
+
+
+@functools.cache
+def _captions(folder: Path) -> dict[str, str]:
+    """What the pages of a folder say of their figures, by the figure's path."""
+    found: dict[str, str] = {}
+    for page in (*folder.rglob("README.md"), folder.parent / "README.md"):
+        for text, target in re.findall(
+            r"!\[(.*?)\]\((\S+?)\)", page.read_text() if page.exists() else ""
+        ):
+            path = (page.parent / target).resolve()
+            found.setdefault(str(path), text)
+            found.setdefault(str(path.with_suffix(".png")), text)
+    return found
 
 
 def _figures(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.png")):
-        picture = base64.b64encode(path.read_bytes()).decode()
-        name = html.escape(name_of(path, folder))
+    captions = _captions(folder)
+    paths = sorted(folder.rglob("*.png"), key=lambda path: _order(path, folder))
+    for path in paths:
+        if path.parent.name.endswith("quick"):
+            continue
+        buffer = io.BytesIO()
+        with Image.open(path) as image:
+            image.thumbnail((WIDE, WIDE), Image.Resampling.LANCZOS)
+            width, height = image.size
+            image.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=6)
+        picture = base64.b64encode(buffer.getvalue()).decode()
+        name = name_of(path, folder)
+        short = f"{path.relative_to(folder).parts[0]}/{path.stem}"
+        text = captions.get(str(path.resolve())) or CAPTIONS.get(short) or short
+        title = html.escape(text, quote=True)
         yield (
-            f'<figure><img alt="{name}" loading="lazy" src="data:image/png;base64,{picture}">'
-            f"<figcaption>{name}</figcaption></figure>"
+            f'<figure data-name="{html.escape(name)}"><button class="open" aria-label="Enlarge: '
+            f'{title}"><img alt="{title}" width="{width}" height="{height}" '
+            f'src="data:image/webp;base64,{picture}"></button>'
+            f"<figcaption>{html.escape(text)} "
+            f'<a href="{html.escape(_link(path, folder))}">{html.escape(name)}</a>'
+            "</figcaption></figure>"
         )
+    yield (
+        '<dialog id="large" aria-label="A figure, enlarged"><button>close</button><img alt="">'
+        "</dialog>"
+    )
+
+
+def _order(path: Path, folder: Path) -> tuple:
+    """The paper's own figures and tables first."""
+    study = path.relative_to(folder).parts[0]
+    return (FIRST.index(study) if study in FIRST else len(FIRST), path.as_posix())
 
 
 def _tables(folder: Path) -> Iterator[str]:
     def is_raw(path: Path) -> bool:
-        """What other tables are made of, and too wide for paper."""
-        return path.stem.endswith(("runs", "curves"))
+        """What other tables are made of."""
+        return path.stem.endswith(("runs", "curves", "replay"))
 
     for path in sorted(folder.rglob("*.csv"), key=lambda path: (is_raw(path), path)):
+        name, link = html.escape(name_of(path, folder)), html.escape(_link(path, folder))
+        rows = sum(1 for _ in path.open()) - 1
+        if is_raw(path) or rows > ROWS:
+            yield f'<p class="raw"><a href="{link}">{name}.csv</a>, {rows} rows</p>'
+            continue
         content = pd.read_csv(path, dtype=str, keep_default_na=False)
-        yield f"<div{' class=raw' * is_raw(path)}><h3>{html.escape(name_of(path, folder))}</h3>"
-        if len(content) > ROWS:
-            yield f'<p class="faint">{len(content)} rows, in {html.escape(path.name)} alone</p>'
-        else:
-            yield table(list(content.columns), content.values.tolist())
-        yield "</div>"
+        if "height" in content:  # where a list stands for all heights, as times to compile do
+            content.loc[content.height == "-1", "height"] = "plain"
+        yield f"<details><summary>{name}</summary>"
+        yield table(list(map(words, content.columns)), content.values.tolist())
+        yield f'<p><a href="{link}">as CSV</a></p></details>'
 
 
 def _runs(entries: Sequence[RunEntry]) -> Iterator[str]:
     drawn = sum(bool(entry.curves) for entry in entries)
     yield (
-        f"<p>{len(entries)} runs, {drawn} of them with their curves: a click on a run draws it, "
-        "another one takes it away.</p>"
+        f"<p>{len(entries)} runs, {drawn} of them with their curves, thinned here: "
+        "a click on a run draws it, another one takes it away. The legend links to all of a "
+        "run's data.</p>"
         '<svg id="chart" viewBox="0 0 800 450" role="img" aria-label="Curves of the chosen runs">'
         '</svg><ul id="legend"></ul><p id="reading" class="faint"></p><div class="controls">'
         '<label>curve <select id="column"></select></label>'
         '<label><input type="checkbox" id="log"> log scale</label>'
         '<label>filter <input id="filter" type="search" placeholder="SGD mnist"></label></div>'
+        '<div class="wide tall"><table id="all-runs"><thead></thead><tbody></tbody></table></div>'
+        '<div class="controls"><button id="back">back</button><span id="place"></span>'
+        '<button id="on">on</button></div>'
     )
-    rows = [[getattr(entry, name) for name in COLUMNS] for entry in entries]
-    kinds = [f'class="run{" has-curves" * bool(e.curves)}" data-hash="{e.hash}"' for e in entries]
-    yield table(COLUMNS, rows, kinds)
 
 
 def _provenance(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text())
         if isinstance(content, dict):
-            yield f"<h3>{html.escape(name_of(path, folder))}</h3>"
+            yield f"<details><summary>{html.escape(name_of(path, folder))}</summary>"
             rows = [(key, _words(value)) for key, value in content.items()]
             yield table(["key", "value"], rows)
+            yield "</details>"
 
 
 def _words(value: Any) -> str:

@@ -268,7 +268,8 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     imported = set().union(*(third_party(package) for package in MAY_IMPORT))
     assert imported - always - requirements(extra="peers") - requirements(extra="scaleout") == set()
     assert always - imported == set()
-    for_tests = always | set().union(*map(requirements, ("dev", "frameworks", "peers")))
+    extras = ("dev", "frameworks", "peers", "scaleout")
+    for_tests = always | set().union(*map(requirements, extras))
     assert third_party("tests") - for_tests == set()
 
 

@@ -1,7 +1,9 @@
 """The page with all results: what is on it, and that it needs nothing else."""
 
 import base64
+import gzip
 import html
+import io
 import json
 import math
 import re
@@ -10,9 +12,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+from PIL import Image
 from test_project import ROOT
 
 from experiments.cli import guarded
@@ -37,14 +41,15 @@ class Page(HTMLParser):
         self.sources: list[str] = []
         self.links: list[str] = []
         self.open: list[str] = []
-        self.name = self.cell = self.script = ""
+        self.name = self.cell = ""
+        self.data: dict[str, Any] = {}
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = {key: value or "" for key, value in attributes}
         self.sources += [found["src"]] if "src" in found else []
         self.links += [found["href"]] if "href" in found else []
-        if tag in ("h2", "h3"):
+        if tag in ("h2", "summary") and "td" not in self.open:
             self.name = ""
         if tag == "tr":
             self.tables.setdefault(self.name, []).append([])
@@ -60,12 +65,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         where = self.open[-1] if self.open else ""
-        if where in ("h2", "h3"):
+        if where in ("h2", "summary") and "td" not in self.open:
             self.name += data
         elif where in ("td", "th"):
             self.cell += data
-        elif where == "script" and data.startswith("{"):
-            self.script = data
+        elif where == "script" and data.startswith("H4sI"):
+            self.data = json.loads(gzip.decompress(base64.b64decode(data)))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,8 @@ def page(folder: Path) -> Page:
 
 
 def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
-    heads, *rows = page.tables["Claims"]
+    (claims,) = (rows for name, rows in page.tables.items() if name.endswith(" claims"))
+    heads, *rows = claims
     expected = [
         "dataset",
         "setting",
@@ -117,26 +123,45 @@ def test_each_claim_has_its_runs_and_a_verdict(page: Page) -> None:
 
 
 def test_every_table_figure_and_run_is_there(page: Page, folder: Path) -> None:
-    for name in ("table1/paper/table", "table1/paper/runs"):
-        content = pd.read_csv(folder / "results" / f"{name}.csv")
-        assert page.tables[name][0] == list(content.columns)
-        if name == "table1/paper/table":
-            assert len(page.tables[name]) == 1 + len(content)
+    content = pd.read_csv(folder / "results" / OWN / "table.csv")
+    assert page.tables["table1/paper/table"][0] == list(map(report.words, content.columns))
+    assert len(page.tables["table1/paper/table"]) == 1 + len(content)
+    assert {"../table1/paper/runs.csv", "../table1/paper/table.csv"} <= set(page.links)
     (picture,) = page.sources
     kind, _, data = picture.partition(",")
-    assert kind == "data:image/png;base64"
-    assert base64.b64decode(data) == (folder / "results" / OWN / "figure.png").read_bytes()
+    assert kind == "data:image/webp;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as shown:
+        assert max(shown.size) == report.WIDE
     (own,) = (path.parent for path in (folder / "runs").glob("*/summary.json"))
-    hashes = [row[0] for row in page.tables["Runs"][1:]]
-    assert set(hashes) == {own.name, *pd.read_csv(TABLE1).hash} and hashes[0] == own.name
+    runs = [dict(zip(report.COLUMNS, run, strict=True)) for run in page.data["runs"]]
+    assert {run["hash"] for run in runs} == {own.name, *pd.read_csv(TABLE1).hash}
+    assert runs[0]["hash"] == own.name
+    assert (runs[0]["model"], runs[0]["schedule"], runs[0]["epochs"]) == ("mlp", "constant", 2)
+    assert {(run["model"], run["experiment"]) for run in runs[1:]} == {("mlp", "table1")}
+    assert page.data["sources"][0] == own.as_uri()
 
-    curves = json.loads(page.script)[own.name]["columns"]
-    for name in ("curves", "hyperparameters", "hypergradients"):
+    curves = page.data["curves"][own.name]
+    for name in ("hyperparameters", "hypergradients"):
         for column, values in pd.read_csv(own / f"{name}.csv").items():
-            if column not in ("step", "epoch") and name != "curves":
-                shown = curves[str(column)]
-                assert shown[1] == pytest.approx(list(values), rel=1e-4)
+            if column != "step" and values.nunique() > 1:
+                assert curves[str(column)][1] == pytest.approx(list(values), rel=1e-3)
     assert curves["train_loss"][0] == [16, 32]
+
+
+def test_all_results_fit_into_three_megabytes() -> None:
+    """Those that are committed, each run told apart."""
+    text = report.page(ROOT / "results", Path("no store"))
+    assert len(text.encode()) <= 3_000_000
+    page = Page(text)
+    heads = re.findall(r"<h2>(\w+)</h2>", text)
+    assert heads == ["Figures", "Claims", "Tables", "Runs", "Provenance"]
+    told = [tuple(run[1:]) for run in page.data["runs"]]
+    assert len(told) > 4000 and len({*told}) > 0.95 * len(told)
+    assert all(run[1] and run[2] for run in page.data["runs"])  # the experiment and the model
+    captions = re.findall(r"<figcaption>(.*?) <a", text)
+    assert all(len(caption.split()) > 3 for caption in captions)
+    assert not re.findall(r"<img alt=\"\"[^>]*src", text)
+    assert "_q25" not in re.sub(r"<script.*", "", text, flags=re.S)
 
 
 def test_the_page_of_what_is_committed_can_be_made(tmp_path: Path) -> None:
@@ -189,7 +214,7 @@ def test_rows_in_the_papers_setting_and_in_a_reduced_one_are_counted_apart() -> 
         each.summary["trainer"]["steps"] = figure2.PAPERS_STEPS
     whole = [*figure2.claims_of(runs)]
     short = [*figure2.claims_of([run("plain", 0, 0.5, 0.1), run("tower", 0, 0.6, 0.09)])]
-    said, _ = report._claims([*whole, *short])
+    said, *_ = report._claims([*whole, *short])
     assert "1 of 2 judged rows in the paper's setting" in said
     assert "0 of 2 judged rows in a reduced one agree" in said
 
@@ -213,9 +238,9 @@ def test_it_needs_nothing_else(folder: Path) -> None:
     text = report.page(folder / "results", folder / "runs")
     assert text == report.page(folder / "results", folder / "runs")
     page = Page(text)
-    assert all(link.startswith("#") for link in page.links)
+    assert all(link.startswith(("#", "../")) for link in page.links)
     assert all(source.startswith("data:") for source in page.sources)
-    without = re.sub(r"data:image/png;base64,[^\"]*", "", text)
+    without = re.sub(r"data:image/webp;base64,[^\"]*", "", text)
     outside = re.findall(r"https?://[\w.]+|url\(|@import|<link|fetch\(", without)
     assert set(outside) == {"http://www.w3.org"}  # the name of SVG
     assert "<!--" not in text
@@ -249,28 +274,53 @@ WIDTHS = (1200, 390)  # of a desk and of a phone
 ERRORS = """<script>
 const said = {errors: []};
 addEventListener("error", event => said.errors.push(event.message));
+addEventListener("unhandledrejection", event => said.errors.push(String(event.reason)));
+console.error = (...words) => said.errors.push(words.join(" "));
 </script>"""
-CLICKS = """<script>
+CLICKS = """<script type="module">
 const every = selector => [...document.querySelectorAll(selector)];
+const click = selector => document.querySelector(selector).click();
+const pause = () => new Promise(done => setTimeout(done, 50));
+while (!document.documentElement.dataset.ready) await pause();
+every("details").forEach(each => { each.open = true; });
 const [table] = every("#tables table"), heads = [...table.tHead.rows[0].cells];
 const place = heads.findIndex(head => head.textContent === "epochs");
 const sort = () => heads[place].querySelector("button").click();
 const epochs = () => [...table.tBodies[0].rows].map(row => Number(row.cells[place].textContent));
-const click = selector => document.querySelector(selector).click();
 sort();
 said.up = epochs();
 sort();
 said.down = epochs();
 said.lines = [every("#chart polyline").length];
 for (let k = 0; k < 2; k++) {
-  click("tr.has-curves");
+  const row = document.querySelector("tr.has-curves");
+  row.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter"}));
   said.lines.push(every("#chart polyline").length);
 }
 said.names = every("#column option").map(option => option.value);
+said.listed = every("tr.run").length;
+click("#on");
+said.second = every("tr.run").length;
+const seed = every("#all-runs th").findIndex(head => head.textContent === "seed");
+every("#all-runs th button")[seed].click();
+every("#all-runs th button")[seed].click();
+said.seeds = every("tr.run").map(row => Number(row.cells[seed].textContent));
 const search = document.getElementById("filter");
-search.value = document.querySelector("tr.has-curves").dataset.hash;
+search.value = document.querySelector("tr.run").dataset.hash;
 search.dispatchEvent(new Event("input"));
-said.found = every("tr.run").filter(row => row.checkVisibility()).length;
+said.found = every("tr.run").length;
+const verdict = document.getElementById("verdict");
+verdict.value = "no";
+verdict.dispatchEvent(new Event("change"));
+const judged = every("#claims tr[data-verdict]").filter(row => row.checkVisibility());
+said.claims = judged.map(row => row.dataset.verdict);
+click("button.open");
+const large = document.getElementById("large");
+said.large = large.open && large.querySelector("img").naturalWidth;
+click("#large");
+said.closed = !large.open;
+const edge = selector => document.querySelector(selector).getBoundingClientRect().top;
+said.first = edge("figure") < edge("#claims");
 said.width = document.documentElement.scrollWidth;
 said.of = innerWidth;
 document.title = JSON.stringify(said);
@@ -288,11 +338,11 @@ def test_in_a_browser_tables_sort_and_runs_open(folder: Path, tmp_path: Path) ->
     page = tmp_path / "page.html"
     page.write_text(
         f"""<!DOCTYPE html><meta charset="utf-8"><title></title>{"</iframe>".join(frames)}</iframe>
-        <script>addEventListener("load", () => document.title = {titles}.join());</script>"""
+        <script>setInterval(() => document.title = {titles}.join(), 100);</script>"""
     )
     options = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/user")
     done = subprocess.run(
-        [BROWSER, *options, "--dump-dom", page.as_uri()],
+        [BROWSER, *options, "--virtual-time-budget=30000", "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
         timeout=300,
@@ -304,5 +354,9 @@ def test_in_a_browser_tables_sort_and_runs_open(folder: Path, tmp_path: Path) ->
         assert said["up"] == epochs and said["down"] == epochs[::-1]  # 5 before 30, and after
         assert said["lines"] == [1, 0, 1]  # the first run is open from the beginning
         assert {"train_loss", "test_error", "0.lr", "hypergradient.0.lr"} <= set(said["names"])
+        assert said["listed"] == 50 and 0 < said["second"] <= 50
+        assert said["seeds"] == sorted(said["seeds"], reverse=True) and said["seeds"][0] > 0
         assert said["found"] == 1
+        assert {*said["claims"]} == {"no"}
+        assert said["large"] > 1000 and said["closed"] and said["first"]
         assert said["width"] <= said["of"] == width  # there is nothing to the right

@@ -243,6 +243,14 @@ def test_of_many_that_wait_for_a_run_one_holds_it_at_a_time(tmp_path: Path) -> N
     assert list(store.run("run").path.iterdir()) == []
 
 
+def test_the_lock_of_a_run_that_was_finished_and_killed_goes(tmp_path: Path) -> None:
+    run = RunStore(tmp_path).run("a")
+    run.finish(SUMMARY)
+    (run.path / "lock").touch()
+    assert RunStore(tmp_path).finished("a") == {"hash": "a", **SUMMARY}
+    assert [path.name for path in run.path.iterdir()] == ["summary.json"]
+
+
 def test_a_run_that_someone_else_does_is_waited_for_and_then_read(tmp_path: Path) -> None:
     """Someone else is this test, which says in the end that the error was 12.34%."""
     config = resolved(

@@ -107,8 +107,9 @@ def test_another_launcher_writes_the_same_csv_and_lists_what_fails(
     sweep = ("-m", "seed=0,1", *FIXED, f"hydra/launcher={launcher}", f"store={store}")
     store.mkdir()
     (store / run_hash(configs[1])).write_text("no folder")
-    assert command(run.main, *sweep) == 1
+    assert command(run.main, *sweep, "progress=true") == 1
     said = capsys.readouterr()
+    assert "1 runs are finished" in said.err or "1 running" in said.err
     assert said.err.count("1 run failed: [Errno 17] File exists") == 1
     assert "2 runs: 1 finished, 1 failed, 0 not started.\n" in said.err
     assert "Error executing" not in said.err

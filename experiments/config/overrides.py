@@ -15,6 +15,9 @@ HYDRAS_GROUPS = tuple(
     f"hydra/{name}" for name in ("launcher", "sweeper", "sweeper/sampler", "help")
 )
 
+# The plugin's launcher ends with the first job that fails; ours waits for each.
+RENAMED = {"hydra/launcher=submitit_slurm": "hydra/launcher=slurm"}
+
 
 def protect_notation(arguments: Sequence[str]) -> list[str]:
     """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
@@ -22,13 +25,17 @@ def protect_notation(arguments: Sequence[str]) -> list[str]:
     ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the file of the group
     that leaves the rest unset) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``: commas
     outside brackets separate the values of a sweep, as elsewhere in Hydra. ``stack=tower``, which
-    has no bracket, stays as it is.
+    has no bracket, stays as it is. ``logger=[csv,wandb]`` becomes ``logger.name="csv,wandb"``.
     """
     protected = []
     for argument in arguments:
         key, _, value = argument.partition("=")
+        if key == "logger" and (several := re.fullmatch(r"\[([\w, ]+)\]", value)):
+            names = ",".join(name.strip() for name in several[1].split(","))
+            protected += ["logger=csv", f'logger.name="{names}"']
+            continue
         if key not in ("stack", "stack.notation") or "(" not in value:
-            protected.append(argument)
+            protected.append(RENAMED.get(argument, argument))
             continue
         stacks, depth = [""], 0
         for character in value:

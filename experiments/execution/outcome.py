@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +28,16 @@ class Outcome:
     def reason(self) -> str:
         """The last line of the error."""
         return (self.error or "").rpartition("\n")[2]
+
+
+here: list[Outcome] = []  # of the sweep of this process, where its launcher knows them
+
+
+def objective(outcome: Outcome) -> float:
+    """The training loss of the last epoch; infinite where the run diverged."""
+    assert outcome.summary is not None
+    loss = outcome.summary["train_loss"]
+    return math.inf if outcome.summary["diverged"] or loss is None else loss
 
 
 def describe(outcome: Outcome) -> str:

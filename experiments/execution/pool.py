@@ -49,7 +49,7 @@ def fill(outcomes: Sequence[Outcome], workers: int | None = None) -> None:
     """Do as `run_all` does; where it is interrupted, what is known is in the outcomes."""
     waiting: list[Outcome] = []
     for outcome in outcomes:
-        outcome.summary = RunStore(outcome.config.store).summary(run_hash(outcome.config))
+        outcome.summary = RunStore(outcome.config.store).finished(run_hash(outcome.config))
         if outcome.summary is None:
             waiting.append(outcome)
     if waiting:

@@ -12,11 +12,12 @@ import atexit
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -29,9 +30,19 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from experiments.cli import Terminated
 from experiments.config.resolve import resolve_all
 from experiments.config.schema import Config, to_config
-from experiments.execution.outcome import Outcome, count, describe, explain, report_failures
+from experiments.execution import cluster
+from experiments.execution.outcome import (
+    Outcome,
+    count,
+    describe,
+    explain,
+    here,
+    objective,
+    report_failures,
+)
 from experiments.execution.pool import fill, use_gpu
 from experiments.files import named, write_json, write_text
 from experiments.records.loggers.catalog import find
@@ -40,11 +51,12 @@ from experiments.records.tidy import tidy_csv
 from experiments.training.trainer import train
 
 LOCK = "lock"
+TELL = 1.0  # seconds between two looks at the notes of jobs
+OWN = "hydra_plugins.hyperopt_"  # launchers that say themselves how far they are
 SEARCHED = "optimization_results.yaml"  # what Optuna's sweeper leaves in the sweep's folder
 
 single: list[Config] = []  # the config of a command line without -m
 folders: list[Path] = []  # that of the sweep which this process has started
-here: list[Outcome] = []  # of its runs, where this process's pool does them
 
 
 class Begin(Callback):
@@ -56,6 +68,26 @@ class Begin(Callback):
         with suppress(OSError):  # of a full disk the runs tell
             remove_abandoned(folder.parent)
             atexit.register(hold(folder))
+        launcher = str(config.hydra.launcher.get("_target_", ""))
+        if config.progress and not launcher.startswith(OWN):
+            threading.Thread(target=_tell, args=(folder,), daemon=True).start()
+
+
+def _tell(folder: Path) -> None:
+    """Say how far the jobs of another launcher are, from their notes, as long as there are any."""
+    began, told = time.monotonic(), ""
+    while folders and folders[-1] == folder:
+        with suppress(OSError, ValueError):
+            outcomes = outcomes_of(folder)
+            finished = sum(outcome.summary is not None for outcome in outcomes)
+            failed = sum(outcome.error is not None for outcome in outcomes)
+            text = f"{finished} runs are finished, {failed} failed, "
+            text += f"{len(outcomes) - finished - failed} running"
+            if outcomes and text != told:
+                minutes, seconds = divmod(int(time.monotonic() - began), 60)
+                print(f"[{minutes}:{seconds:02d}] {text}", file=sys.stderr, flush=True)
+                told = text
+        time.sleep(TELL)
 
 
 def hold(folder: Path) -> Callable[[], None]:
@@ -67,12 +99,13 @@ def hold(folder: Path) -> Callable[[], None]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders of sweeps that nobody holds any more."""
+    """Remove the folders of sweeps that nobody holds any more, and that have no queued jobs."""
     for lock in parent.glob(f"*/{LOCK}"):
         if re.fullmatch(r"[0-9a-f]+-\d+", lock.parent.name):
             with suppress(OSError), open(lock) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent)
+                if not cluster.is_live(lock.parent):
+                    shutil.rmtree(lock.parent)
 
 
 def discard(folder: Path) -> None:
@@ -102,6 +135,8 @@ def job(composed: DictConfig) -> float | None:
         (config,) = resolve_all([config])
         use_gpu(number)
         outcome = Outcome(config, train(config))
+    except Terminated:
+        raise SystemExit(143) from None
     except Exception as error:
         outcome = Outcome(config, error=explain(error))
     finally:
@@ -128,13 +163,6 @@ def launch(composed: Sequence[DictConfig]) -> list[JobReturn]:
         done.append(JobReturn(overrides=job, status=JobStatus.COMPLETED))
         done[-1].return_value = found
     return done
-
-
-def objective(outcome: Outcome) -> float:
-    """The training loss of the last epoch; infinite where the run diverged."""
-    assert outcome.summary is not None
-    loss = outcome.summary["train_loss"]
-    return math.inf if outcome.summary["diverged"] or loss is None else loss
 
 
 def _leave_note(folder: Path, number: int, outcome: Outcome) -> None:
@@ -168,6 +196,7 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
         ended_by: what ended Hydra's part of it.
     """
     outcomes = outcomes_of(folder)
+    folders.clear()  # which ends `_tell`
     if not outcomes:  # nothing was begun
         if isinstance(ended_by, OSError) and not folder.exists():
             raise named(ended_by, folder)
@@ -207,7 +236,8 @@ def interrupted(folder: Path) -> None:
     """Say how far a sweep is that is stopped."""
     if outcomes := outcomes_of(folder):
         print(f"\n{count(outcomes)}.", file=sys.stderr)
-    discard(folder)
+    if not (folder / cluster.JOBS).exists():
+        discard(folder)
 
 
 def _write_csv(finished: Sequence[Outcome]) -> Path:

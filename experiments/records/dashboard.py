@@ -2,27 +2,34 @@
 
     python -m experiments.records.dashboard entity=NAME
     python -m experiments.records.dashboard entity=NAME project=hyperopt
+    python -m experiments.records.dashboard picture=docs/dashboards.png
 
 makes a view of the project: lr, momentum, loss and error (of a text the perplexity) over training,
 by the height of the tower and by the initial lr, and the error at the end by both. Its heat map is
-a chart of its own beside the view. It needs a key (wandb login).
+a chart of its own beside the view. It needs a key (wandb login). The last draws the panels over
+training here, without W&B, from the runs in the folder `records`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import wandb
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.reports.v2 import Config, SummaryMetric
 
 from experiments.cli import asked_for_help, guarded, split
-from experiments.records.loggers.wandb import PROJECT, metric, offline
+from experiments.records.archive import read_records
+from experiments.records.loggers.logger import initial
+from experiments.records.loggers.wandb import PROJECT, describe, metric, offline
 from experiments.tasks.catalog import tasks
 
 # How runs are judged.
@@ -63,6 +70,8 @@ class Options:
 
     entity: str = ""
     project: str = PROJECT
+    picture: str = ""
+    records: str = "results/figure2/cpu/records"
 
 
 # What is shown over training, by the height of the tower and by the initial lr.
@@ -78,7 +87,7 @@ GROUPS = {"height": "by height", "lr": "by start"}
 
 def workspace(entity: str, project: str) -> workspaces.Workspace:
     """The dashboard; nothing is sent before its `save`."""
-    sections = {
+    sections: dict[str, list[Any]] = {
         f"Over training, {words}": [
             _over_time(f"{name} {words}", column, group) for column, name in OVER_TIME.items()
         ]
@@ -144,6 +153,54 @@ def _at_the_end(entity: str, column: str, words: str) -> list[Any]:
     ]
 
 
+def draw(records: Path, path: Path) -> None:
+    """The panels over training, as W&B shows them: means over the runs of a group, and their sd."""
+    from matplotlib import pyplot as plt
+
+    runs = [_history(files) for files in read_records(records).values()]
+    shown = {c: t for c, t in OVER_TIME.items() if any(c in run.columns for _, run in runs)}
+    figure, axes = plt.subplots(
+        len(GROUPS), len(shown), figsize=(3.2 * len(shown), 2.6 * len(GROUPS)), squeeze=False
+    )
+    for row, (group, words) in zip(axes, GROUPS.items(), strict=True):
+        for axis, (column, title) in zip(row, shown.items(), strict=True):
+            groups: dict[Any, list[pd.Series]] = {}
+            for config, run in runs:
+                if column in run:
+                    groups.setdefault(config[group], []).append(run[column].dropna())
+            for value in sorted(groups):
+                table = pd.concat(groups[value], axis=1).sort_index()
+                mean, sd = table.mean(axis=1), table.std(axis=1).fillna(0)
+                (line,) = axis.plot(mean.index, mean, lw=1, label=f"{group}: {value:g}")
+                axis.fill_between(
+                    mean.index, mean - sd, mean + sd, color=line.get_color(), alpha=0.2, lw=0
+                )
+            axis.set_title(f"{title} {words}", fontsize=9)
+            axis.tick_params(labelsize=7)
+            axis.set_xlabel("Step", fontsize=7)
+            if column == metric("0.lr"):
+                axis.set_yscale("log")
+        row[0].legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _history(files: dict[str, str]) -> tuple[dict[str, Any], pd.DataFrame]:
+    """The config and the history of a run, by W&B's names and the step."""
+    settings = json.loads(files["config.json"])
+    settings.pop("hash")
+    tables = [
+        pd.read_csv(io.StringIO(files[f"{name}.csv"])).set_index("step")
+        for name in ("hyperparameters", "curves")
+    ]
+    both = tables[0].combine_first(tables[1])
+    start = initial(settings["stack"], dict.fromkeys(both.columns, 0.0))
+    both.loc[0] = {name: start.get(name) for name in both.columns}
+    return describe("", settings, {})["config"], both.sort_index().rename(columns=metric)
+
+
 def make_heat_map(entity: str) -> None:
     """Put the heat map's specification there, where the panels find it by its name."""
     try:
@@ -164,6 +221,10 @@ def main() -> int:
     if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
+    if options.picture:
+        draw(Path(options.records), Path(options.picture))
+        print(options.picture)
+        return 0
     if not options.entity:
         raise ValueError("entity is not set; give the W&B user or team as in entity=NAME")
     if offline():

@@ -104,6 +104,14 @@ class RunStore:
     def summary(self, run_hash: str) -> dict[str, Any] | None:
         return self.run(run_hash).summary()
 
+    def finished(self, run_hash: str) -> dict[str, Any] | None:
+        """The same; the lock of a process that was killed after its summary is removed."""
+        summary = self.summary(run_hash)
+        if summary is not None and (self.root / run_hash / "lock").exists():
+            with suppress(OSError), self.claim(run_hash):
+                pass
+        return summary
+
     @contextmanager
     def claim(self, run_hash: str) -> Iterator[RunDirectory]:
         """Hold a run, waiting until no other process does; look then whether it is finished.

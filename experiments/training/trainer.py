@@ -73,7 +73,7 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
     store = RunStore(config.store)
     identified = identity(config)  # once: a file that a schedule replays may change meanwhile
     name = identity_hash(identified)
-    if (summary := distributed.agreed(lambda: store.summary(name))) is not None:
+    if (summary := distributed.agreed(lambda: store.finished(name))) is not None:
         return summary
     with store.claim(name) if is_first() else no_records(store, name) as directory:
         if (summary := distributed.agreed(directory.summary)) is not None:
@@ -198,8 +198,8 @@ class _Run:
         with judged(self.optimizer):
             if (kept := self.task.kept(self.model)) is not None:
                 directory.save_model(kept)
+        logger.finish(summary)  # first: a run that is killed in between goes on, and shows the rest
         directory.finish(summary)
-        logger.finish(summary)
         return {"hash": directory.hash, **summary}
 
     def _do_epoch(self, report: Report, logger: Logger) -> None:

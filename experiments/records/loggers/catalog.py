@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any, ClassVar
 
 from experiments.config.processes import is_first
 from experiments.config.schema import Config
-from experiments.records.loggers.logger import Logger
+from experiments.records.loggers.logger import Logger, Row
 from experiments.records.store import RunDirectory
 
 
@@ -21,18 +24,95 @@ def loggers() -> dict[str, type[Logger]]:
     return {k: v for module in modules for k, v in getattr(module, "LOGGERS", {}).items()}
 
 
+class Several(Logger):
+    """A run's loggers as one. One that fails says so and is left out: the run matters more.
+
+    Attributes:
+        kinds: their classes.
+    """
+
+    kinds: ClassVar[tuple[type[Logger], ...]] = ()
+
+    def __init__(self, each: Sequence[Logger]) -> None:
+        self.each = list(each)
+
+    @classmethod
+    def prepare(cls) -> None:
+        for kind in cls.kinds:
+            kind.prepare()
+
+    @classmethod
+    def publish(cls, results: Path, config: Config) -> None:
+        for kind in cls.kinds:
+            kind.publish(results, config)
+
+    @classmethod
+    def say_where(cls, config: Config) -> None:
+        for kind in cls.kinds:
+            kind.say_where(config)
+
+    @classmethod
+    def of(cls, config: Config, directory: RunDirectory) -> Logger:
+        made = []
+        for kind in cls.kinds:
+            try:
+                made.append(kind.of(config, directory))
+            except ValueError:  # what the user can mend
+                raise
+            except Exception as error:
+                _leave_out(kind, error)
+        return cls(made)
+
+    def log(self, rows: Sequence[Row]) -> None:
+        self._each(lambda logger: logger.log(rows))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._each(lambda logger: logger.finish(summary))
+
+    def fail(self) -> None:
+        self._each(lambda logger: logger.fail())
+
+    def interrupt(self) -> None:
+        self._each(lambda logger: logger.interrupt())
+
+    def _each(self, do: Callable[[Logger], None]) -> None:
+        for logger in list(self.each):
+            try:
+                do(logger)
+            except Exception as error:
+                self.each.remove(logger)
+                _leave_out(type(logger), error)
+
+
+def _leave_out(kind: type[Logger], error: Exception) -> None:
+    (name,) = (name for name, each in loggers().items() if each is kind)
+    reason = str(error).partition("\n")[0]
+    print(f"{name} failed and is left out of this run: {reason}", file=sys.stderr)
+
+
 def find(config: Config) -> type[Logger]:
-    """The class of loggers that a config names.
+    """The class of loggers that a config names; of several, separated by commas, one for all.
 
     Raises:
         ValueError: an unknown name.
     """
-    if config.logger.name not in loggers():
-        known = ", ".join(loggers())
-        raise ValueError(f"logger.name={config.logger.name!r} is not one of {known}")
-    return loggers()[config.logger.name]
+    names = config.logger.name.split(",")
+    for name in names:
+        if name not in loggers():
+            raise ValueError(f"logger.name={name!r} is not one of {', '.join(loggers())}")
+    if len(names) == 1:
+        return loggers()[names[0]]
+    return _several([loggers()[name] for name in dict.fromkeys(names)])
+
+
+def _several(kinds: Sequence[type[Logger]]) -> type[Several]:
+    return type("Several", (Several,), {"kinds": tuple(kinds)})
 
 
 def make_logger(config: Config, directory: RunDirectory) -> Logger:
     """The logger of a run; it does nothing in processes that do not keep the run's records."""
-    return find(config).of(config, directory) if is_first() else Logger()
+    if not is_first():
+        return Logger()
+    kind = find(config)
+    several = kind if issubclass(kind, Several) else _several([kind])
+    return several.of(config, directory)

@@ -57,6 +57,17 @@ def made_by(config: Config) -> dict[str, Any]:
     return {"experiment": config.experiment, "preset": config.preset, "row": config.row}
 
 
+def results(summary: dict[str, Any]) -> dict[str, Any]:
+    """What of a run's summary is shown."""
+    made = summary["provenance"]
+    found = {k: v for k, v in summary.items() if k.startswith("test_") or k == "objective"}
+    found |= {name: summary[name] for name in ("train_loss", "diverged")}
+    for level, values in enumerate(summary["hyperparameters"]):
+        found |= {f"learned.{level}.{name}": value for name, value in values.items()}
+    found |= {name: made[name] for name in ("seconds_per_step", "seconds", "finished")}
+    return found
+
+
 def initial(stack: str, first: Row) -> Row:
     """The row of step 0: the values that a stack starts from, of what the first row has."""
     row: Row = {"step": 0, **{name: first[name] for name in first if name == "time"}}

@@ -33,7 +33,7 @@ from experiments.config.baselines import parse
 from experiments.config.identity import identity, identity_hash
 from experiments.config.schema import Config
 from experiments.files import locked, write_json
-from experiments.records.loggers.logger import Logger, Row, initial, made_by
+from experiments.records.loggers.logger import Logger, Row, initial, made_by, results
 from experiments.records.store import RunDirectory
 
 NOTE = "wandb.json"
@@ -143,7 +143,7 @@ class WandbLogger(Logger):
                 shutil.rmtree(folder)
             run = self._open(mode="offline")
             self._log(run, self.rows)
-            run.summary.update(results(summary))
+            run.summary.update({metric(k): v for k, v in results(summary).items()})
             run.finish(exit_code=0)
             self._note(state="kept")
         except Exception as error:  # whatever it is, the run matters more
@@ -170,7 +170,7 @@ class WandbLogger(Logger):
                 self._log(run, [row for row in rows if row["step"] >= there])
             state, summary = item
             if summary is not None:
-                run.summary.update(results(summary))
+                run.summary.update({metric(k): v for k, v in results(summary).items()})
             if state == "interrupted":
                 run.mark_preempting()
             run.finish(exit_code=0 if state == "finished" else 1)
@@ -268,17 +268,6 @@ def metric(name: str) -> str:
     """A name for a metric by W&B's rule, letters, digits and underscores: 0.lr is level0_lr."""
     text = re.sub(r"(^|\.)(\d+)\.", lambda found: f"{found[1]}level{found[2]}.", name)
     return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
-
-
-def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's summary goes to the summary there."""
-    made = summary["provenance"]
-    found = {k: v for k, v in summary.items() if k.startswith("test_") or k == "objective"}
-    found |= {name: summary[name] for name in ("train_loss", "diverged")}
-    for level, values in enumerate(summary["hyperparameters"]):
-        found |= {f"learned.{level}.{name}": value for name, value in values.items()}
-    found |= {name: made[name] for name in ("seconds_per_step", "seconds", "finished")}
-    return {metric(name): value for name, value in found.items()}
 
 
 def read_note(directory: RunDirectory) -> dict[str, Any]:

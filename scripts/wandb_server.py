@@ -42,6 +42,12 @@ class Server:
         self.refuse = False
         self.lock = threading.Lock()
 
+    def forget(self) -> None:
+        """Have nothing, as another project has."""
+        with self.lock:
+            self.runs.clear()
+            self.received.clear()
+
     def steps(self, run: str) -> list[int]:
         return [row["_step"] for row in self.runs[run]["history"]]
 
@@ -53,7 +59,12 @@ class Server:
             files = [{"name": n, "uploadUrl": f"{self.url}/upload/{n}"} for n in variables["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
         if "viewer" in query:
-            viewer = {"id": "u", "username": "someone", "entity": "someone", "flags": "{}"}
+            viewer: dict[str, Any] = {
+                "id": "u",
+                "username": "someone",
+                "entity": "someone",
+                "flags": "{}",
+            }
             viewer |= {
                 "email": "",
                 "admin": False,
@@ -103,7 +114,9 @@ class Server:
 
     def stream(self, run: str, body: dict[str, Any]) -> None:
         """What the client calls a file stream: lines that follow those which are there."""
-        known = self.runs[run]
+        known = self.runs.get(run)
+        if known is None:  # of a sweep that was killed before `forget`
+            return
         for name, part in (body.get("files") or {}).items():
             if name == "wandb-history.jsonl":
                 rows = [json.loads(line) for line in part["content"]]

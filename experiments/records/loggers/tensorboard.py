@@ -1,0 +1,58 @@
+"""TensorBoard: the same records in event files, for `tensorboard --logdir runs`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.config.identity import identity
+from experiments.config.schema import Config
+from experiments.records.loggers.logger import Logger, Row, initial, results
+from experiments.records.store import RunDirectory
+
+FOLDER = "tensorboard"  # in the run's directory
+
+
+class TensorBoardLogger(Logger):
+    """Event files of a run. One that goes on is given all of its rows, and begins a new file."""
+
+    def __init__(self, directory: RunDirectory, settings: dict[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("logger=tensorboard needs: pip install tensorboard") from None
+        self.stack = settings["stack"]
+        self.begun = False
+        shutil.rmtree(directory.path / FOLDER, ignore_errors=True)
+        self.writer = SummaryWriter(directory.path / FOLDER)
+        self.writer.add_text("config", f"```\n{json.dumps(settings, indent=2)}\n```")
+
+    @classmethod
+    def of(cls, config: Config, directory: RunDirectory) -> Logger:
+        return cls(directory, identity(config))
+
+    def log(self, rows: Sequence[Row]) -> None:
+        if rows and not self.begun:
+            rows = [initial(self.stack, rows[0]), *rows]
+            self.begun = True
+        for row in rows:
+            for name, value in row.items():
+                if name not in ("step", "time"):
+                    self.writer.add_scalar(name, value, int(row["step"]), row.get("time"))
+        self.writer.flush()
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        told = {name: value for name, value in results(summary).items() if value is not None}
+        self.writer.add_text("results", f"```\n{json.dumps(told, indent=2)}\n```")
+        self.writer.close()
+
+    def fail(self) -> None:
+        self.writer.close()
+
+    def interrupt(self) -> None:
+        self.writer.close()
+
+
+LOGGERS = {"tensorboard": TensorBoardLogger}

@@ -1,0 +1,139 @@
+"""A sweep on a real Slurm of one node: each job's own end, and the same command again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from experiments.config.compose import compose
+from experiments.config.resolve import resolve
+from experiments.records.store import RunStore
+from experiments.records.tidy import tidy_csv
+from experiments.training.trainer import train
+from scripts import slurm
+
+FIXED = ("data=mnist-5k", "device=cpu", "trainer.compile=false", "trainer.compile_model=false")
+LENGTH = "trainer.epochs=25"
+SWEEP = ("-m", "seed=0,1,2,3", "hydra/launcher=submitit_slurm", *FIXED, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    if reason := slurm.why_not():
+        pytest.skip(reason)
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield {**os.environ, **environment}
+
+
+def start(store: Path, environment: dict[str, str], *more: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *SWEEP, f"store={store}", *more],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    last = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < last, "it took too long"
+        time.sleep(0.2)
+
+
+def kill(mark: bytes) -> None:
+    """SIGKILL for the Python of a job, which has `mark` in its environment."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark in path.read_bytes() and b"_submit" in (path.parent / "cmdline").read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
+    tmp_path: Path, queue: dict[str, str]
+) -> None:
+    """One is cancelled, one requeued, one warned of its time limit, one killed."""
+
+    def ask(*command: str) -> str:
+        done = subprocess.run(command, env=queue, capture_output=True, text=True, timeout=30)
+        return done.stdout
+
+    def has_begun(seed: int) -> bool:
+        for path in tmp_path.glob("*/config.json"):
+            if json.loads(path.read_text())["seed"] == seed:
+                return (path.parent / "checkpoint.pt").exists()
+        return False
+
+    first = start(tmp_path, queue)
+    wait_for(lambda: has_begun(0) or first.poll() is not None)
+    names = ask("squeue", "--array", "--noheader", "--format=%i|%j")
+    assert "1_3|sweep_SGD(0.01)_height_1_seed_3" in names
+    ask("scancel", "1_0")
+    wait_for(lambda: has_begun(1))
+    ask("scontrol", "requeue", "1_1")
+    wait_for(lambda: has_begun(2))
+    ask("scancel", "--signal=USR2", "1_2")
+    wait_for(lambda: has_begun(3))
+    kill(b"SLURM_ARRAY_TASK_ID=3\0")
+    out, err = first.communicate(timeout=200)
+    assert first.returncode == 1
+    assert re.search(r"^job 1_2: SGD\(0.01\) height 1, seed 2, log \S+err$", err, re.M)
+    assert "1 run failed: it was cancelled (Slurm job 1_0: CANCELLED)" in err
+    assert "1 run failed: its process failed (Slurm job 1_3: FAILED)" in err
+    assert "4 runs: 2 finished, 2 failed, 0 not started.\n" in err
+    assert re.search(r"0 of 4 runs are finished, 2 pending, 2 running", err)
+    assert "Traceback" not in err and "sacct" not in err
+    found = {path.parent.name for path in tmp_path.glob("*/summary.json")}
+    summaries = [RunStore(tmp_path).summary(name) or {} for name in found]
+    assert sorted(summary["seed"] for summary in summaries) == [1, 2]
+    assert all(summary["provenance"]["resumed"] for summary in summaries)
+    assert "The tidy CSV of 2 runs is" in out
+
+    second = start(tmp_path, queue)  # only what is left is queued; then the command is stopped
+    wait_for(lambda: any(tmp_path.glob(".sweep/*/jobs.json")))
+    (noted,) = tmp_path.glob(".sweep/*/jobs.json")
+    queued = [job["id"] for job in json.loads(noted.read_text())]
+    time.sleep(0.5)
+    second.send_signal(signal.SIGINT)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 130
+    assert "2 jobs go on without this command" in err and f"scancel {' '.join(queued)}" in err
+    third = start(tmp_path, queue)
+    out, err = third.communicate(timeout=200)
+    assert third.returncode == 0, err
+    assert "4 runs: 4 finished, 0 failed, 0 not started." in err
+    assert f"2 jobs do these runs already: {', '.join(queued)}" in err
+    ids = ask("squeue", "--array", "--states=all", "--noheader", "--format=%i").split()
+    assert {*ids} == {"1_0", "1_1", "1_2", "1_3", *queued}  # nothing was queued a third time
+    path = Path(re.findall(r"The tidy CSV of 4 runs is (\S+)", out)[0])
+    alone = tmp_path / "alone"
+    configs = [compose([*FIXED, LENGTH, f"seed={seed}", f"store={alone}"]) for seed in range(4)]
+    assert path.read_text() == tidy_csv([train(resolve(one, "mnist-5k")) for one in configs])
+
+    bad = start(tmp_path / "other", queue, "hydra.launcher.partition=nope")
+    _, err = bad.communicate(timeout=60)
+    assert bad.returncode == 2 and err.count("\n") == 1
+    assert err.startswith("error: Slurm took no job: ") and "artition" in err
+
+
+def test_without_slurm_there_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    process = start(tmp_path, {**os.environ, "PATH": str(tmp_path)})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err == (
+        "error: Slurm took no job: there is no sbatch here; give the command on a machine of the "
+        "cluster\n"
+    )
