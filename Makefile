@@ -15,10 +15,14 @@ TASKS ?=
 METHODS ?=
 LRS ?=
 ARGS ?=
+# TORCH=oldest works in a .venv-oldest with the oldest torch that pyproject.toml allows.
+TORCH ?=
 
-PY := .venv/bin/python
-# Written last: a .venv without it was made by hand, or its setup was cut short.
-STAMP := .venv/.setup-done
+VENV := .venv$(if $(TORCH),-$(TORCH))
+PY := $(VENV)/bin/python
+# Written last: an environment without it was made by hand, or its setup was cut short.
+STAMP := $(VENV)/.setup-done
+CONSTRAINTS := constraints$(if $(TORCH),-$(TORCH)).txt
 VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
 RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER))
 # A command says so itself if it does not know one.
@@ -36,33 +40,36 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report docs clean other-python
+.PHONY: help setup test lint format reproduce reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report docs clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make .venv and install everything into it; does nothing when it is up to date
 
-$(STAMP): pyproject.toml constraints.txt $(OTHER_PYTHON)
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(OTHER_PYTHON)
 	@$(if $(OTHER_PYTHON),false,$(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null) || { \
 		command -v '$(PYTHON)' >/dev/null || { \
 			echo "PYTHON=$(PYTHON) is not a program; give one that runs Python 3.10 or later, as in: make setup PYTHON=python3.12" >&2; exit 1; }; \
 		'$(PYTHON)' -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "PYTHON=$(PYTHON) is Python %d.%d; give one of 3.10 or later, as in: make setup PYTHON=python3.12" % v[:2])' && \
-		'$(PYTHON)' -m venv --clear .venv; }
-	@echo "Installing into .venv with $$($(PY) --version); the first time this takes a few minutes, most of it for torch."
-	@$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[experiments,dev,peers,scaleout]'
+		'$(PYTHON)' -m venv --clear $(VENV); }
+	@echo "Installing into $(VENV) with $$($(PY) --version); the first time this takes a few minutes, most of it for torch."
+	@$(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[experiments,dev,frameworks,peers,scaleout]'
 	@touch $@
 
-test: lint ## lint, then run the tests
+test: lint ## lint, then run the tests (TORCH=oldest: with the oldest torch that is allowed)
 	@$(PY) -m pytest -n $(or $(WORKERS),2) --dist worksteal $(ARGS)
 
 lint: setup ## check style (ruff) and types (mypy)
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m ruff format --check --quiet . || { echo "Some files are not formatted; mend with: make format" >&2; exit 1; }
-	@$(PY) -m mypy
+	@$(if $(TORCH),,$(PY) -m mypy)
 
 format: setup ## format the code and mend what ruff can mend
 	@$(PY) -m ruff check --quiet --fix . ; $(PY) -m ruff format .
+
+reproduce: setup ## train and draw all tables and figures that have the preset, as in PRESET=quick
+	@$(PY) -m experiments.studies all $(TABLE_OPTIONS)
 
 reproduce-table1: setup ## train all runs of the paper's Table 1 and draw it (PRESET=quick for a trial)
 	@$(PY) -m experiments.studies table1 $(TABLE_OPTIONS)

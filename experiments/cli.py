@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -108,8 +111,23 @@ def seed_list(text: str) -> list[int]:
     return seeds
 
 
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, which is handled as Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def guarded(main: Callable[[], int]) -> int:
-    """Call `main`; what was asked wrongly becomes one line and status 2, Ctrl-C a hint and 130."""
+    """Call `main`; what was asked wrongly becomes one line and status 2.
+
+    Ctrl-C becomes a hint and status 130, SIGTERM the same and 143. All processes of the command
+    find its name in HYPEROPT_COMMAND.
+    """
+    os.environ["HYPEROPT_COMMAND"] = f"{time.time_ns():x}-{os.getpid()}"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         return main()
     except (HydraException, OmegaConfBaseException) as error:
@@ -121,13 +139,12 @@ def guarded(main: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(
-            "\nInterrupted. Every run is kept up to the end of its last epoch; "
-            "the same command goes on from there.",
+            "\nInterrupted. What is done is kept; the same command goes on from there.",
             file=sys.stderr,
         )
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
 
 
 def one_line(error: Exception) -> str:
@@ -136,6 +153,8 @@ def one_line(error: Exception) -> str:
     text = ": ".join(str(reason).splitlines()[0] for reason in reasons)
     if "INTERVAL_SWEEP" in text:
         return f"{text}; give hydra/sweeper=optuna"
+    if "Ambiguous value" in text or "requires --multirun" in text:
+        return f"{text}; for a sweep over several values give -m, as in: experiments.run -m ..."
     node = getattr(reasons[-1], "parent_node", None)  # of a key that is not in it
     if isinstance(reasons[-1], (ConfigAttributeError, ConfigKeyError)) and node is not None:
         return f"{text}; {did_you_mean(str(reasons[-1].key), list(node))}"

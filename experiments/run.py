@@ -59,6 +59,7 @@ def main() -> int:
 
     sweep.single.clear()
     sweep.folders.clear()
+    sweep.here.clear()
     sweeps = bool({"-m", "--multirun"} & set(sys.argv))
     if sweeps and size() > 1:
         raise ValueError("torchrun starts one run; give -m without torchrun")
@@ -71,6 +72,10 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come as they are, and not to standard error
     try:
         hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(sweep.job)()
+    except KeyboardInterrupt:
+        if sweep.folders:
+            sweep.interrupted(sweep.folders[-1])
+        raise
     except Exception as error:
         # A sweep ends with the error of the first of its runs that failed, when all have ended.
         if not sweep.folders:

@@ -3,13 +3,15 @@
     python -m experiments.summarise
     python -m experiments.summarise stack.rule=SGD stack.height=0,1,2 by=stack.height,0.lr
     python -m experiments.summarise data=mnist show=test_error,learned.0.lr csv=tidy.csv store=runs
+    python -m experiments.summarise by=stack.height over=0.lr,stack
 
 prints, of the runs in the store that have one of the given values in each of the given columns (as
 diverged=false, or schedule.name=null where it is empty; a column may be given twice), the mean ±
 standard deviation of what `show` names (by default the test error in percent or the test
 perplexity, and train_loss in nats) over all that `by` does not name (by default it names every
-setting in which the runs differ, but the seed). `csv` names a file for the selected runs
-themselves, a line each; where they come from is written beside it, as .json.
+setting in which the runs differ, but the seed). Runs that stand in one line may differ in their
+seed, and in the settings that `over` names; other differences are an error. `csv` names a file for
+the selected runs themselves, a line each; where they come from is written beside it, as .json.
 
 The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
 trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ class Options:
 
     store: str = "runs"
     by: str = ""
+    over: str = ""
     show: str = ""
     csv: str = ""
 
@@ -89,6 +92,49 @@ def means(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> pd.Dat
     return pd.DataFrame(lines)
 
 
+def check_alike(table: pd.DataFrame, by: Sequence[str], over: Sequence[str]) -> None:
+    """Raise a ValueError where means would be over runs of settings that differ."""
+    groups = [runs for _, runs in table.groupby(list(by), dropna=False)] if by else [table]
+    settings = settings_that_differ(table)
+    mixed = {
+        name: len(runs[name].drop_duplicates())
+        for runs in groups
+        for name in settings_that_differ(runs)
+        if name in settings and name not in over
+    }
+    if mixed:
+        told = ", ".join(f"{name} ({count} values)" for name, count in mixed.items())
+        raise ValueError(
+            f"runs in one line differ in {told}; name these in by=, choose one value of each, or "
+            f"average over them with over={','.join([*over, *mixed])}"
+        )
+
+
+def why_empty(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> Iterator[str]:
+    """A sentence for each of `show` that no run of some line has a value of."""
+    groups = [runs for _, runs in table.groupby(list(by), dropna=False)] if by else [table]
+    for name in show:
+        empty = [runs for runs in groups if runs[name].isna().all()]
+        diverged = sum(bool(runs.diverged.all()) for runs in empty)
+        if diverged:
+            yield f"{name} is empty in {diverged} of {len(groups)} lines, whose runs all diverged"
+        if (rest := len(empty) - diverged) and name.startswith("learned."):
+            yield f"{name} is empty in {rest} of {len(groups)} lines, where nothing tunes it"
+        elif rest:
+            yield f"{name} is empty in {rest} of {len(groups)} lines, whose runs lack it"
+
+
+def check_numbers(table: pd.DataFrame, show: Sequence[str]) -> None:
+    """Raise a ValueError for a column of words, which has no mean."""
+    for name in show:
+        values = table[name].dropna()
+        if values.dtype == bool or pd.to_numeric(values, errors="coerce").isna().any():
+            raise ValueError(
+                f"show={name} has no mean, its values are such as {values.iloc[0]}; "
+                "name it in by= to have a line for each"
+            )
+
+
 def _with_sd(mean: float, sd: float) -> str:
     if pd.isna(mean):
         return ""
@@ -123,9 +169,12 @@ def main() -> int:
         raise ValueError(f"there is no finished run in store={options.store}")
     text = tidy_csv(summaries)
     table = pd.read_csv(io.StringIO(text))
-    by, show = ([name for name in s.split(",") if name] for s in (options.by, options.show))
+    by, over, show = (
+        [name for name in text.split(",") if name]
+        for text in (options.by, options.over, options.show)
+    )
     show = show or [*(name for name in JUDGED_BY if name in table), "train_loss"]
-    for name in (*wanted, *by, *show):
+    for name in (*wanted, *by, *over, *show):
         if name not in table:
             known = (*table.columns, *(f.name for f in fields(Options)))
             raise ValueError(f"the runs have no column {name!r}; {did_you_mean(name, known)}")
@@ -133,6 +182,9 @@ def main() -> int:
     if table.empty:
         asked = " ".join(f"{key}={','.join(values)}" for key, values in wanted.items())
         raise ValueError(f"of {len(summaries)} runs in {options.store} none has {asked}")
+    by = by or [name for name in settings_that_differ(table) if name not in over]
+    check_numbers(table, show)
+    check_alike(table, by, over)
     if options.csv:
         kept = set(table.hash)
         selected = [summary for summary in summaries if summary["hash"] in kept]
@@ -140,8 +192,9 @@ def main() -> int:
         write_text(path, tidy_csv(selected))
         write_json(path.with_suffix(".json"), provenance(selected))
         print(f"{len(table)} runs are in {path}")
-    found = means(table, by or settings_that_differ(table), show)
-    print(found.to_string(index=False))
+    print(means(table, by, show).to_string(index=False))
+    for reason in why_empty(table, by, show):
+        print(reason, file=sys.stderr)
     return 0
 
 

@@ -24,7 +24,7 @@ class PoolLauncher(Launcher):
         from experiments.execution.sweep import launch
 
         composed = [self.loader.load_sweep_config(self.config, list(job)) for job in job_overrides]
-        return launch(composed, initial_job_idx)
+        return launch(composed)
 
 
 ConfigStore.instance().store(

@@ -7,9 +7,10 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 (NeurIPS 2022).
 """
 
-from ._engine.compiler import compile_graph, trace
+from ._engine.compiler import compile_graph, kernel_count, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
+from .errors import HyperoptWarning
 from .notation import parse
 from .optimizer import HyperOptimizer
 from .replay import Replay, Schedule
@@ -42,6 +43,7 @@ __all__ = [
     "Domain",
     "Hyper",
     "HyperOptimizer",
+    "HyperoptWarning",
     "Lion",
     "NAdam",
     "Option",
@@ -56,6 +58,7 @@ __all__ = [
     "compile_graph",
     "did_you_mean",
     "format_value",
+    "kernel_count",
     "parse",
     "trace",
 ]

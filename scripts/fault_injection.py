@@ -51,7 +51,7 @@ class Harm(Exception):
     """Something was lost or not said."""
 
 
-class Drill:
+class Faults:
     """Sweeps over the same runs, each with a store of its own.
 
     Args:
@@ -102,7 +102,7 @@ class Drill:
             raise Harm(f"{store} has {len(summaries)} runs, not {self.runs}")
         for summary in summaries:
             files = {path.name for path in RunStore(store).run(summary["hash"]).path.iterdir()}
-            if files != {*FILES, "lock"}:
+            if files != {*FILES}:
                 raise Harm(f"run {summary['hash']} has the files {sorted(files)}")
         found = [path for path in (store / "sweeps").glob("*.csv") if lines(path) == self.runs + 1]
         if len(found) != 1:
@@ -264,9 +264,9 @@ def tmpfs(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", str(path)], check=True)
 
 
-def drill(folder: Path, runs: int, kills: int, epochs: int, seed: int) -> bool:
+def inject_all(folder: Path, runs: int, kills: int, epochs: int, seed: int) -> bool:
     """All harms one after the other; whether each ended as it should."""
-    this = Drill(folder, runs, epochs)
+    this = Faults(folder, runs, epochs)
     alone = this.left_alone()
     print(f"left alone: {runs} runs, {len(alone)} bytes of CSV", flush=True)
     harms = {
@@ -311,7 +311,7 @@ def main() -> int:
                 raise ValueError(f"folder={folder} is there already; give one that is not")
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        return 0 if drill(folder, runs, kills, epochs, seed) else 1
+        return 0 if inject_all(folder, runs, kills, epochs, seed) else 1
 
 
 if __name__ == "__main__":

@@ -179,11 +179,13 @@ def _figures(folder: Path) -> Iterator[str]:
 
 
 def _tables(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.csv")):
+    def is_raw(path: Path) -> bool:
+        """What other tables are made of, and too wide for paper."""
+        return path.stem.endswith(("runs", "curves"))
+
+    for path in sorted(folder.rglob("*.csv"), key=lambda path: (is_raw(path), path)):
         content = pd.read_csv(path, dtype=str, keep_default_na=False)
-        # What other tables are made of, and too wide for paper.
-        raw = path.stem.endswith(("runs", "curves"))
-        yield f"<div{' class=raw' * raw}><h3>{html.escape(name_of(path, folder))}</h3>"
+        yield f"<div{' class=raw' * is_raw(path)}><h3>{html.escape(name_of(path, folder))}</h3>"
         if len(content) > ROWS:
             yield f'<p class="faint">{len(content)} rows, in {html.escape(path.name)} alone</p>'
         else:

@@ -45,7 +45,7 @@ def draw_all(results: Path) -> list[Path]:
 
 def write_pages(results: Path) -> list[Path]:
     """Write into README and docs what they say of the results; returns those that have blocks."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
     found = [page for page in pages if BLOCK.search(page.read_text())]
     for page in found:
         write_text(page, written(page.read_text(), results))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import hyperopt
 from experiments.config import baselines
-from experiments.config.baselines import PEERS, judged, make_optimizer, parse
+from experiments.config.baselines import BASELINES, judged, make_optimizer, parse
 from experiments.config.identity import run_hash
 from experiments.data.catalog import load
 from experiments.data.images import Dataset, pixels
@@ -56,7 +56,7 @@ def by_hand(kind: type, lr: float, digits: Dataset) -> tuple[float, float]:
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_run_is_the_package_s_own_loop(tmp_path: Path, stack: str) -> None:
     peer = parse(stack).levels[0]
-    assert isinstance(peer, baselines.Peer)
+    assert isinstance(peer, baselines.Baseline)
     own = config(tmp_path, f"stack={stack}", "trainer.epochs=1")
     kind = getattr(import_module(peer.package), peer.name)
     loss, error = by_hand(kind, peer.lr, load(own.data.name, own.data.root))
@@ -163,6 +163,6 @@ def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_library_s_notation_does_not_know_them() -> None:
-    assert not PEERS.keys() & RULES.keys()
+    assert not BASELINES.keys() & RULES.keys()
     with pytest.raises(ValueError, match="there is no rule 'Prodigy'"):
         hyperopt.parse("Prodigy()")

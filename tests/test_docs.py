@@ -26,7 +26,8 @@ def files(page: str) -> dict[str, str]:
     found = {}
     for match in re.finditer(r"^```(?:python|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         names = re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml))`", text[: match.start()])
-        found[next(name for name in names[::-1] if name not in found)] = match[1]
+        new = (name for name in names[::-1] if not (name in found or (ROOT / name).exists()))
+        found[next(new)] = match[1]
     return found
 
 

@@ -1,4 +1,7 @@
-"""What a machine does to runs: kills, a full disk, damaged files; more of it in `scripts.drill`."""
+"""What a machine does to runs: kills, a full disk, damaged files.
+
+More of it is in `scripts.fault_injection`.
+"""
 
 import random
 from pathlib import Path
@@ -11,7 +14,7 @@ from experiments.config.identity import run_hash
 from experiments.config.resolve import resolve, resolve_all
 from experiments.records.store import RunStore
 from experiments.training.trainer import train
-from scripts.fault_injection import Drill, NoMount, tmpfs
+from scripts.fault_injection import Faults, NoMount, tmpfs
 
 SHORT = ("trainer.epochs=2", "trainer.compile=false", "trainer.compile_model=false", "device=cpu")
 
@@ -19,9 +22,9 @@ SHORT = ("trainer.epochs=2", "trainer.compile=false", "trainer.compile_model=fal
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
 def test_a_sweep_that_is_killed_ends_with_the_same_csv(tmp_path: Path) -> None:
-    drill = Drill(tmp_path, runs=4, epochs=10)
-    found, words = drill.killed(2, random.Random(0))
-    assert found == drill.left_alone()
+    faults = Faults(tmp_path, runs=4, epochs=10)
+    found, words = faults.killed(2, random.Random(0))
+    assert found == faults.left_alone()
     assert words.startswith("2 kills")
 
 

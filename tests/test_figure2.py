@@ -23,7 +23,7 @@ from experiments.data import images as data
 from experiments.records.archive import export_runs, import_runs, read_records
 from experiments.records.store import RunStore
 from experiments.studies import style
-from experiments.studies.figure2.report import read_figure2
+from experiments.studies.figure2.report import beside_float32, read_figure2
 from experiments.studies.figure2.runs import (
     CELLS,
     HE,
@@ -92,7 +92,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("preset=short", "preset='short' is not one of cpu, paper"),
+        ("preset=short", "preset='short' is not one of cpu, cpu_bf16, paper"),
         ("start=own", "start='own' is not one of scratch, records"),
         ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
         ("seeds=0,0", "seeds='0,0' has a seed twice"),
@@ -225,6 +225,16 @@ def test_tables_are_drawn_from_the_records_alone(
     assert saved == ["train_loss", "test_error", "lr", "momentum", "replay"]
     for name in saved:
         assert all((results_of(done) / f"{name}{suffix}").exists() for suffix in (".png", ".pdf"))
+
+
+def test_bf16_stands_beside_float32(done: Path, tmp_path: Path) -> None:
+    folder = copy_of_records(done, tmp_path)
+    assert beside_float32(read_figure2(folder), folder) == ""
+    bf16 = folder.with_name("cpu_bf16")
+    shutil.copytree(folder, bf16)
+    said = beside_float32(read_figure2(bf16), bf16)
+    (error,) = (r.summary["test_error"] for r in read_figure2(folder) if r.cell == HE)
+    assert f"in bf16 {error:.2f} % and" in said and f"in float32 {error:.2f} % and" in said
 
 
 def copy_of_records(done: Path, tmp_path: Path) -> Path:
@@ -367,6 +377,19 @@ def test_what_cannot_be_drawn_gets_a_line(done: Path, tmp_path: Path) -> None:
     (folder / "README.md").mkdir()
     with pytest.raises(OSError, match="Is a directory"):
         STUDY.draw(folder)
+
+
+def test_records_of_an_earlier_layout_are_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "figure2_cpu.jsonl.gz"
+    request = STUDY.request(["preset=cpu", f"results={tmp_path}"])
+    STUDY.say_what_moved(request)
+    assert capsys.readouterr().err == ""
+    old.touch()
+    STUDY.say_what_moved(request)
+    said = capsys.readouterr().err
+    assert said.endswith(f"mv {old} {tmp_path}/figure2/cpu/records/\n") and said.count("\n") == 1
 
 
 # One run.

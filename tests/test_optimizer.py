@@ -4,13 +4,24 @@ import collections
 import copy
 import math
 import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hyperopt import DOMAINS, SGD, Domain, Hyper, HyperOptimizer, Option, Rule, parse
+from hyperopt import (
+    DOMAINS,
+    SGD,
+    Domain,
+    Hyper,
+    HyperOptimizer,
+    HyperoptWarning,
+    Option,
+    Rule,
+    parse,
+)
 
 
 def weights(*shapes, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -260,8 +271,8 @@ def test_groups_without_parameters():
                 o.step()
         assert all(map(torch.equal, w, x)), how
         if how == "per tensor":
-            first, empty, second, _ = (float(group["lr"]) for group in optimizer.param_groups)
-            assert empty == pytest.approx((first + second) / 2), "the mean of all"
+            first, none, second, _ = (float(group["lr"]) for group in optimizer.param_groups)
+            assert none == pytest.approx((first + second) / 2), "the mean of all"
     filled = HyperOptimizer([{"params": []}], "SGD(0.1)[lr: per tensor] / SGD(0.01)")
     filled.add_param_group({"params": weights((4,))})
     assert filled.names[0] == "0.lr[p0]"
@@ -719,3 +730,106 @@ def test_a_domain_of_ones_own_is_known_by_its_name():
         copy.deepcopy(soft)
     with refused(ValueError, "there is a domain 'log' already"):
         Domain("log", torch.exp, math.log)
+
+
+# When it says so.
+
+
+def not_elementwise() -> Any:
+    return rule(update=lambda self, w, g, s, h: (w - h.lr * g.norm(), s, 1))(0.1)
+
+
+@pytest.mark.parametrize(
+    ("stack", "group"),
+    [
+        ("Adma(0.1)", {}),
+        ("SGD(0.1, nesterov=True)", {}),
+        ("SGD(0.1) / SGD(0.1)[lr: per tensor] / SGD(0.1)", {}),
+        (not_elementwise, {}),
+        ("AdamW(0.1)", {"weigth_decay": 0.1}),
+        ("AdamW(0.1)", {"maximize": True}),
+        ("Adam(0.1, amsgrad=True)", {"amsgrad": False}),
+        ("AdamW(0.1)", {"betas": (0.9,)}),
+        ("Adam(0.1)[lr: log] / SGD(0.1)", {"lr": 0}),
+        ("Adam(0.1)[lr: log] / SGD(0.1)", {"initial_lr": 0}),
+        ("SGD(0.1)", {"params": [torch.ones(2, dtype=torch.float16).to_sparse().requires_grad_()]}),
+        ("SGD(0.1)", {"params": [torch.ones(2).to(torch.float8_e5m2).requires_grad_()]}),
+    ],
+)
+def test_what_can_be_known_is_said_when_the_optimizer_is_made(stack, group):
+    stack = stack() if callable(stack) else stack
+    with pytest.raises((ValueError, TypeError)) as caught:
+        HyperOptimizer([{"params": weights((3,)), **group}], stack)
+    assert "\n" not in str(caught.value)
+    if group and "params" not in group:  # and when a group is added
+        optimizer = HyperOptimizer(weights((3,)), stack)
+        with pytest.raises((ValueError, TypeError)):
+            optimizer.add_param_group({"params": weights((3,)), **group})
+
+
+def sparse_gradient(optimizer: Any, w: list[Tensor]) -> None:
+    w[0].grad = torch.zeros(3).to_sparse()
+
+
+def thawed_elsewhere(optimizer: Any, w: list[Tensor]) -> None:
+    optimizer.add_param_group({"params": [torch.zeros(2, device="meta")]})
+    p = optimizer.param_groups[-1]["params"][0]
+    p.grad = torch.zeros_like(p)
+
+
+def reshaped(optimizer: Any, w: list[Tensor]) -> None:
+    w[0].grad, w[0].data = None, torch.ones(5)
+    w[0].grad = torch.ones(5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        sparse_gradient,
+        thawed_elsewhere,
+        reshaped,
+        lambda optimizer, w: optimizer.param_groups.pop(),
+        lambda optimizer, w: optimizer.param_groups.append({"params": weights((2,))}),
+        lambda optimizer, w: optimizer.param_groups[0].update(momentum=0.1),
+        lambda optimizer, w: optimizer.param_groups[0].update(weight_decay=0.1),
+        lambda optimizer, w: optimizer.param_groups[0].update(lr="fast"),
+        lambda optimizer, w: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9),
+        lambda optimizer, w: optimizer.state[w[0]].update(momentum_buffer=torch.ones(7)),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_comes_later_is_said_in_the_next_step_and_moves_nothing(change, steps):
+    """Each of these is a change to an optimizer that was right; none could be known before."""
+    if change is reshaped and not steps:
+        pytest.skip("nothing is kept of the old shape yet")
+    w = weights((3,), (4,))
+    groups = [{"params": w[:1]}, {"params": w[1:]}]
+    optimizer = HyperOptimizer(groups, "SGD(0.1, momentum=0.9) / SGD(0.1)", compile=False)
+    for t in range(steps):
+        give_gradients(w, t)
+        optimizer.step()
+    give_gradients(w, 9)
+    change(optimizer, w)
+    before = [p.detach().clone() for p in w]
+    for _ in range(2):  # it stays an error
+        with pytest.raises((ValueError, TypeError)) as caught:
+            optimizer.step()
+        assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, w, before))
+
+
+def test_a_warning_is_given_once_with_the_users_line_and_a_category():
+    def branches(self: Any, w: Tensor, g: Tensor, s: Any, h: Any) -> Any:
+        return (w - h.lr * g if g.sum() > 0 else w + h.lr * g), s
+
+    kind = rule(update=branches)
+    w = weights((3,))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for t in range(3):
+            optimizer = HyperOptimizer(w, kind(0.1))
+            give_gradients(w, t)
+            optimizer.step()
+    own = [one for one in caught if issubclass(one.category, HyperoptWarning)]
+    assert len(own) == 1 and own[0].filename == __file__
+    assert "could not be compiled" in str(own[0].message)

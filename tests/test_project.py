@@ -131,7 +131,7 @@ def test_conda_installs_what_make_setup_does() -> None:
         re.findall(rf"^.*{option} '?\.\[(\S+?)\]", (ROOT / name).read_text(), re.MULTILINE)
         for name, option in (("Makefile", "-e"), ("environment.yml", "--editable"))
     ]
-    assert extras[0] == extras[1] == ["experiments,dev,peers,scaleout"]
+    assert extras[0] == extras[1] == ["experiments,dev,frameworks,peers,scaleout"]
 
 
 # Imports.
@@ -258,7 +258,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     imported = set().union(*(third_party(package) for package in MAY_IMPORT))
     assert imported - always - requirements(extra="peers") - requirements(extra="scaleout") == set()
     assert always - imported == set()
-    for_tests = always | requirements(extra="dev") | requirements(extra="peers")
+    for_tests = always | set().union(*map(requirements, ("dev", "frameworks", "peers")))
     assert third_party("tests") - for_tests == set()
 
 
@@ -286,7 +286,7 @@ def requirements(extra: str | None) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("extra", [None, "experiments", "dev", "peers", "scaleout"])
+@pytest.mark.parametrize("extra", [None, "experiments", "dev", "frameworks", "peers", "scaleout"])
 def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {normalized(line.partition("==")[0]) for line in lines if not line.startswith("#")}

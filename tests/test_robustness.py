@@ -221,7 +221,7 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
         assert (folder / name).stat().st_size > 0
 
 
-@pytest.mark.parametrize("preset", [*PRESETS])
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_more_runs_of_a_preset_have_the_setting_of_its_records(preset: str) -> None:
     records = RESULTS / preset / "records"
     one_of_each = {cell.task: resolved(preset, cell) for cell in cells(preset)}
@@ -389,11 +389,9 @@ def test_what_auto_adds_to_a_step_is_beside_both_adams() -> None:
 # What is committed.
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["cpu", "paper"])
 def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
     source = RESULTS / preset / "records"
-    if not source.exists():
-        pytest.skip("there are none")
     summaries: list[dict[str, Any]] = [
         json.loads(files["summary.json"]) for files in read_records(source).values()
     ]

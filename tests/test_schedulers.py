@@ -209,7 +209,7 @@ def test_schedulers_below_a_level_that_does_not_move(name, shared):
 @pytest.mark.parametrize("stack", ["SGD(0.05) / SGD(0.01)", "SGD(0.05)[lr: log] / SGD(0.1)", AUTO])
 def test_the_factor_is_what_the_scheduler_has_written_over_where_it_started(stack, name):
     model, optimizer = made(stack)
-    peer = torch.optim.SGD(Net().parameters(), optimizer.stack.levels[0].lr)
+    peer = torch.optim.SGD(Net().parameters(), optimizer.param_groups[0]["lr"].item())
     schedulers, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](peer)
     start = peer.param_groups[0].get("initial_lr", peer.defaults["lr"])
     for t in range(11):
@@ -330,7 +330,7 @@ def test_scopes_are_scaled(scope):
             f"SGD(0.1)[lr: log{scope}] / SGD(0.1)",
             compile=False,
         )
-        multipliers = [lambda t, f=factor: f for factor in factors]
+        multipliers: list[Any] = [lambda t, f=factor: f for factor in factors]
         train_by([s.LambdaLR(optimizer, multipliers)], model, optimizer, range(1))
         return model, optimizer
 
@@ -384,13 +384,13 @@ def test_what_cannot_be_scaled():
 
 def test_a_trust_region_bounds_the_effective_update():
     model, optimizer = made("Adam(1.0)[lr: log] / SGD(0, trust=0.1)")
-    scheduler = s.LambdaLR(optimizer, lambda t: (0.0, 1e6, 1e-3, 1e9)[t % 4])
-    for t in range(8):
+    scheduler = s.LambdaLR(optimizer, lambda t: (0.0, 1e6, 1e-3, 1e9, 1.0)[t])
+    for t in range(4):
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
         train_by([scheduler], model, optimizer, range(t, t + 1))
         moved = torch.cat([p.detach().flatten() for p in model.parameters()]) - before
         share = float(moved.norm() / before.norm())
-        if t % 4 in (1, 3):
+        if t in (1, 3):
             assert share == pytest.approx(0.1, rel=1e-3)
         else:
             assert share < 0.001

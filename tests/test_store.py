@@ -222,6 +222,27 @@ def test_a_claim_ends_with_its_process_even_by_sigkill(tmp_path: Path) -> None:
         pass
 
 
+def test_of_many_that_wait_for_a_run_one_holds_it_at_a_time(tmp_path: Path) -> None:
+    """Each removes the lock's file as it goes, and none stays."""
+    store, inside, most = RunStore(tmp_path), [], []
+
+    def hold() -> None:
+        for _ in range(20):
+            with store.claim("run"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 160 and max(most) == 1
+    assert list(store.run("run").path.iterdir()) == []
+
+
 def test_a_run_that_someone_else_does_is_waited_for_and_then_read(tmp_path: Path) -> None:
     """Someone else is this test, which says in the end that the error was 12.34%."""
     config = resolved(
@@ -239,4 +260,4 @@ def test_a_run_that_someone_else_does_is_waited_for_and_then_read(tmp_path: Path
         run.finish({**SUMMARY, "test_error": 12.34})
     other.join(timeout=60)
     assert found == [{"hash": run.hash, **SUMMARY, "test_error": 12.34}]
-    assert sorted(path.name for path in run.path.iterdir()) == ["lock", "summary.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["summary.json"]

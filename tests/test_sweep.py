@@ -25,11 +25,13 @@ from test_readme import SUMMARISE
 
 from experiments import run, summarise
 from experiments.cli import guarded
+from experiments.config.command import command_of
 from experiments.config.compose import compose
 from experiments.config.identity import run_hash
 from experiments.config.overrides import protect_notation
 from experiments.config.resolve import resolve
 from experiments.execution.pool import use_gpu
+from experiments.execution.sweep import hold
 from experiments.records import archive as records
 from experiments.records.store import RunDirectory
 from experiments.records.tidy import read_summaries, tidy, tidy_csv
@@ -70,19 +72,25 @@ def test_a_run_that_fails_is_listed_and_the_same_command_does_it_later(
 
     assert command(run.main, *sweep) == 1
     said = capsys.readouterr()
-    assert f"seed 1: failed: [Errno 17] File exists: '{in_its_place}'" in said.err
-    assert said.err.endswith("1 of 3 runs failed.\n") and "Traceback" not in said.err
+    alone = command_of(resolve(replace(config, store=str(tmp_path)), "mnist-5k"))
+    assert said.err == (
+        f"\n1 run failed: [Errno 17] File exists: '{in_its_place}'\n"
+        f"To do it alone:\n    {alone}\n\n3 runs: 2 finished, 1 failed, 0 not started.\n"
+    )
     *_, last = said.out.splitlines()
     some = Path(last.removeprefix("The tidy CSV of 2 runs is ")).read_text()
 
     in_its_place.unlink()
+    assert command(run.main, *shlex.split(alone)[3:], "progress=false") == 0
+    assert f"{tmp_path}/{in_its_place.name}" in capsys.readouterr().out
     assert command(run.main, *sweep) == 0
     said = capsys.readouterr()
-    assert "Error" not in said.err and len(said.out.splitlines()) == 4
+    assert said.err == "\n3 runs: 3 finished, 0 failed, 0 not started.\n"
+    assert len(said.out.splitlines()) == 4
     whole = Path(said.out.splitlines()[-1].removeprefix("The tidy CSV of 3 runs is ")).read_text()
     assert [line["seed"] for line in lines(whole)] == ["0", "1", "2"]
     assert set(some.splitlines()) < set(whole.splitlines())
-    assert not any((tmp_path / ".sweep").glob("*/job-*.json"))
+    assert not (tmp_path / ".sweep").exists()
 
 
 @pytest.mark.slow
@@ -101,7 +109,9 @@ def test_another_launcher_writes_the_same_csv_and_lists_what_fails(
     (store / run_hash(configs[1])).write_text("no folder")
     assert command(run.main, *sweep) == 1
     said = capsys.readouterr()
-    assert "seed 1: failed: [Errno 17] File exists" in said.err
+    assert said.err.count("1 run failed: [Errno 17] File exists") == 1
+    assert "2 runs: 1 finished, 1 failed, 0 not started.\n" in said.err
+    assert "Error executing" not in said.err
     path = Path(said.out.splitlines()[-1].removeprefix("The tidy CSV of 1 runs is "))
     assert path.read_text() == tidy_csv([train(configs[0])])
 
@@ -127,6 +137,11 @@ def test_a_search_is_given_the_training_loss(
         ("model=mlp,mpl", "error: there is no model 'mpl'; did you mean mlp?"),
         ("trainer.epoch=1,2", "error: there is no config key 'trainer.epoch'; did you mean tra"),
         ("stack.lr=interval(0.1,1)", "INTERVAL_SWEEP; give hydra/sweeper=optuna"),
+        (
+            "stack=SGD,Adam",
+            "no stack 'SGD'; give each rule its learning rate, as in stack='SGD(0.01)'",
+        ),
+        ("stack=sgd/Adam", "as in stack='SGD(0.01) / Adam(0.0001)', or all levels the same with"),
         ("stack.height=0,one", "height=one: Value 'one' of type 'str' could not"),
         ("hydra/launcher=jobli", "Could not find 'hydra/launcher/jobli'; did you mean joblib?"),
         ("stack=", "Could not find 'stack/'; known are notation, tower\n"),
@@ -162,6 +177,61 @@ def test_a_sweeps_folder_of_notes_loses_nothing_else(
     expected = 2 if "-1" in seeds else 0
     assert command(run.main, "-m", f"seed={seeds}", *FIXED, f"store={tmp_path}", notes) == expected
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=0,1,2", "seed=range(0,2)", "stack=SGD(0.1),SGD(0.2)", "model=mlp,softmax"]
+)
+def test_a_sweep_without_m_says_so(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
+    assert command(run.main, override, *FIXED, f"store={tmp_path}") == 2
+    said = capsys.readouterr().err
+    assert "give -m, as in: experiments.run -m" in said and said.count("\n") == 1
+
+
+def test_a_batch_larger_than_the_data_is_an_error(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = (*FIXED, f"store={tmp_path}")
+    assert command(run.main, "trainer.batch_size=4001", *fixed) == 2
+    told = "error: trainer.batch_size=4001 is more than the 4000 training images of mnist-5k"
+    assert told in capsys.readouterr().err
+    assert command(run.main, "trainer.batch_size=4000", *fixed) == 0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("seed=3", "stack.rule=Adam", "stack.height=2", "stack.lr=1e-5"),
+        ("experiment=table1", "stack=SGD(0.01) / SGD(0.01)", """row='a "b", c'""", "store='x y'"),
+        ("experiment=figure2", "schedule=cosine", "data.augment=true", "trainer.steps=7"),
+        ("experiment=char_rnn_tower", "data.root=/x"),
+        ("schedule=replay", "schedule.file=a-b.csv", "stack=SGD(0.1)"),
+        ("schedule.name=steps", "schedule.milestones=[0.1,0.3]", "schedule.factor=0.5"),
+    ],
+)
+def test_the_command_of_a_run_asks_for_it(overrides: tuple[str, ...]) -> None:
+    config = compose(overrides)
+    python, m, module, *words = shlex.split(command_of(config))
+    assert (python, m, module) == ("python", "-m", "experiments.run")
+    again = compose(words)
+    assert replace(again, experiment=None) == replace(config, experiment=None)
+
+
+def test_what_a_killed_sweep_leaves_the_next_one_removes(tmp_path: Path, command: Command) -> None:
+    """Not what another one holds, and nothing that is no sweep's."""
+    notes = tmp_path / ".sweep"
+    for name in ("18ed-1", "18ed-2", "mine"):
+        hold(notes / name)()
+        (notes / name / "job-000000.json").write_text("{}")
+    release = hold(notes / "18ed-2")
+    assert command(run.main, "-m", "seed=0", *FIXED, f"store={tmp_path}") == 0
+    assert {path.name for path in notes.iterdir()} == {"18ed-2", "mine"}
+    release()
+    assert command(run.main, "-m", "seed=0", *FIXED, f"store={tmp_path}") == 0
+    assert {path.name for path in notes.iterdir()} == {"mine"}
 
 
 def test_each_of_several_gpus_has_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,11 +309,37 @@ def test_means_are_over_what_is_not_named(
         assert row.removeprefix(stack).split()[:2] != ["2", "2"] or "Adam" in stack
 
 
+def test_settings_that_differ_are_averaged_only_when_told_to(
+    store: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(store, both := tmp_path / "runs")
+    longer = compose([*FIXED, "trainer.epochs=2", "stack=SGD(0.1)", f"store={both}"])
+    train(resolve(longer, "mnist-5k"))
+    asked = (f"store={both}", "stack.rule=SGD", "by=stack.height,0.lr", "show=test_error")
+    assert command(summarise.main, *asked) == 2
+    assert "differ in trainer.epochs (2 values); name these" in capsys.readouterr().err
+    assert command(summarise.main, *asked, "over=trainer.epochs") == 0
+    assert [row.split()[2] for row in capsys.readouterr().out.splitlines()[1:]] == ["3", "2"]
+    assert command(summarise.main, *asked, "trainer.epochs=1") == 0
+    assert [row.split()[2] for row in capsys.readouterr().out.splitlines()[1:]] == ["2", "2"]
+
+
+def test_empty_columns_say_why(
+    store: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(summarise.main, f"store={store}", "show=train_loss,learned.0.lr") == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "train_loss is empty in 1 of 3 lines, whose runs all diverged",
+        "learned.0.lr is empty in 1 of 3 lines, whose runs all diverged",
+        "learned.0.lr is empty in 1 of 3 lines, where nothing tunes it",
+    ]
+
+
 def test_runs_are_chosen_by_the_values_of_columns(
     store: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen = tmp_path / "chosen.csv"
-    options = (f"store={store}", f"csv={chosen}", "by=seed", "show=test_error")
+    options = (f"store={store}", f"csv={chosen}", "by=seed", "over=stack", "show=test_error")
     assert command(summarise.main, "stack.rule=sgd", "0.lr=1e-1,7", "stack.height=0", *options) == 0
     assert [line["stack"] for line in lines(chosen.read_text())] == ["SGD(0.1)"] * 2
     made = json.loads(chosen.with_suffix(".json").read_text())
@@ -283,6 +379,14 @@ def test_the_readmes_means(
         (["seed=7"], "of 6 runs in {store} none has seed=7"),
         (["seed"], "'seed' is not of the form column=value"),
         (["store=nowhere"], "there is no finished run in store=nowhere"),
+        (
+            ["by=stack.height"],
+            "runs in one line differ in stack (2 values); name these in by=, choo",
+        ),
+        (["by=seed", "show=test_error"], "or average over them with over=stack"),
+        (["by=stack", "over=sed"], "no column 'sed'; did you mean 'seed'?"),
+        (["show=stack"], "show=stack has no mean, its values are such as Adam(1e+42); name it in"),
+        (["show=diverged"], "show=diverged has no mean, its values are such as True"),
         (["csv=tidy.json"], "csv=tidy.json is the name of what goes beside a CSV; give another"),
     ],
 )

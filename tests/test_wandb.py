@@ -6,9 +6,12 @@ import itertools
 import json
 import math
 import re
+import signal
 import struct
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,30 +20,41 @@ import pytest
 import test_text
 import wandb
 from wandb.proto import wandb_internal_pb2
+from wandb_server import KEY, Server, serve
 
 from experiments.cli import guarded
 from experiments.config.compose import compose
-from experiments.config.identity import run_hash
+from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve
 from experiments.config.schema import Config
 from experiments.data import corpus
 from experiments.records import push_wandb
-from experiments.records.loggers.wandb import offline, push_results, say_how_to_sync
-from experiments.records.store import RunStore
+from experiments.records.loggers.logger import made_by
+from experiments.records.loggers.wandb import (
+    describe,
+    has_key,
+    metric,
+    mode,
+    push_results,
+    read_note,
+    say_how_to_sync,
+)
+from experiments.records.store import RunDirectory, RunStore
 from experiments.records.tidy import JUDGED_BY
 from experiments.training.trainer import Progress, train
 
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
 
 STACK = "Adam(0.001) / SGD(1e-5)"
+START = {"0.lr": 0.001, "0.beta1": 0.9, "0.beta2": 0.999}
 
 
 @pytest.fixture(autouse=True)
 def without_a_key(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    offline.cache_clear()
+    has_key.cache_clear()
     yield
-    offline.cache_clear()
+    has_key.cache_clear()
 
 
 def config(store: Path, *overrides: str) -> Config:
@@ -106,11 +120,16 @@ def table(path: Path) -> dict[int, dict[str, float]]:
 
 
 def compare(history: list[dict[str, Any]], folder: Path) -> None:
-    """Every number of the store's CSVs is in the history, and nothing else but times is."""
+    """Every number of the store's CSVs is in the history, and beside it only times and step 0."""
     expected = table(folder / "hyperparameters.csv")
+    start = {**next(iter(expected.values())), **START, "step": 0.0}  # the others are constant
     for name in ("hypergradients", "curves"):
         for step, row in table(folder / f"{name}.csv").items():
             expected[step] |= row
+    expected = {
+        step: {metric(name): value for name, value in row.items()}
+        for step, row in {0: start, **expected}.items()
+    }
     own = ("_step", "_timestamp", "_runtime")
     assert [row["_step"] for row in history] == list(expected)
     found = {row["_step"]: {k: v for k, v in row.items() if k not in own} for row in history}
@@ -124,19 +143,20 @@ def test_a_run_is_there_number_by_number(tmp_path: Path) -> None:
     summary = train(config(tmp_path, "logger=wandb", "row=the row"))
     (run,) = read(tmp_path)
     compare(run["history"], tmp_path / summary["hash"])
-    assert {"hypergradient.0.lr", "hypergradient.0.beta1"} <= set(run["history"][0])
+    assert {"hypergradient_level0_lr", "hypergradient_level0_beta1"} <= set(run["history"][1])
+    assert all(re.fullmatch(r"[_a-zA-Z]\w*", name, re.ASCII) for name in run["history"][-1])
     assert run["history"][-1]["test_error"] == summary["test_error"]
 
     record = run["run"]
-    assert record.run_id == summary["hash"] and record.display_name == "the row, seed 0"
-    assert record.run_group == f"table1: {STACK}" and record.job_type == "seed 0"
-    assert set(record.tags) == {"Adam", "height 1", "mnist-5k", "quick"}
+    assert record.run_id == summary["hash"] and "the row, mlp on mnist" in record.display_name
+    assert record.run_group.startswith(f"table1: {STACK}, ") and record.job_type == "seed 0"
+    assert set(record.tags) >= {"Adam", "height 1", "mnist-5k", "quick"}
     assert run["config"]["trainer"] == summary["trainer"]
     assert (run["config"]["stack"], run["config"]["height"]) == (STACK, 1)
 
     told = run["summary"]
     assert told["test_error"] == summary["test_error"] and told["diverged"] is False
-    assert told["learned.0.lr"] == summary["hyperparameters"][0]["lr"]
+    assert told["learned_level0_lr"] == summary["hyperparameters"][0]["lr"]
     assert told["seconds_per_step"] == summary["provenance"]["seconds_per_step"]
     assert run["exit"] == 0
 
@@ -160,18 +180,16 @@ def cut_at(step: int) -> Any:
     return report
 
 
-def test_a_run_that_fails_is_marked_and_goes_on_under_its_id(tmp_path: Path) -> None:
+def test_offline_a_run_that_was_cut_short_is_whole_in_one_file(tmp_path: Path) -> None:
     broken = config(tmp_path, "logger=wandb")
     for step in (20, 40):  # in the second epoch, in the third
         with pytest.raises(Cut):
             train(broken, cut_at(step))
+    assert read(tmp_path) == []
     summary = train(broken)
-    first, second, third = sorted(read(tmp_path), key=lambda run: run["history"][0]["_step"])
-    assert (first["exit"], second["exit"], third["exit"]) == (1, 1, 0)
-    assert {run["run"].run_id for run in (first, second, third)} == {summary["hash"]}
-    assert {run["run"].resume for run in (first, second, third)} == {True}
-    every = first["history"] + second["history"] + third["history"]
-    compare(every, tmp_path / summary["hash"])
+    (run,) = read(tmp_path)
+    assert run["exit"] == 0 and run["run"].run_id == summary["hash"]
+    compare(run["history"], tmp_path / summary["hash"])
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
@@ -199,9 +217,189 @@ def test_without_a_key_nothing_is_asked_and_nothing_said(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     wandb.teardown()  # which forgets what mode there was
-    assert offline()
+    assert mode() == "offline"
     assert capfd.readouterr() == ("", "")
     wandb.teardown()
+
+
+# With a server, on the loopback address.
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HYPEROPT_COMMAND", tmp_path.name)
+    wandb.teardown()
+    with serve() as (known, url):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield known
+        wandb.teardown()
+
+
+def each_once(server: Server, folder: Path) -> None:
+    """The server has got each row once, and no other."""
+    assert server.steps(folder.name) == [0, *table(folder / "hyperparameters.csv")]
+    assert len(server.received[folder.name]) == len(server.steps(folder.name))
+    compare([json.loads(json.dumps(row)) for row in server.runs[folder.name]["history"]], folder)
+
+
+def test_the_server_says_what_it_has(tmp_path: Path, server: Server) -> None:
+    summary = train(config(tmp_path, "logger=wandb"))
+    each_once(server, tmp_path / summary["hash"])
+    there = server.runs[summary["hash"]]
+    assert there["exit"] == 0 and there["summary"]["test_error"] == summary["test_error"]
+    note = read_note(RunStore(tmp_path).run(summary["hash"]))
+    assert note == {"state": "finished", "run": f"someone/hyperopt/{summary['hash']}"}
+
+
+def test_an_interrupted_run_goes_on_there(tmp_path: Path, server: Server) -> None:
+    wanted = config(tmp_path, "logger=wandb")
+    for step in (20, 40):
+        with pytest.raises(Cut):
+            train(wanted, cut_at(step))
+    summary = train(wanted)
+    each_once(server, tmp_path / summary["hash"])
+    assert server.runs[summary["hash"]]["state"] == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_has_each_step_once(tmp_path: Path, server: Server, number: int) -> None:
+    fixed = ("data=mnist-5k", "device=cpu", "trainer.record_every=5", "logger=wandb")
+    fast = ("trainer.epochs=40", "trainer.compile=false", "trainer.compile_model=false")
+    command = [sys.executable, "-m", "experiments.run", *fixed, *fast, f"store={tmp_path}"]
+    process = subprocess.Popen([*command, f"stack={STACK}", "progress=false"])
+    wait_for(lambda: any(len(server.steps(name)) > 3 for name in server.runs))
+    process.send_signal(number)
+    assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
+    assert not (folder / "summary.json").exists()
+    if number == signal.SIGTERM:
+        assert server.runs[folder.name]["state"] in ("preempted", "crashed")
+    again = subprocess.run([*command, f"stack={STACK}", "progress=false"], timeout=300)
+    assert again.returncode == 0 and read_note(RunDirectory(folder))["state"] == "finished"
+    each_once(server, folder)
+
+
+def test_what_a_server_loses_is_pushed(
+    tmp_path: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run is there only when the server says so, whatever was logged."""
+    monkeypatch.setattr("experiments.records.loggers.wandb.ASKING", 0.01)
+    server.room = 4
+    summary = train(config(tmp_path, "logger=wandb"))
+    directory = RunStore(tmp_path).run(summary["hash"])
+    assert len(server.steps(summary["hash"])) == 4
+    assert read_note(directory)["state"] == "incomplete"
+    server.room = None
+    push(tmp_path, monkeypatch)
+    assert capsys.readouterr().out == "1 of 1 runs and 0 artifacts are new there\n"
+    each_once(server, directory.path)
+    push(tmp_path, monkeypatch)
+    assert capsys.readouterr().out == "0 of 1 runs and 0 artifacts are new there\n"
+
+
+def test_a_server_that_is_away_is_tried_once(
+    tmp_path: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Training does not wait; the rows are pushed later."""
+    monkeypatch.setattr("experiments.records.loggers.wandb.PROBE", 1.0)
+    server.delay = 30.0
+    moments: list[float] = []
+    began = time.monotonic()
+    for seed in range(3):
+        wanted = config(tmp_path, "logger=wandb", f"seed={seed}")
+        train(wanted, lambda progress: moments.append(time.monotonic()))
+    assert server.attempts == ["/"]
+    assert moments[0] < began + 5 and time.monotonic() < began + 30
+    said = capfd.readouterr().err
+    assert said.count("does not answer; the rows are kept, to be sent by: python -m") == 1
+    server.delay = 0.0
+    monkeypatch.setenv("HYPEROPT_COMMAND", "another")
+    push(tmp_path, monkeypatch)
+    assert capfd.readouterr().out == "3 of 3 runs and 0 artifacts are new there\n"
+    for path in tmp_path.glob("*/summary.json"):
+        each_once(server, path.parent)
+
+
+def test_the_variables_of_wandb_mean_what_they_mean(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"PROJECT": "theirs", "ENTITY": "team", "TAGS": "a,b", "RUN_GROUP": "mine"}
+    for name, value in {**given, "DIR": str(tmp_path / "dir")}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "dir").mkdir()
+    name = train(config(tmp_path / "store", "logger=wandb", "trainer.epochs=1"))["hash"]
+    there = server.runs[name]
+    assert (there["project"], there["entity"], there["group"]) == ("theirs", "team", "mine")
+    assert {"a", "b", "Adam", "mlp"} <= set(there["tags"])
+    assert not (tmp_path / "store" / name / "wandb").exists()
+    assert any((tmp_path / "dir" / "wandb").iterdir())
+    own = config(tmp_path / "store", "logger=wandb", "trainer.epochs=1", "logger.project=own")
+    train(replace(own, seed=1))
+    assert {run["project"] for run in server.runs.values()} == {"theirs", "own"}
+
+
+def test_disabled_sends_nothing_and_marks_nothing(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    name = train(config(tmp_path, "logger=wandb", "trainer.epochs=1"))["hash"]
+    assert server.attempts == [] and not (tmp_path / name / "wandb.json").exists()
+    monkeypatch.setenv("WANDB_MODE", "online")
+    push(tmp_path, monkeypatch)
+    each_once(server, tmp_path / name)
+
+
+def test_offline_says_why(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(config(tmp_path, "logger=wandb", "trainer.epochs=1"))
+    say_how_to_sync(tmp_path)
+    assert "W&B has WANDB_MODE=offline and keeps its files" in capfd.readouterr().err
+    monkeypatch.delenv("WANDB_MODE")
+    wandb.teardown()  # which forgets what mode there was
+    push(tmp_path, monkeypatch)  # and the file goes, which would bring them a second time
+    (path,) = tmp_path.glob("*/summary.json")
+    each_once(server, path.parent)
+    assert not any(tmp_path.glob("*/wandb/offline-run-*"))
+
+
+def test_runs_that_differ_are_told_apart() -> None:
+    """By name, group and tags in whatever matters; by their seed they differ in name alone."""
+    base = config(Path("runs"))
+    others = ["trainer.epochs=4", "trainer.batch_size=8", "model=softmax"]
+    others += [
+        "stack=Adam(0.001) / SGD(2e-5)",
+        "stack=SGD(0.1)",
+        "trainer.l2=0.1",
+        "data.shuffle=false",
+    ]
+    runs = [base, *(config(Path("runs"), other) for other in others)]
+    told = [describe(run_hash(run), identity(run), made_by(run)) for run in runs]
+    for key in ("name", "group", "tags"):
+        assert len({str(one[key]) for one in told}) == len(runs)
+    again = replace(base, seed=1)
+    other = describe(run_hash(again), identity(again), made_by(again))
+    assert other["name"] != told[0]["name"]
+    assert (other["group"], other["tags"]) == (told[0]["group"], told[0]["tags"])
+    assert "row" not in told[0]["config"]  # what is not set is left out
+    assert all(len(one["name"]) <= 128 and len(one["group"]) <= 128 for one in told)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    last = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < last, "it took too long"
+        time.sleep(0.1)
 
 
 # What was done without it.
@@ -288,7 +486,9 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dic
     (tmp_path / corpus.FILE).write_text(test_text.TINY)
     train(config(tmp_path / "images", "logger=wandb"))
     train(test_text.config(tmp_path, tmp_path / "text", test_text.TOWER, "logger=wandb"))
-    runs = [read(tmp_path / folder)[0] for folder in ("images", "text")]
+    moving = "stack=SGD(0.1, momentum=0.9)[lr, momentum] / SGD(1e-4)"
+    train(config(tmp_path / "momentum", "logger=wandb", "trainer.epochs=1", moving))
+    runs = [read(tmp_path / folder)[0] for folder in ("images", "text", "momentum")]
     return [{**run, "history": run["history"][-1]} for run in runs]
 
 
@@ -297,8 +497,8 @@ def shown(panel: dict[str, Any]) -> Iterator[tuple[str, str]]:
     chart = panel["config"]
     if "groupBy" in chart:
         yield "config", chart["groupBy"].removesuffix(".value")
-    for metric in chart.get("metrics", []):
-        yield "summary" if panel["viewType"] == "Bar Chart" else "history", metric
+    for name in chart.get("metrics", []):
+        yield "summary" if panel["viewType"] == "Bar Chart" else "history", name
     for column in chart.get("columns", []):
         section, _, name = column["accessor"].partition(":")
         yield section, name.removesuffix(".value")
@@ -316,14 +516,23 @@ def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]
     view = dashboard.workspace("someone", "hyperopt")._to_model()
     spec = view.model_dump(by_alias=True, exclude_none=True)["spec"]["section"]
     sections = {each["name"]: each["panels"] for each in spec["panelBankConfig"]["sections"]}
-    assert list(sections) == ["Error by height", "Learning rate over time", "Robustness"]
+    told = {panel["config"]["chartTitle"] for panel in sections["Over training, by height"]}
+    assert told >= {"lr by height", "momentum by height", "Training loss by height"}
+    told = {panel["config"]["chartTitle"] for panel in sections["Over training, by start"]}
+    assert told >= {"lr by start", "momentum by start", "Training loss by start"}
     every = [list(shown(panel)) for panel in itertools.chain(*sections.values())]
     assert all(every) and sum(map(len, every)) >= 24
     for keys in every:
         assert any(all(name in run[section] for section, name in keys) for run in known), keys
-    for run, metric in zip(known, JUDGED_BY, strict=True):  # as the server has both kinds
+    for run, measure in zip(known[:2], JUDGED_BY, strict=True):  # as the server has both kinds
         own = {name for keys in every for section, name in keys if name in run[section]}
-        assert {metric, "train_loss", "0.lr", "hypergradient.0.lr", "learned.0.lr"} <= own
+        assert {
+            measure,
+            "train_loss",
+            "level0_lr",
+            "hypergradient_level0_lr",
+            "learned_level0_lr",
+        } <= own
 
 
 def test_the_heat_map_is_made_there_and_its_panels_fill_it(
@@ -350,7 +559,7 @@ def test_the_heat_map_is_made_there_and_its_panels_fill_it(
     fields = set(re.findall(r"\$\{field:(\w+)\}", json.dumps(made[0]["spec"])))
     robustness = dashboard.workspace("someone", "hyperopt").sections[-1].panels
     maps = [panel for panel in robustness if hasattr(panel, "chart_fields")]
-    for heat_map, run in zip(maps, known, strict=True):
+    for heat_map, run in zip(maps, known[:2], strict=True):
         assert heat_map.chart_name == f"someone/{made[0]['name']}"
         assert heat_map.chart_fields.keys() == fields
         query = {source: asked["keys"] for source, asked in heat_map.query.items()}

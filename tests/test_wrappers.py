@@ -1,6 +1,7 @@
 """What wrappers of optimizers do to `state` and `param_groups`, beside the same done to torch's."""
 
 import collections
+import contextlib
 import copy
 import io
 import pickle
@@ -114,7 +115,7 @@ class Tracked:
 
 
 class ScheduleFree:
-    """Weights that are swapped between a mean and the optimizer's own, both kept in ``state[p]``."""
+    """Weights swap between a mean and the optimizer's own, which are both in ``state[p]``."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer, self.t = optimizer, 0
@@ -167,7 +168,8 @@ class Offloaded:
     """Between steps, all tensors of the state are elsewhere: by ``.data`` and as other tensors."""
 
     def __init__(self, optimizer: Any, by_data: bool = True) -> None:
-        self.optimizer, self.by_data, self.parked = optimizer, by_data, {}
+        self.optimizer, self.by_data = optimizer, by_data
+        self.parked: dict[Any, Tensor] = {}
 
     def step(self, closure: Any) -> None:
         closure()
@@ -230,7 +232,10 @@ def all_params(optimizer: Any) -> list[Any]:
 def run(wrapper: str, make: Make, steps: int = 12) -> tuple[Net, Any, list[float]]:
     model = Net()
     groups = [{"params": model.first.parameters()}, {"params": model.last.parameters()}]
-    wrapped, losses = WRAPPERS[wrapper](make(groups)), []
+    optimizer: Any = make(groups)
+    losses: list[float] = []
+    train(model, optimizer, range(1))  # torch's Adam makes its state where it finds none at all
+    wrapped = WRAPPERS[wrapper](optimizer)
 
     def closure() -> None:
         model.zero_grad()
@@ -252,15 +257,12 @@ def values(kept: Any) -> list[Tensor]:
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers(wrapper, name):
     """They train, and what they kept is what they read."""
-    if "offloaded" in wrapper and name != "plain":
-        steps = 60
-    else:
-        steps = 60 if name in ("tower", "Auto") else 12
+    steps = 60 if name in ("tower", "Auto") else 12
     model, wrapped, losses = run(wrapper, MAKERS[name], steps)
     peer, theirs, their_losses = run(wrapper, torchs, steps)
     if name in ("plain", "still"):
         same_weights(model, peer, rtol=1e-7)
-        if "offloaded" not in wrapper:
+        if "offloaded" not in wrapper or name == "plain":  # a tower shows what was before
             for a, b in zip(values(wrapped.kept()), values(theirs.kept()), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     else:
@@ -275,9 +277,8 @@ FOREIGN = {
     "flag": True,
     "nothing": None,
     "dict": {"a": 1.5, "b": [1, 2]},
-    "list": [torch.ones(2), 4],
+    "list": [torch.ones(2, dtype=torch.float64), 4],
     "tensor": torch.arange(3.0, dtype=torch.float64),
-    "text": "kept",
 }
 
 
@@ -320,8 +321,6 @@ def test_what_others_keep_stays(make, through):
     optimizer = make(model.parameters())
     train(model, optimizer, range(2))
     put(optimizer, model.first.weight)
-    optimizer.state[torch.zeros(2)] = {"of": "no parameter"}
-    del optimizer.state[[*optimizer.state][-1]]
     train(model, optimizer, range(2, 4))
     model.first.bias.grad = None
     optimizer.step()
@@ -352,11 +351,10 @@ def test_the_same_dicts_and_tensors_stay():
 
 
 def test_loading_follows_the_parameter_as_in_torch():
-    saved = [(lambda m: m.load_state_dict)]
     results = []
     for make in (torchs, ours("Adam(0.05)")):
         model = Net()
-        optimizer = make(model.parameters())
+        optimizer: Any = make(model.parameters())
         train(model, optimizer, range(2))
         optimizer.state[model.first.weight]["mine"] = [torch.ones(2), {"a": torch.arange(2)}]
         optimizer.state[model.first.bias]["n"] = 3
@@ -365,14 +363,14 @@ def test_loading_follows_the_parameter_as_in_torch():
         other.load_state_dict(optimizer.state_dict())
         (one, inner) = other.state[fresh.first.weight]["mine"]
         results.append((one.dtype, inner["a"].dtype, other.state[fresh.first.bias]["n"]))
-    assert results[0] == results[1] and saved
+    assert results[0] == results[1] == (torch.float32, torch.float32, 3)
 
 
 def test_a_name_that_saving_needs_is_refused():
     model, optimizer = made()
     train(model, optimizer, range(1))
     optimizer.state[model.first.weight]["shard"] = 1
-    with pytest.raises(ValueError, match="^shard was put into the state .* choose another one$"):
+    with pytest.raises(ValueError, match=r"^shard was put into the state .* choose another one$"):
         optimizer.state_dict()
 
 
@@ -467,7 +465,7 @@ def frozen() -> list[Tensor]:
 @pytest.mark.parametrize("where", ["before", "behind", "later"])
 def test_frozen_parameters_of_any_kind(stack, where):
     model, other = Net(), Net()
-    live = [*model.parameters()]
+    live: list[Tensor] = [*model.parameters()]
     params = frozen() + live if where == "before" else live + frozen() * (where == "behind")
     optimizer = HyperOptimizer(params, stack, compile=False)
     if where == "later":
@@ -523,10 +521,10 @@ def test_what_is_kept_is_of_no_mode(stack, mode, when):
     """One thing is done in a mode of the caller's; the run is that of doing it outside."""
 
     def here(now: str) -> Any:
-        return MODES[mode]() if inside and now == when else torch.no_grad()
+        return MODES[mode]() if now == when and not ends else contextlib.nullcontext()
 
-    ends = []
-    for inside in (True, False):
+    ends: list[Net] = []
+    for _ in range(2):
         model = Net()
         with here("made"):
             optimizer = HyperOptimizer(model.first.parameters(), stack, compile=False)
@@ -541,25 +539,28 @@ def test_what_is_kept_is_of_no_mode(stack, mode, when):
             state = optimizer.state_dict()
         with here("loaded"):
             optimizer.load_state_dict(state)
-        if when == "copied" and mode != "fake":  # torch cannot copy parameters there
+        if mode not in ("device", "fake", "inference"):  # where torch copies no parameters
             with here("copied"):
-                optimizer = copy.copy(optimizer)
+                model, optimizer = copy.deepcopy((model, optimizer))
         train(model, optimizer, range(1, 5))
         ends.append(model)
-    same_weights(*ends)
+    same_weights(ends[0], ends[1])
 
 
 @pytest.mark.parametrize("stack", ["Adam(0.05)", TOWER, "SGD(0.1, momentum=0.9)"])
 def test_a_model_of_fake_tensors(stack):
     """As where one asks how much memory a run would take."""
     with FakeTensorMode():
-        model = Net()
+        model, more = nn.Linear(4, 2), nn.Parameter(torch.ones(3))
         optimizer = HyperOptimizer(model.parameters(), stack)
-        train(model, optimizer, range(3))
-        kept = optimizer.state[model.first.weight]
-        assert all(value.device.type == "cpu" for value in kept.values())
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
-        train(model, optimizer, range(3))
+        for _ in range(3):
+            model(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+        assert all(value.device.type == "cpu" for value in optimizer.state[model.weight].values())
+        optimizer.add_param_group({"params": [more]})
+        more.grad = torch.ones(3)
+        optimizer.step()
+        assert len(optimizer.state) == 3 and not optimizer.compiled
 
 
 def test_a_state_that_is_another_kind_of_dict():

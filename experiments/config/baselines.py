@@ -34,7 +34,7 @@ import hyperopt
 from hyperopt import RULES, Hyper, HyperOptimizer, Rule, Stack
 
 
-class Peer(Rule, known=False):
+class Baseline(Rule, known=False):
     """An optimizer class of another package, by the class's name."""
 
     package: ClassVar[str]
@@ -55,24 +55,24 @@ class Peer(Rule, known=False):
         return kind(params, lr=self.lr)
 
 
-class AdamWScheduleFree(Peer, known=False):
+class AdamWScheduleFree(Baseline, known=False):
     package = "schedulefree"
     lr = Hyper(0.0025, tuned=False)
 
 
-class Prodigy(Peer, known=False):
+class Prodigy(Baseline, known=False):
     package = "prodigyopt"
 
 
-class DAdaptAdam(Peer, known=False):
+class DAdaptAdam(Baseline, known=False):
     package = "dadaptation"
 
 
-class DAdaptSGD(Peer, known=False):
+class DAdaptSGD(Baseline, known=False):
     package = "dadaptation"
 
 
-PEERS: dict[str, type[Peer]] = {
+BASELINES: dict[str, type[Baseline]] = {
     kind.__name__: kind for kind in (AdamWScheduleFree, Prodigy, DAdaptAdam, DAdaptSGD)
 }
 
@@ -83,9 +83,9 @@ def parse(notation: str) -> Stack:
     Raises:
         ValueError: one line that says what is wrong.
     """
-    stack = hyperopt.parse(notation, RULES | PEERS)
+    stack = hyperopt.parse(notation, RULES | BASELINES)
     for level in stack.levels:
-        if isinstance(level, Peer) and stack.height:
+        if isinstance(level, Baseline) and stack.height:
             raise ValueError(
                 f"{level} stands alone: it is an optimizer of the package {level.package}, which "
                 f"no level can tune and which tunes none; the stack {notation!r} has "
@@ -94,7 +94,7 @@ def parse(notation: str) -> Stack:
     return stack
 
 
-class PeerOptimizer:
+class BaselineOptimizer:
     """A peer's optimizer, with what a run asks of a `HyperOptimizer`.
 
     On record are its lr and, where it estimates one, the distance d that lr is multiplied by.
@@ -105,7 +105,7 @@ class PeerOptimizer:
     def __init__(self, params: Iterable[nn.Parameter], stack: Stack) -> None:
         self.stack = stack
         (peer,) = stack.levels
-        assert isinstance(peer, Peer)
+        assert isinstance(peer, Baseline)
         self.version = f"{peer.package} {version(peer.package)}"
         self.optimizer = peer.make(params)
         if hasattr(self.optimizer, "train"):
@@ -137,17 +137,17 @@ class PeerOptimizer:
 
 def make_optimizer(
     model: nn.Module, notation: str, compile: bool
-) -> HyperOptimizer | PeerOptimizer:
+) -> HyperOptimizer | BaselineOptimizer:
     """What moves the parameters of a model as a config's notation says."""
     stack = parse(notation)
-    if isinstance(stack.levels[0], Peer):
-        return PeerOptimizer(model.parameters(), stack)
+    if isinstance(stack.levels[0], Baseline):
+        return BaselineOptimizer(model.parameters(), stack)
     return HyperOptimizer(model.named_parameters(), stack, compile=compile)
 
 
 @contextmanager
 def judged(
-    optimizer: HyperOptimizer | PeerOptimizer, renew: Callable[[], None] = lambda: None
+    optimizer: HyperOptimizer | BaselineOptimizer, renew: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
     """Within it, the model has the weights that it is to be judged by.
 
@@ -156,7 +156,7 @@ def judged(
     Args:
         renew: called with them in place where they are others; what else of the model is to follow.
     """
-    peer: Any = optimizer.optimizer if isinstance(optimizer, PeerOptimizer) else None
+    peer: Any = optimizer.optimizer if isinstance(optimizer, BaselineOptimizer) else None
     if not hasattr(peer, "eval"):
         yield
         return

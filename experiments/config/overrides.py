@@ -9,6 +9,7 @@ from typing import get_type_hints
 
 from experiments.cli import did_you_mean
 from experiments.config.schema import CONFIGS, Config
+from hyperopt import RULES
 
 HYDRAS_GROUPS = tuple(
     f"hydra/{name}" for name in ("launcher", "sweeper", "sweeper/sampler", "help")
@@ -55,11 +56,28 @@ def check_overrides(arguments: Sequence[str]) -> None:
             continue
         if key not in known and not key.startswith("hydra."):
             raise ValueError(f"there is no config key {key!r}; {did_you_mean(key, known)}")
+        if key == "stack" and value and "(" not in value and not re.fullmatch(r"[\w.,-]+", value):
+            raise ValueError(not_a_stack(value))
         if key in groups and re.fullmatch(r"[\w.,-]+", value):
             files = sorted(path.stem for path in groups[key].glob("*.yaml"))
             for name in value.split(","):
                 if name not in (*files, "null"):
+                    if key == "stack":
+                        raise ValueError(not_a_stack(name))
                     raise ValueError(f"there is no {key} {name!r}; {did_you_mean(name, files)}")
+
+
+def not_a_stack(text: str) -> str:
+    """What a stack looks like, for a text that is none."""
+    rules = {name.lower(): name for name in RULES}
+    words = re.findall(r"[a-z]\w*", text.lower())
+    names = [rules[word] for word in words if word in rules] or ["SGD"]
+    stack = " / ".join(f"{name}({0.01 if k == 0 else 1e-4})" for k, name in enumerate(names))
+    return (
+        f"there is no stack {text!r}; give each rule its learning rate, as in stack='{stack}', "
+        f"or all levels the same with stack.rule={names[0]} stack.height={len(names) - 1} "
+        "stack.lr=0.01"
+    )
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[str]:

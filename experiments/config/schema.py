@@ -67,7 +67,7 @@ class TrainerConfig:
 @dataclass
 class LoggerConfig:
     name: str = MISSING
-    project: str = "hyperopt"
+    project: str | None = None  # of W&B and MLflow; null is WANDB_PROJECT or hyperopt
 
 
 @dataclass

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.config.command import command_of
 from experiments.config.schema import Config
 from experiments.data.catalog import label
 from experiments.tasks.catalog import headline
@@ -15,11 +16,12 @@ from experiments.tasks.catalog import headline
 
 @dataclass
 class Outcome:
-    """What became of one run: its summary, or the error that ended it."""
+    """What became of one run: its summary, or the error that ended it, or neither before it."""
 
     config: Config
     summary: dict[str, Any] | None = None
     error: str | None = None
+    started: bool = field(default=False, compare=False)
 
     @property
     def reason(self) -> str:
@@ -50,19 +52,48 @@ def describe(outcome: Outcome) -> str:
 
 
 def report_failures(outcomes: Sequence[Outcome]) -> bool:
-    """List the runs that failed, each error once; whether there are any."""
+    """Count what became of runs, and list those that failed, with their commands.
+
+    Runs that failed by the same error stand together, and the error once.
+
+    Returns:
+        whether any failed, or was not started.
+    """
     failed: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.summary is None:
-            failed.setdefault(outcome.error or "", []).append(outcome)
+        if outcome.error is not None:
+            failed.setdefault(outcome.error, []).append(outcome)
     for error, those in failed.items():
-        print("", *map(describe, those), sep="\n", file=sys.stderr)
-        if "\n" in error:
-            print(error, file=sys.stderr)
-    if failed and len(outcomes) > 1:
-        count = sum(map(len, failed.values()))
-        print(f"\n{count} of {len(outcomes)} runs failed.", file=sys.stderr)
-    return bool(failed)
+        many = len(those) > 1
+        print(
+            f"\n{len(those)} runs failed" if many else "\n1 run failed",
+            error,
+            sep=": ",
+            file=sys.stderr,
+        )
+        print("To do each alone:" if many else "To do it alone:", file=sys.stderr)
+        for command in dict.fromkeys(command_of(outcome.config) for outcome in those):
+            print(f"    {command}", file=sys.stderr)
+    if len(outcomes) > 1 or failed:
+        print(f"\n{count(outcomes)}.", file=sys.stderr)
+    return any(outcome.summary is None for outcome in outcomes)
+
+
+def count(outcomes: Sequence[Outcome]) -> str:
+    """How many runs are finished, diverged, failed and not started."""
+    finished = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+    failed = sum(outcome.error is not None for outcome in outcomes)
+    diverged = sum(summary["diverged"] for summary in finished)
+    left = [outcome for outcome in outcomes if outcome.summary is None and outcome.error is None]
+    cut_short = sum(outcome.started for outcome in left)
+    parts = {
+        f"{len(outcomes)} runs: {len(finished)} finished": True,
+        f"{diverged} of them diverged": diverged,
+        f"{failed} failed": True,
+        f"{cut_short} cut short": cut_short,
+        f"{len(left) - cut_short} not started": True,
+    }
+    return ", ".join(text for text, told in parts.items() if told)
 
 
 def explain(error: Exception) -> str:

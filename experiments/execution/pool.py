@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
+from experiments.cli import Terminated
 from experiments.config.baselines import parse
 from experiments.config.identity import run_hash
 from experiments.config.schema import Config
@@ -21,6 +22,7 @@ from experiments.records.loggers.catalog import find
 from experiments.records.store import RunStore
 from experiments.training.trainer import Progress, train
 
+GRACE = 20.0  # seconds in which interrupted workers may write their checkpoints
 REPORT_INTERVAL = 0.2  # seconds between two reports of one worker
 
 
@@ -39,6 +41,12 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
         One outcome for each config, in their order.
     """
     outcomes = [Outcome(config) for config in configs]
+    fill(outcomes, workers)
+    return outcomes
+
+
+def fill(outcomes: Sequence[Outcome], workers: int | None = None) -> None:
+    """Do as `run_all` does; where it is interrupted, what is known is in the outcomes."""
     waiting: list[Outcome] = []
     for outcome in outcomes:
         outcome.summary = RunStore(outcome.config.store).summary(run_hash(outcome.config))
@@ -49,7 +57,6 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
         size = workers or _side_by_side(waiting[0].config.device)
         find(waiting[0].config).prepare()
         _Pool(waiting, size, make_display(len(outcomes), len(waiting), show)).run()
-    return outcomes
 
 
 def run_one(config: Config) -> Outcome:
@@ -99,17 +106,25 @@ class _Worker:
 
     def give(self, job: Outcome) -> None:
         """Raises an OSError where the process has died."""
+        job.started = True
         self.job = job  # first: if interrupted in between, `end` must not wait for it
         self.structures.add(structure(job.config))
         self.pipe.send(job.config)
 
-    def end(self) -> None:
-        """End the process: at once where it still has a run, which can be resumed."""
+    def stop(self) -> None:
+        """Ask the process to end: after a checkpoint where it still has a run."""
         if self.job is None:
             self.pipe.close()
-            self.process.join(timeout=5.0)
-        self.process.kill()
-        self.process.join()
+        else:
+            self.process.terminate()
+
+    def end(self, patience: float = 5.0) -> None:
+        """Wait until the process has ended, but not for ever."""
+        try:
+            self.process.join(timeout=patience)
+        finally:
+            self.process.kill()
+            self.process.join()
 
 
 class _Pool:
@@ -129,7 +144,10 @@ class _Pool:
                     self._handle_messages()
             finally:
                 for worker in self.workers:
-                    worker.end()
+                    worker.stop()
+                last = time.monotonic() + GRACE
+                for worker in self.workers:
+                    worker.end(max(0.0, last - time.monotonic()))
 
     def _next_job(self, slot: int) -> None:
         """Give a worker the longest run; of equals one whose step it has already compiled."""
@@ -147,7 +165,7 @@ class _Pool:
         try:
             worker.give(job)
         except OSError:  # it died since its last run
-            worker.end()
+            worker.end(0.0)
             self.workers[slot] = worker = _Worker(slot)
             worker.give(job)
         self.waiting.remove(job)
@@ -167,7 +185,7 @@ class _Pool:
                 summary = RunStore(config.store).summary(run_hash(config))  # it may have been done
                 message = f"its process died with exit code {worker.process.exitcode}"
                 self._ended(slot, summary, message if summary is None else None)
-                worker.end()
+                worker.end(0.0)
                 self.workers[slot] = _Worker(slot)
                 self._next_job(slot)
                 continue
@@ -209,6 +227,8 @@ def _work(pipe: Connection, slot: int) -> None:
             return
         try:
             pipe.send(train(config, report))
+        except Terminated:
+            os._exit(143)
         except Exception as error:
             pipe.send(explain(error))
 

@@ -48,14 +48,6 @@ def _numbers(progress: Progress) -> str:
     return "  ".join(parts)
 
 
-def _outcome(outcome: Outcome) -> str:
-    if outcome.summary is None:
-        return f"failed: {outcome.reason}"
-    if outcome.summary["diverged"]:
-        return f"diverged in epoch {outcome.summary['epochs']}"
-    return headline(outcome.summary)
-
-
 class Silence:
     def __enter__(self) -> None: ...
     def __exit__(self, *exception: Any) -> None: ...
@@ -79,6 +71,7 @@ class _Bars:
         self.total = total
         self.all = self.bars.add_task("all runs", total=total, completed=finished, numbers="")
         self.tasks: dict[int, TaskID] = {}
+        self.failed = 0
         self._count(0)
 
     def __enter__(self) -> None:
@@ -99,22 +92,22 @@ class _Bars:
         )
 
     def ended(self, slot: int, outcome: Outcome) -> None:
-        if outcome.summary is None:
-            self.bars.console.print(f"{_label(outcome.config)}: {_outcome(outcome)}", markup=False)
+        self.failed += outcome.summary is None
         self.bars.remove_task(self.tasks.pop(slot))
         self._count(1)
 
     def _count(self, more: int) -> None:
         self.bars.advance(self.all, more)
         done = int(self.bars.tasks[0].completed)
-        self.bars.update(self.all, numbers=f"{done}/{self.total}")
+        failed = f", {self.failed} failed" if self.failed else ""
+        self.bars.update(self.all, numbers=f"{done}/{self.total}{failed}")
 
 
 class _Lines:
-    """For a log: a line every half minute, and one for each run that fails."""
+    """For a log: a line every half minute, and when a run fails."""
 
     def __init__(self, total: int, finished: int) -> None:
-        self.total, self.finished = total, finished
+        self.total, self.finished, self.failed = total, finished, 0
         self.began = self.last = time.monotonic()
         self.labels: dict[int, str] = {}
         self.numbers: dict[int, str] = {}
@@ -134,10 +127,12 @@ class _Lines:
             self._say()
 
     def ended(self, slot: int, outcome: Outcome) -> None:
-        self.finished += 1
-        label = self.labels.pop(slot)
+        del self.labels[slot]
         if outcome.summary is None:
-            print(f"{label}: {_outcome(outcome)}", file=sys.stderr, flush=True)
+            self.failed += 1
+            self._say()
+        else:
+            self.finished += 1
 
     def _say(self) -> None:
         self.last = time.monotonic()
@@ -145,6 +140,7 @@ class _Lines:
         flight = "; ".join(f"{label}: {self.numbers[slot]}" for slot, label in self.labels.items())
         print(
             f"[{minutes}:{seconds:02d}] {self.finished} of {self.total} runs are finished"
+            + (f", {self.failed} failed" if self.failed else "")
             + (f"; in flight: {flight}" if flight else ""),
             file=sys.stderr,
             flush=True,

@@ -3,9 +3,9 @@
     python -m experiments.records.dashboard entity=NAME
     python -m experiments.records.dashboard entity=NAME project=hyperopt
 
-makes a view of the project, with the error (of a text the perplexity) by the height of the tower,
-the lr over time by where it started, and how robust each height is against its start: a heat map of
-height by initial lr, which is a chart of its own beside the view. It needs a key (wandb login).
+makes a view of the project: lr, momentum, loss and error (of a text the perplexity) over training,
+by the height of the tower and by the initial lr, and the error at the end by both. Its heat map is
+a chart of its own beside the view. It needs a key (wandb login).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import wandb
@@ -22,8 +22,7 @@ import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces.reports.v2 import Config, SummaryMetric
 
 from experiments.cli import asked_for_help, guarded, split
-from experiments.config.schema import LoggerConfig
-from experiments.records.loggers.wandb import offline
+from experiments.records.loggers.wandb import PROJECT, metric, offline
 from experiments.tasks.catalog import tasks
 
 # How runs are judged.
@@ -63,63 +62,33 @@ class Options:
     """What the command line sets."""
 
     entity: str = ""
-    project: str = field(default=LoggerConfig().project)
+    project: str = PROJECT
+
+
+# What is shown over training, by the height of the tower and by the initial lr.
+OVER_TIME = {
+    metric("0.lr"): "lr",
+    metric("0.momentum"): "momentum",
+    metric("0.beta1"): "beta1",
+    "train_loss": "Training loss",
+    **MEASURES,
+}
+GROUPS = {"height": "by height", "lr": "by start"}
 
 
 def workspace(entity: str, project: str) -> workspaces.Workspace:
     """The dashboard; nothing is sent before its `save`."""
-    by_height: list[Any] = []
-    robustness: list[Any] = []
-    for metric, words in MEASURES.items():
-        by_height += [
-            panels.BarPlot(
-                title=f"{words} by height",
-                metrics=[metric],
-                groupby=Config("height"),
-                groupby_aggfunc="mean",
-                groupby_rangefunc="stddev",
-                title_x=words,
-            ),
-            _in_the_course_of_training(words, metric),
-        ]
-        robustness += [
-            panels.CustomChart(
-                query={"config": {"keys": ["height", "lr"]}, "summary": {"keys": [metric]}},
-                chart_name=f"{entity}/{HEAT_MAP_NAME}",
-                chart_fields={"height": "height", "lr": "lr", "value": metric},
-                chart_strings={"title": f"{words} by height and initial lr"},
-            ),
-            panels.ParallelCoordinatesPlot(
-                title=f"From a start to an end: {words}",
-                columns=[
-                    panels.ParallelCoordinatesPlotColumn(Config("height")),
-                    panels.ParallelCoordinatesPlotColumn(Config("lr"), log=True),
-                    panels.ParallelCoordinatesPlotColumn(SummaryMetric("learned.0.lr")),
-                    panels.ParallelCoordinatesPlotColumn(SummaryMetric(metric)),
-                ],
-            ),
-        ]
-    by_height.append(_in_the_course_of_training("Training loss", "train_loss"))
-    lr_over_time = [
-        panels.LinePlot(
-            title="lr by where it started",
-            x="Step",
-            y=["0.lr"],
-            log_y=True,
-            groupby=Config("lr"),
-        ),
-        panels.LinePlot(
-            title="Hypergradient of lr",
-            x="Step",
-            y=["hypergradient.0.lr"],
-            groupby=Config("lr"),
-        ),
-    ]
     sections = {
-        "Error by height": by_height,
-        "Learning rate over time": lr_over_time,
-        "Robustness": robustness,
+        f"Over training, {words}": [
+            _over_time(f"{name} {words}", column, group) for column, name in OVER_TIME.items()
+        ]
+        for group, words in GROUPS.items()
     }
+    hypergradient = metric("hypergradient.0.lr")
+    sections["Hypergradients"] = [_over_time("Hypergradient of lr by start", hypergradient, "lr")]
+    sections["At the end"] = [
+        panel for column, words in MEASURES.items() for panel in _at_the_end(entity, column, words)
+    ]
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -135,14 +104,44 @@ def workspace(entity: str, project: str) -> workspaces.Workspace:
     )
 
 
-def _in_the_course_of_training(words: str, metric: str) -> panels.LinePlot:
+def _over_time(title: str, column: str, group: str) -> panels.LinePlot:
     return panels.LinePlot(
-        title=f"{words} in the course of training",
+        title=title,
         x="Step",
-        y=[metric],
-        groupby=Config("height"),
+        y=[column],
+        log_y=column == metric("0.lr"),
+        groupby=Config(group),
         groupby_rangefunc="stddev",
     )
+
+
+def _at_the_end(entity: str, column: str, words: str) -> list[Any]:
+    columns = panels.ParallelCoordinatesPlotColumn
+    return [
+        panels.BarPlot(
+            title=f"{words} by height",
+            metrics=[column],
+            groupby=Config("height"),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+            title_x=words,
+        ),
+        panels.CustomChart(
+            query={"config": {"keys": ["height", "lr"]}, "summary": {"keys": [column]}},
+            chart_name=f"{entity}/{HEAT_MAP_NAME}",
+            chart_fields={"height": "height", "lr": "lr", "value": column},
+            chart_strings={"title": f"{words} by height and initial lr"},
+        ),
+        panels.ParallelCoordinatesPlot(
+            title=f"From a start to an end: {words}",
+            columns=[
+                columns(Config("height")),
+                columns(Config("lr"), log=True),
+                columns(SummaryMetric(metric("learned.0.lr"))),
+                columns(SummaryMetric(column)),
+            ],
+        ),
+    ]
 
 
 def make_heat_map(entity: str) -> None:

@@ -1,26 +1,35 @@
 """Bring finished runs that were done without Weights & Biases there.
 
     python -m experiments.records.push_wandb
-    python -m experiments.records.push_wandb store=runs project=hyperopt results=results
+    python -m experiments.records.push_wandb store=runs project=NAME results=results
 
 replays the finished runs of the store, with the times at which they were done, and puts the tables
-and figures of the folder `results` there as artifacts. What is there already is left out. Without a
-key W&B keeps its files in the store, and a line says how to upload them.
+and figures of the folder `results` there as artifacts. What is there already is left out, of a run
+that was killed or cut off each row that the server has. Without a key W&B keeps its files in the
+store, and a line says how to upload them.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.cli import asked_for_help, guarded, split
-from experiments.config.schema import LoggerConfig
 from experiments.records.loggers.logger import Row, history
-from experiments.records.loggers.wandb import WandbLogger, push_results, read_note, say_how_to_sync
+from experiments.records.loggers.wandb import (
+    WandbLogger,
+    is_there,
+    mode,
+    offline,
+    offline_files,
+    push_results,
+    say_how_to_sync,
+)
 from experiments.records.store import RunDirectory, RunStore
 from experiments.records.tidy import read_summaries
 
@@ -30,14 +39,14 @@ class Options:
     """What the command line sets."""
 
     store: str = "runs"
-    project: str = field(default=LoggerConfig().project)
+    project: str = ""
     results: str = "results"
 
 
-def push(directory: RunDirectory, project: str) -> bool:
+def push(directory: RunDirectory, project: str | None) -> bool:
     """Bring a finished run there; whether it was not there yet."""
     summary = directory.summary()
-    if summary is None or read_note(directory).get("state") == "finished":
+    if summary is None or is_there(directory):
         return False
     settings = json.loads((directory.path / "config.json").read_text())
     settings.pop("hash")
@@ -49,7 +58,10 @@ def push(directory: RunDirectory, project: str) -> bool:
     )
     logger.log(history(0, curves, values, hypergradients, made.get("times", [])))
     logger.finish(summary)
-    return read_note(directory).get("state") == "finished"
+    if is_there(directory) and not offline():  # which would be there twice if they were synced
+        for folder in offline_files(directory):
+            shutil.rmtree(folder)
+    return is_there(directory)
 
 
 def rows(path: Path) -> list[Row]:
@@ -61,7 +73,7 @@ def rows(path: Path) -> list[Row]:
         return []
 
 
-def push_all(store: RunStore, hashes: Iterable[str], project: str) -> int:
+def push_all(store: RunStore, hashes: Iterable[str], project: str | None) -> int:
     """Bring those of the runs there that are not yet, and return how many these were."""
     pushed = 0
     for name in hashes:
@@ -74,14 +86,16 @@ def main() -> int:
     if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
+    if mode() == "disabled":
+        raise ValueError("WANDB_MODE=disabled; unset it to push")
     store = RunStore(options.store)
     if not store.root.exists() and options.store != Options.store:
         raise ValueError(f"there is no store={options.store}; give the folder of the runs")
     if not Path(options.results).is_dir() and options.results != Options.results:
         raise ValueError(f"results={options.results} is no folder; give that of tables and figures")
     hashes = [summary["hash"] for summary in read_summaries(store.root)]
-    pushed = push_all(store, hashes, options.project)
-    artifacts = push_results(Path(options.results), store.root, options.project)
+    pushed = push_all(store, hashes, options.project or None)
+    artifacts = push_results(Path(options.results), store.root, options.project or None)
     print(f"{pushed} of {len(hashes)} runs and {len(artifacts)} artifacts are new there")
     if pushed or artifacts:
         say_how_to_sync(store.root)

@@ -7,7 +7,7 @@
                  checkpoint.pt          until the run is finished
                  model.pt               the weights, where there is something to do with them
                  summary.json           written last: a run that has one is finished
-                 lock                   held by the process that works on the run
+                 lock                   held by the process that works on the run, while it does
 
 Every file but the growing curves is written beside its place and then moved there, so that it is
 whole whenever it is there.
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,30 @@ class RunStore:
     def claim(self, run_hash: str) -> Iterator[RunDirectory]:
         """Hold a run, waiting until no other process does; look then whether it is finished.
 
-        The lock is the kernel's: it ends with the process, however that ends.
+        The lock is the kernel's: it ends with the process, however that ends. Its file is removed
+        with it, so that a process which has waited may hold a file that is no longer there.
         """
         directory = self.run(run_hash)
+        path = directory.path / "lock"
+        while True:
+            try:
+                directory.path.mkdir(parents=True, exist_ok=True)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+            except OSError as error:
+                raise named(error, directory.path) from None
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    break
+            os.close(descriptor)
         try:
-            directory.path.mkdir(parents=True, exist_ok=True)
-            (directory.path / "lock").touch()
-        except OSError as error:
-            raise named(error, directory.path) from None
-        with open(directory.path / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             for cut_short in directory.path.glob("*.tmp"):  # by a process that was killed
                 cut_short.unlink()
             yield directory
+        finally:
+            with suppress(OSError):
+                path.unlink()
+            os.close(descriptor)
 
 
 class NoRecords(RunDirectory):

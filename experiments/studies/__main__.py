@@ -3,8 +3,10 @@
     python -m experiments.studies
     python -m experiments.studies table1 preset=quick
     python -m experiments.studies table1 --help
+    python -m experiments.studies all preset=quick
 
-The first lists the studies. Runs that are finished are not done again.
+The first lists the studies, the last does all that have such a preset, one after the other. Runs
+that are finished are not done again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ def main() -> int:
         for study in studies():
             print(f"  {study.name:12} {(study.doc or '').partition(chr(10))[0]}")
         return 0
-    return find(arguments[0]).main(arguments[1:])
+    if arguments[0] != "all":
+        return find(arguments[0]).main(arguments[1:])
+    given = dict(argument.partition("=")[::2] for argument in arguments[1:])
+    chosen = [study for study in studies() if given.get("preset", "") in study.presets]
+    if not chosen:
+        raise ValueError("give a preset that some studies have, as in preset=quick")
+    return max(study.main(arguments[1:]) for study in chosen)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def written(text: str, results: Path) -> str:
 
     def block(match: re.Match) -> str:
         study, *folders, key = match[2].split("/")
-        folder = results.joinpath(study, *folders)
-        texts = find(study).prose(folder) if folder.is_dir() else {}
+        found, folder = find(study), results.joinpath(study, *folders)
+        texts = found.prose(folder) if folder.is_dir() else {}
         if key not in texts:
             raise ValueError(f"there are no results in {folder} for the block {match[2]}")
         return f"{match[1]}{wrapped(texts[key])}\n{match[3]}"

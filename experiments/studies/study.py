@@ -239,6 +239,7 @@ class Study(Reported):
         if asked_for_help(self.doc, self.options, self.settable, arguments):
             return 0
         request, good = self.request(arguments), True
+        self.say_what_moved(request)
         for part in self.parts(request):
             asked = [[config for _, config in batch] for batch in part.batches]
             resolved = iter(resolve_all([config for batch in asked for config in batch]))
@@ -263,6 +264,20 @@ class Study(Reported):
             find_logger(config).publish(Path(request.options.results), config)
         return 0 if good else 1
 
+    def say_what_moved(self, request: Request) -> None:
+        """One line on standard error where records lie as an earlier version kept them."""
+        results = Path(request.options.results)
+        old, new = (
+            results / f"{self.name}_{request.name}.jsonl.gz",
+            results / self.name / request.name,
+        )
+        if old.exists():
+            print(
+                f"{old} is of an earlier layout; to use it: "
+                f"mkdir -p {new}/records && mv {old} {new}/records/",
+                file=sys.stderr,
+            )
+
     def folder(self, request: Request, configs: Sequence[Config]) -> Path:
         """Where results go. Those of a part of a data set may not replace what is committed."""
         names = {config.data.name for config in configs}
@@ -283,12 +298,14 @@ class Measurement(Reported):
         name, doc: as a `Study` has them.
         main: its command.
         kept: the file in its folder from which its report can be drawn again, if there is one.
+        presets: none, so far.
     """
 
     name: str
     main: Callable[[Sequence[str]], int]
     doc: str | None = None
     kept: str | None = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
 
     def folders(self, results: Path) -> list[Path]:
         """Its own folder, where it can be drawn again from there."""

@@ -30,6 +30,9 @@ class Classification:
         shuffle: whether each epoch has an order of its own, or that of the file.
         l2: what half the squared norm of all weights is added to the loss by. A run is then judged
             by its objective: that loss of the whole training set.
+
+    Raises:
+        ValueError: a batch is larger than the training set.
     """
 
     kinds: ClassVar[tuple[str, ...]] = (GREY, COLOUR)
@@ -62,6 +65,11 @@ class Classification:
         x = F.pad(data.x_train, (0, 0, PAD, PAD, PAD, PAD)) if augment else data.x_train
         self.x_train, self.y_train = x.to(device), data.y_train.to(device)
         self.x_test, self.y_test = data.x_test.to(device), data.y_test.to(device)
+        if batch_size > len(self.x_train):
+            raise ValueError(
+                f"trainer.batch_size={batch_size} is more than the {len(self.x_train)} training "
+                f"images of {data.name}; give that many or fewer"
+            )
         self.size = data.x_train.shape[1]
         self.model_arguments: dict[str, Any] = {}
 

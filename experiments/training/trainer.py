@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.config.baselines import PeerOptimizer, judged, make_optimizer
+from experiments.config.baselines import BaselineOptimizer, judged, make_optimizer
 from experiments.config.identity import identity, identity_hash
 from experiments.config.lr_schedules import make_schedule
 from experiments.config.processes import is_first
@@ -29,6 +30,7 @@ from experiments.records.store import RunDirectory, RunStore, no_records
 from experiments.tasks.base import Task
 from experiments.tasks.catalog import task_for
 from experiments.training import distributed
+from experiments.training.interrupt import Interrupts
 from models import MODELS
 
 # Compiling makes it say, once for each process, that there is no GPU.
@@ -55,8 +57,9 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
     """Do the run of a resolved config, or what is left of it, and return its summary.
 
     A finished run is only read. One that another process works on is waited for. A run that was cut
-    short goes on from its last checkpoint, at the end of an epoch or as `trainer.checkpoint_every`
-    has it, and ends bit for bit as if it had not been.
+    short goes on from its last checkpoint, and ends bit for bit as if it had not been. There is one
+    at the end of each epoch, as `trainer.checkpoint_every` has it, and after the step in which
+    Ctrl-C or SIGTERM came.
     A loss or a weight that is not finite ends the run, which is then recorded as diverged.
 
     Raises:
@@ -71,7 +74,8 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
     with store.claim(name) if is_first() else no_records(store, name) as directory:
         if (summary := distributed.agreed(directory.summary)) is not None:
             return summary
-        return _Run(config, identified, directory).finish(report)
+        with Interrupts() as interrupts:
+            return _Run(config, identified, directory, interrupts).finish(report)
 
 
 @dataclass
@@ -97,8 +101,15 @@ class _Epoch:
 class _Run:
     """The moving parts of a run: model, optimizer, generator, curves."""
 
-    def __init__(self, config: Config, identified: dict[str, Any], directory: RunDirectory) -> None:
+    def __init__(
+        self,
+        config: Config,
+        identified: dict[str, Any],
+        directory: RunDirectory,
+        interrupts: Interrupts,
+    ) -> None:
         self.config = config
+        self.interrupts = interrupts
         self.identity = identified
         self.directory = directory
         torch.set_num_threads(config.trainer.threads)
@@ -147,7 +158,7 @@ class _Run:
         self.trajectory: list[list[float]] = []  # step, values in the order of _recorded
         self.hypergradients: list[list[float]] = []  # step, values in the order of _tuned
         self.times: list[float] = []  # since 1970, of the start and of each epoch's end
-        peer = self.optimizer.version if isinstance(self.optimizer, PeerOptimizer) else None
+        peer = self.optimizer.version if isinstance(self.optimizer, BaselineOptimizer) else None
         made = {**of_process(), "device": device_name(self.device)}
         # What has done the run: this process, and before it those from which it goes on, if other.
         self.made: list[dict[str, Any]] = [{**made, "peer": peer} if peer else made]
@@ -164,8 +175,12 @@ class _Run:
         try:
             while self.step < self.steps and not self.diverged:
                 self._do_epoch(report, logger)
+                self.interrupts.check()
         except Exception:
             logger.fail()
+            raise
+        except BaseException:
+            logger.interrupt()
             raise
         self._write_curves()
         summary = self._summary()
@@ -209,12 +224,11 @@ class _Run:
                 epoch.snapshots.append(self._snapshot(epoch.losses[-1]))
                 epoch.steps.append(self.step)
                 report(self._progress())
-            every = trainer.checkpoint_every
-            if every and self.step % every == 0 and self.step < self.steps:
-                now = time.perf_counter()
-                self.seconds += now - began
-                self.directory.save_checkpoint(self._state())
-                began = time.perf_counter()
+            if self.step < self.steps:
+                if trainer.checkpoint_every and self.step % trainer.checkpoint_every == 0:
+                    began = self._save_under_way(began)
+                self.interrupts.check(functools.partial(self._save_under_way, began))
+                self.interrupts.armed = trainer.processes == 1
         if not epoch.steps or epoch.steps[-1] != self.step:
             epoch.snapshots.append(self._snapshot(epoch.losses[-1]))
             epoch.steps.append(self.step)
@@ -234,6 +248,12 @@ class _Run:
         with judged(self.optimizer, lambda: self.task.renew_averages(model)):
             measured = self.task.evaluate(model)
         self.curves.append([self.epoch, self.step, train_loss, *measured.values()])
+
+    def _save_under_way(self, began: float) -> float:
+        """Save a checkpoint within an epoch; returns the time after it."""
+        self.seconds += time.perf_counter() - began
+        self.directory.save_checkpoint(self._state())
+        return time.perf_counter()
 
     def _batches(self) -> tuple[_Epoch, Iterator[tuple[Tensor, Tensor]]]:
         """The epoch under way, or a new one, and the batches that are left of it."""

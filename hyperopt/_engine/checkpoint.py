@@ -93,7 +93,13 @@ def restore(
         return value
 
     def vector(numbers: Sequence[Any]) -> Tensor:
-        return torch.tensor([float(x) for x in numbers], dtype=like.dtype, device=like.device)
+        own: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
+        if not any(isinstance(x, Tensor) for x in numbers):
+            return torch.tensor([float(x) for x in numbers], **own)
+        # Nothing waits for the device, and fake tensors have no numbers.
+        return torch.stack(
+            [x.to(**own) if isinstance(x, Tensor) else torch.tensor(x, **own) for x in numbers]
+        )
 
     raw: list[Tensor] = []
     fixed: list[Tensor] = []
@@ -104,12 +110,14 @@ def restore(
         # Dicts without entries get lost in a torch.distributed.checkpoint.
         old = {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}} | (saved[k] if saved else {})
         hows = [block.rule.tuned[slot.name] for slot in block.tuned]
-        slots = zip(hows, block.tuned, strict=True)
-        start = [how.domain.raw(float(initial(k, slot))) for how, slot in slots]
+        start: list[Any] = []
+        for how, slot in zip(hows, block.tuned, strict=True):
+            saved_raw = recall(old["tuned"], slot, None)
+            start.append(
+                how.domain.raw(float(initial(k, slot))) if saved_raw is None else saved_raw
+            )
         bounds.append(vector([number for how in hows for number in how.reach]).view(-1, 2).T)
-        raw.append(
-            vector([recall(old["tuned"], s, x) for s, x in zip(block.tuned, start, strict=True)])
-        )
+        raw.append(vector(start))
         constants = [
             # Those of level 0 are read from the param groups.
             initial(k, s) if k == 0 and s.name != FACTOR else recall(old["fixed"], s, initial(k, s))
@@ -405,7 +413,9 @@ def check(
             raw, shown = raws.get(f"{name}[{number}]", raws.get(name)), group.get(name)
             if raw is None or not isinstance(shown, float):
                 continue
-            if not math.isclose(float(how.domain.value(torch.as_tensor(raw))), shown, rel_tol=1e-6):
+            if not math.isclose(
+                float(how.domain.value(torch.as_tensor(raw, device="cpu"))), shown, rel_tol=1e-6
+            ):
                 raise ValueError(
                     f"{name} was set to {shown:g} in this state, but {stack.levels[1]} moves it; "
                     "make an optimizer that starts there"

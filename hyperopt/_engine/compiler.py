@@ -319,6 +319,11 @@ def _works_in_place(
     return True
 
 
+def kernel_count() -> int:
+    """The number of optimizer kernels that this process has compiled."""
+    return sum(kernel is not None for kernel in _compiled.values())
+
+
 def enabled() -> bool:
     """Whether torch's own switches allow to compile."""
     switches = "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"

@@ -32,7 +32,7 @@ from .views import ParamGroupView, start_of
 KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
 
 # What torch's optimizers can be told in a group that changes what they compute.
-UNKNOWN_SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
+SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
 
 # How a logger knows the lr that a scheduler has scaled.
 EFFECTIVE = "0.effective_lr"
@@ -141,10 +141,12 @@ class Engine:
                 raise ValueError(
                     f"a param group of {rule.name} takes no {name!r}; did you mean {near!r}?"
                 )
-        for name in UNKNOWN_SWITCHES:
-            if group.get(name):
+        for name in group.keys() & {*SWITCHES, *rule.options}:
+            if group[name] != rule.settings.get(name, False):
+                can = f"does for all groups or none: {rule.name}({name}=...)"
                 raise ValueError(
-                    f"{name} is {group[name]!r} in a param group, which {rule.name} cannot do"
+                    f"{name} is {group[name]!r} in a param group, which {rule.name} "
+                    + (can if name in rule.options else "cannot do")
                 )
         checked = rule.with_values(own)
         own = {name: checked.values[name] for name in own}
@@ -222,6 +224,14 @@ class Engine:
                     "optimizer after model.to_empty and the initialization"
                 )
 
+    def _check_gradients(self) -> None:
+        for p in self._params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise TypeError(
+                    f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
+                    "make the layer with sparse=False"
+                )
+
     @property
     def _params(self) -> list[Tensor]:
         return [p for group in self.groups for p in group["params"]]
@@ -241,13 +251,17 @@ class Engine:
     @keeps
     def step(self) -> None:
         """Move everything, where a parameter has a gradient."""
-        self.sync(_has_grad)
+        self._sync(_has_grad)
         active = [[id(p) for p in group["params"] if _has_grad(p)] for group in self.groups]
         if active != self._active or any(shard.is_stale for shard in self._shards):
             self._rebuild_shards(_has_grad)
         if not self._shards:
             return
-        vectors = [shard.read() for shard in self._shards]
+        try:
+            vectors = [shard.read() for shard in self._shards]
+        except RuntimeError:
+            self._check_gradients()
+            raise
         if self._step is None or (self.compile == "auto" and self._steps_made == EAGER_STEPS):
             self._step = self._make_step(vectors)
         self._step(vectors)
@@ -265,7 +279,11 @@ class Engine:
         return step or eager_step(self.layout, self._numbers, vectors)
 
     @keeps
-    def sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
+    def sync(self) -> None:
+        """Take over what the user set since the last step, as the next one will."""
+        self._sync()
+
+    def _sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
         """Take over what the user set in the param groups and in `state` since the last step.
 
         Args:
@@ -373,7 +391,7 @@ class Engine:
                 _check_entries(p, own, self.layout.states[0], self._rule.name)
                 given[p] = own
         edits = [
-            (p, name, torch.as_tensor(value).detach())
+            (p, name, _as_tensor(value).detach())
             for p, own in given.items()
             for name, value in own.items()
             if not self._is_shown(p, name, value)
@@ -455,12 +473,7 @@ class Engine:
         if len(self.groups) > self._known_groups:
             raise ValueError("a param group was put in by hand; use add_param_group")
         self._check_params(self._params)
-        for p in filter(_has_grad, self._params):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise TypeError(
-                    f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
-                    "make the layer with sparse=False"
-                )
+        self._check_gradients()
         for shard in self._shards + self._inactive_shards:
             shard.check_shapes()
         exported = self._export()
@@ -706,13 +719,17 @@ def _check_entries(p: Tensor, own: Mapping[str, Any], kept: Mapping[str, bool], 
     shapes = {name: p.shape if vector else torch.Size() for name, vector in kept.items()}
     keeps = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
     for name, shape in shapes.items():
-        found = torch.as_tensor(own[name]).shape if name in own else None
+        found = _as_tensor(own[name]).shape if name in own else None
         if found != shape:
             wrong = "is missing in" if found is None else f"of {[*found]} was put into"
             raise ValueError(
                 f"{name!r} {wrong} the state of a parameter of {[*p.shape]}, of which {rule} "
                 f"keeps {keeps}"
             )
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
 
 
 def _number(value: Any) -> float | list[float]:

@@ -6,7 +6,6 @@ latter two are the same memory; `compiler` says why. A part runs eagerly, or as 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..errors import warn_user
 from ..rule import State
 from . import compiler
 from .blocks import Block
@@ -219,25 +219,19 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
             return step
     except compiler.Untraced as error:
         _untraced.add(structure)
-        _warn(
+        warn_user(
             f"the steps of {lowest.rule.name} could not be compiled ({error}); they run "
             "eagerly, which computes the same and is slower. An update that is compiled may not "
             "branch on what a tensor holds: write torch.where in place of if."
         )
     except Exception as error:  # whatever a missing or broken compiler raises
         _broken.append(compiler.reason(error))
-        _warn(
+        warn_user(
             f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
             "which computes the same and is slower. On a CPU, compiling needs a C++ compiler "
             "such as g++."
         )
     return None
-
-
-def _warn(text: str) -> None:
-    # Above the caller of `HyperOptimizer.step` are this function, `compiled_step`, two methods of
-    # `Engine`, `HyperOptimizer.step` and the four wrappers that torch puts around it.
-    warnings.warn(text, stacklevel=9)
 
 
 class Gather:

@@ -117,7 +117,9 @@ class ScaledLr:
         if not touched:
             return False
         learned = self._block.learned_lr(self._values)[self._number]
-        return not torch.isclose(value, learned * self.factor, rtol=1e-12, atol=0, equal_nan=True)
+        return not torch.isclose(
+            self._effective, learned * self.factor, rtol=1e-12, atol=0, equal_nan=True
+        )
 
     def _show(self, group: dict[str, Any]) -> None:
         if not self.is_scheduled:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.config.baselines import parse
 from experiments.config.schema import Config
 from experiments.records.store import RunDirectory
 
@@ -44,6 +45,9 @@ class Logger:
     def fail(self) -> None:
         """The run has failed."""
 
+    def interrupt(self) -> None:
+        """The run is stopped, to go on later."""
+
 
 LOGGERS = {"csv": Logger}
 
@@ -51,6 +55,19 @@ LOGGERS = {"csv": Logger}
 def made_by(config: Config) -> dict[str, Any]:
     """Which table or figure a run was done for; it does not change the run."""
     return {"experiment": config.experiment, "preset": config.preset, "row": config.row}
+
+
+def initial(stack: str, first: Row) -> Row:
+    """The row of step 0: the values that a stack starts from, of what the first row has."""
+    row: Row = {"step": 0, **{name: first[name] for name in first if name == "time"}}
+    levels = parse(stack).levels
+    for name in first:
+        level, _, hyper = name.partition(".")
+        if level.isdigit() and int(level) < len(levels):
+            value = levels[int(level)].values.get(hyper.partition("[")[0])
+            if isinstance(value, (int, float)):
+                row[name] = float(value)
+    return row
 
 
 def history(

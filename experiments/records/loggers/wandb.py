@@ -1,7 +1,13 @@
 """Weights & Biases: the same records on a dashboard.
 
-It has a run under its hash, so that one which goes on after a kill goes on there too.
-What it was given of a run stands in `wandb.json` in the run's directory.
+It has a run under its hash, so that one which goes on after a kill goes on there too. Training does
+not wait for it: a thread sends the rows. All rows are in the store too, so none is lost. How many
+rows the server has is asked of the server, when a run begins and when it ends. What it lacks is
+sent then, or later by `experiments.records.push_wandb`. What it said stands in `wandb.json` in the
+run's directory. Offline, the rows are written when the run is finished, in one file.
+
+W&B's own variables mean what they mean to W&B: WANDB_MODE, WANDB_DIR, WANDB_PROJECT (where
+`logger.project` is not set), WANDB_ENTITY, WANDB_TAGS and WANDB_RUN_GROUP.
 """
 
 from __future__ import annotations
@@ -11,28 +17,53 @@ import functools
 import hashlib
 import json
 import os
+import queue
+import re
+import shutil
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.config.baselines import parse
-from experiments.config.identity import identity
+from experiments.config.identity import identity, identity_hash
 from experiments.config.schema import Config
-from experiments.files import write_json
-from experiments.records.loggers.logger import Logger, Row, made_by
+from experiments.files import locked, write_json
+from experiments.records.loggers.logger import Logger, Row, initial, made_by
 from experiments.records.store import RunDirectory
 
 NOTE = "wandb.json"
+SERVER = "wandb-server.json"  # in the store: whether the server answered this command
+PROJECT = "hyperopt"
 LONGEST, LONGEST_TAG = 128, 64  # characters of a name and of a tag
+PROBE = 3.0  # seconds for the one attempt to reach the server
+PATIENCE = 60.0  # seconds in which the end of a run waits for what is still to be sent
+ASKING = 0.5  # seconds between two questions, whether all has arrived
+# Not for ever: what does not arrive is pushed later.
+RETRIES: Any = {
+    "x_file_stream_retry_max": 3,
+    "x_file_stream_retry_wait_max_seconds": 2.0,
+    "x_file_stream_timeout_seconds": 10.0,
+    "x_graphql_retry_max": 2,
+    "x_graphql_retry_wait_max_seconds": 2.0,
+    "x_graphql_timeout_seconds": 10.0,
+    "init_timeout": 30.0,
+    "finish_timeout": PATIENCE,
+    "finish_timeout_raises": True,
+}
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. Offline where no key is set; it never asks, and never fails a run.
+    """Weights & Biases. It never asks, and never fails a run.
 
     Args:
-        made_by: what `made_by` says of the run's config.
         settings: what identifies the run.
+        made_by: what `made_by` says of the run's config.
+        project: None is WANDB_PROJECT, or else `PROJECT`.
     """
 
     def __init__(
@@ -40,14 +71,24 @@ class WandbLogger(Logger):
         directory: RunDirectory,
         settings: dict[str, Any],
         made_by: dict[str, Any],
-        project: str,
+        project: str | None,
     ) -> None:
         self.directory = directory
-        self.run: Any = None
-        self._try(self._open, settings, made_by, project)
+        self.described = describe(directory.hash, settings, made_by)
+        self.stack = settings["stack"]
+        self.project = project or os.environ.get("WANDB_PROJECT") or PROJECT
+        self.offline = offline()
+        self.rows: list[Row] = []
+        self.begun = False
+        self.queue: queue.Queue[Any] = queue.Queue()
+        self.thread = threading.Thread(target=self._send, daemon=True)
+        if not self.offline:
+            self.thread.start()
 
     @classmethod
     def prepare(cls) -> None:
+        if mode() == "disabled":
+            return
         try:
             import wandb
 
@@ -57,38 +98,98 @@ class WandbLogger(Logger):
 
     @classmethod
     def publish(cls, results: Path, config: Config) -> None:
-        push_results(results, Path(config.store), config.logger.project)
-        say_how_to_sync(config.store)
+        if mode() != "disabled":
+            push_results(results, Path(config.store), config.logger.project)
+            say_how_to_sync(config.store)
 
     @classmethod
     def say_where(cls, config: Config) -> None:
         say_how_to_sync(config.store)
 
     @classmethod
-    def of(cls, config: Config, directory: RunDirectory) -> WandbLogger:
+    def of(cls, config: Config, directory: RunDirectory) -> Logger:
+        if mode() == "disabled":
+            return Logger()
         return cls(directory, identity(config), made_by(config), config.logger.project)
 
-    def _open(self, settings: dict[str, Any], made_by: dict[str, Any], project: str) -> None:
+    def log(self, rows: Sequence[Row]) -> None:
+        if self.offline:
+            self.rows += rows
+        elif rows:
+            self.queue.put(list(rows))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self._end("finished", summary)
+
+    def fail(self) -> None:
+        self._end("failed")
+
+    def interrupt(self) -> None:
+        self._end("interrupted")
+
+    def _end(self, state: str, summary: dict[str, Any] | None = None) -> None:
+        if self.offline:
+            if summary is not None:
+                self._write_file(summary)
+            return
+        self.queue.put((state, summary))
+        self.thread.join(timeout=PATIENCE + 10)
+
+    def _write_file(self, summary: dict[str, Any]) -> None:
+        """The whole run in one offline file; what an earlier attempt has left of it goes."""
+        run: Any = None
+        try:
+            for folder in offline_files(self.directory):
+                shutil.rmtree(folder)
+            run = self._open(mode="offline")
+            self._log(run, self.rows)
+            run.summary.update(results(summary))
+            run.finish(exit_code=0)
+            self._note(state="kept")
+        except Exception as error:  # whatever it is, the run matters more
+            _abandon(run)
+            self._complain(error)
+
+    def _send(self) -> None:
+        """The thread's work: what is logged, until the run ends."""
+        if not is_reachable(self.directory.path.parent):
+            self._note(state="unreachable")
+            return
+        try:
+            run = self._open(mode=None)
+        except Exception as error:
+            forget_server(self.directory.path.parent)
+            self._complain(error)
+            return
+        try:
+            self._note(state="running", run=f"{run.entity}/{run.project}/{run.id}")
+            there, last = run.starting_step, -1  # what the server has is left out
+            while not isinstance(item := self.queue.get(), tuple):
+                rows = self._with_start(item)
+                last = max([last, *(int(row["step"]) for row in rows)])
+                self._log(run, [row for row in rows if row["step"] >= there])
+            state, summary = item
+            if summary is not None:
+                run.summary.update(results(summary))
+            if state == "interrupted":
+                run.mark_preempting()
+            run.finish(exit_code=0 if state == "finished" else 1)
+            self._note(state=state if has(self._read()["run"], last) else "incomplete")
+        except Exception as error:
+            _abandon(run)
+            self._note(state="incomplete")
+            self._complain(error)
+
+    def _open(self, mode: str | None) -> Any:
         import wandb
 
-        self.note = read_note(self.directory)
-        stack = parse(settings["stack"])
-        rule = stack.levels[0].name
-        tags = [rule, f"height {stack.height}", settings["data"], made_by.get("preset")]
-        self.run = wandb.init(
-            project=project,
+        return wandb.init(
+            project=self.project,
             id=self.directory.hash,
             resume="allow",
-            name=f"{made_by.get('row') or stack}, seed {settings['seed']}"[:LONGEST],
-            group=f"{made_by.get('experiment') or 'run'}: {stack}"[:LONGEST],
-            job_type=f"seed {settings['seed']}",
-            tags=[tag[:LONGEST_TAG] for tag in tags if tag],
-            config={
-                **{**settings, **made_by, "rule": rule, "height": stack.height},
-                "lr": stack.levels[0].values.get("lr"),
-            },
-            dir=str(self.directory.path),
-            mode="offline" if offline() else None,
+            **self.described,
+            dir=os.environ.get("WANDB_DIR") or str(self.directory.path),
+            mode=mode,  # type: ignore[arg-type]
             reinit="create_new",  # not one that has failed before in this process
             # A run's provenance has the machine, the commit and the like, at no cost for each run.
             settings=wandb.Settings(
@@ -99,53 +200,74 @@ class WandbLogger(Logger):
                 x_disable_meta=True,
                 x_disable_stats=True,
                 x_save_requirements=False,
+                **RETRIES,
             ),
         )
-        self._remember(state="running")
 
-    def log(self, rows: Sequence[Row]) -> None:
-        def log() -> None:
-            for row in rows:
-                if row["step"] > self.note.get("step", -1):
-                    time = {"_timestamp": row["time"]} if "time" in row else {}
-                    values = {name: value for name, value in row.items() if name != "time"}
-                    self.run.log({**values, **time}, step=int(row["step"]))
-            if rows:
-                self._remember(step=rows[-1]["step"])
+    def _with_start(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows, after that of step 0 where the first of the run are among them."""
+        if self.begun or not rows:
+            return list(rows)
+        self.begun = True
+        return [initial(self.stack, rows[0]), *rows]
 
-        self._try(log)
+    def _log(self, run: Any, rows: Sequence[Row]) -> None:
+        for row in self._with_start(rows) if self.offline else rows:
+            told = {"_timestamp": row["time"]} if "time" in row else {}
+            told |= {metric(name): value for name, value in row.items() if name != "time"}
+            run.log(told, step=int(row["step"]))
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        def finish() -> None:
-            self.run.summary.update(results(summary))
-            self._close("finished", 0)
+    def _read(self) -> dict[str, Any]:
+        return read_note(self.directory)
 
-        self._try(finish)
+    def _note(self, **news: Any) -> None:
+        write_json(self.directory.path / NOTE, self._read() | news)
 
-    def fail(self) -> None:
-        self._try(lambda: self._close("failed", 1))
+    def _complain(self, error: Exception) -> None:
+        reason = str(error).partition("\n")[0]
+        print(f"wandb failed and is left out of this run: {reason}", file=sys.stderr)
 
-    def _close(self, state: str, exit_code: int) -> None:
-        self.run.finish(exit_code=exit_code)
-        self.run = None
-        self._remember(state=state)
 
-    def _remember(self, **news: Any) -> None:
-        self.note |= news
-        write_json(self.directory.path / NOTE, self.note)
+def _abandon(run: Any) -> None:
+    with contextlib.suppress(Exception):
+        run.finish(exit_code=1)
 
-    def _try(self, do: Any, *arguments: Any) -> None:
-        """Do something with wandb; at its first failure say so, and leave it alone from then on."""
-        if self.run is None and do != self._open:
-            return
-        try:
-            do(*arguments)
-        except Exception as error:  # whatever it is, the run matters more
-            with contextlib.suppress(Exception):
-                self.run.finish(exit_code=1)
-            self.run = None
-            reason = str(error).partition("\n")[0]
-            print(f"wandb failed and is left out of this run: {reason}", file=sys.stderr)
+
+def describe(name: str, settings: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
+    """The name, group, tags and config of a run; runs of a group differ in nothing but the seed."""
+    stack = parse(settings["stack"])
+    rule, trainer = stack.levels[0].name, settings["trainer"]
+    model, data = settings["model"]["name"], settings["data"]
+    setting = identity_hash({k: v for k, v in settings.items() if k != "seed"})[:6]
+    schedule = settings.get("schedule", {}).get("name")
+    sizes = f"{trainer['epochs']} epochs, batch {trainer['batch_size']}"
+    where = f"{model} on {data}, {sizes}{f', {schedule}' if schedule else ''}"
+    row = made_by.get("row") or str(stack)
+    group = f"{made_by.get('experiment') or 'run'}: {stack}, {where}"
+    tags = [rule, f"height {stack.height}", data, model, schedule, made_by.get("preset")]
+    tags += [f"{trainer['epochs']} epochs", f"batch {trainer['batch_size']}", f"setting {setting}"]
+    tags += (os.environ.get("WANDB_TAGS") or "").split(",")
+    own = {name: value for name, value in made_by.items() if value is not None}
+    return {
+        "name": _short(f"{row}, {where}", f", seed {settings['seed']} ({name[:6]})"),
+        "group": os.environ.get("WANDB_RUN_GROUP") or _short(group, f" ({setting})"),
+        "job_type": f"seed {settings['seed']}",
+        "tags": list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags if tag)),
+        "config": {
+            **{**settings, **own, "rule": rule, "height": stack.height, "setting": setting},
+            "lr": stack.levels[0].values.get("lr"),
+        },
+    }
+
+
+def _short(text: str, end: str) -> str:
+    return text[: LONGEST - len(end)] + end
+
+
+def metric(name: str) -> str:
+    """A name for a metric by W&B's rule, letters, digits and underscores: 0.lr is level0_lr."""
+    text = re.sub(r"(^|\.)(\d+)\.", lambda found: f"{found[1]}level{found[2]}.", name)
+    return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
@@ -155,42 +277,121 @@ def results(summary: dict[str, Any]) -> dict[str, Any]:
     found |= {name: summary[name] for name in ("train_loss", "diverged")}
     for level, values in enumerate(summary["hyperparameters"]):
         found |= {f"learned.{level}.{name}": value for name, value in values.items()}
-    return found | {name: made[name] for name in ("seconds_per_step", "seconds", "finished")}
+    found |= {name: made[name] for name in ("seconds_per_step", "seconds", "finished")}
+    return {metric(name): value for name, value in found.items()}
 
 
 def read_note(directory: RunDirectory) -> dict[str, Any]:
-    """What W&B was given of a run: how far it is (`state`), and the last `step`."""
+    """What is known of a run there.
+
+    `state` is "finished" where the server has said that it has all of it, "kept" where an offline
+    file has; else something is to be pushed. `run` is its entity, project and id.
+    """
     try:
         return json.loads((directory.path / NOTE).read_text())
     except (OSError, ValueError):
         return {}
 
 
-@functools.lru_cache(maxsize=1)
-def offline() -> bool:
-    """Whether W&B keeps its files here: where it would otherwise have to ask for a key."""
-    if (mode := os.environ.get("WANDB_MODE")) is not None:
-        return mode == "offline"
-    if os.environ.get("WANDB_API_KEY"):
-        return False
+def is_there(directory: RunDirectory) -> bool:
+    """Whether W&B has all of a run: the server, or where there is none a file."""
+    note = read_note(directory)
+    state = note.get("state")
+    return (state == "finished" and "run" in note) or (state == "kept" and offline())
+
+
+def offline_files(directory: RunDirectory) -> list[Path]:
+    """The folders of a run's offline files."""
+    root = Path(os.environ.get("WANDB_DIR") or directory.path)
+    return sorted(root.glob(f"wandb/offline-run-*-{directory.hash}"))
+
+
+def has(run: str, step: int) -> bool:
+    """Whether the server has the history of a run up to a step. It is asked for a few seconds."""
     import wandb
 
-    return not wandb.login(prompt=False, verify=False)
+    for _ in range(5):
+        if wandb.Api(timeout=5).run(run).lastHistoryStep >= step:
+            return True
+        time.sleep(ASKING)
+    return False
+
+
+def is_reachable(store: Path) -> bool:
+    """Whether the server answers; all runs of a command share one attempt, by a file."""
+    import wandb
+
+    command = os.environ.get("HYPEROPT_COMMAND") or str(os.getpid())
+    url = wandb.setup().settings.base_url
+    asked = {"command": command, "url": url}
+    with locked(store):
+        try:
+            known = json.loads((store / SERVER).read_text())
+            if {name: known[name] for name in asked} == asked:
+                return known["reachable"]
+        except (OSError, ValueError, KeyError):
+            pass
+        try:
+            urllib.request.urlopen(url, timeout=PROBE).close()
+            reachable = True
+        except urllib.error.HTTPError as error:
+            reachable = error.code < 500
+        except (OSError, ValueError):
+            reachable = False
+        write_json(store / SERVER, {**asked, "reachable": reachable})
+    if not reachable:
+        print(f"W&B at {url} does not answer; {LATER.format(store)}", file=sys.stderr)
+    return reachable
+
+
+def forget_server(store: Path) -> None:
+    """The other runs of this command shall not try either."""
+    known = json.loads((store / SERVER).read_text())
+    write_json(store / SERVER, {**known, "reachable": False})
+
+
+LATER = "the rows are kept, to be sent by: python -m experiments.records.push_wandb store={}"
+
+
+def mode() -> str:
+    """W&B's mode: "online", "offline" or "disabled"; offline where there is no key."""
+    if (given := os.environ.get("WANDB_MODE")) is not None:
+        return {"dryrun": "offline"}.get(given, given)
+    return "online" if has_key() else "offline"
+
+
+def offline() -> bool:
+    """Whether W&B keeps its files here."""
+    return mode() == "offline"
+
+
+@functools.lru_cache(maxsize=1)
+def has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def say_how_to_sync(store: str | Path) -> None:
     """One line on standard error where W&B keeps its files in the store."""
-    kept = [f"{folder}wandb/offline-run-*" for folder in ("*/", "")]
-    there = [str(Path(store, files)) for files in kept if any(Path(store).glob(files))]
-    if there and offline():
+    if not offline():
+        return
+    if os.environ.get("WANDB_DIR"):
+        kept = [f"{os.environ['WANDB_DIR']}/wandb/offline-run-*"]
+    else:
+        kept = [str(Path(store, f"{folder}wandb/offline-run-*")) for folder in ("*/", "")]
+    there = [files for files in kept if any(Path("/").glob(str(Path(files).absolute())[1:]))]
+    if there:
+        why = "WANDB_MODE=offline" if "WANDB_MODE" in os.environ else "no key here"
         print(
-            "W&B has no key here and keeps its files; to upload them: "
-            f"wandb sync {' '.join(there)}",
+            f"W&B has {why} and keeps its files; to upload them: wandb sync {' '.join(there)}",
             file=sys.stderr,
         )
 
 
-def push_results(folder: Path, store: Path, project: str) -> list[str]:
+def push_results(folder: Path, store: Path, project: str | None) -> list[str]:
     """Put a folder's tables and figures there, an artifact for each study; returns the new ones.
 
     Which were put there before stands in `wandb-results.json` in the store.
@@ -212,13 +413,13 @@ def push_results(folder: Path, store: Path, project: str) -> list[str]:
         import wandb
 
         run = wandb.init(
-            project=project,
+            project=project or os.environ.get("WANDB_PROJECT") or PROJECT,
             name="tables and figures",
             job_type="results",
-            dir=str(store),
+            dir=os.environ.get("WANDB_DIR") or str(store),
             mode="offline" if offline() else None,
             reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
+            settings=wandb.Settings(silent=True, console="off", **RETRIES),
         )
         for name in new:
             artifact = wandb.Artifact(name, type="results")

@@ -224,7 +224,7 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
         ("0.lr", "lr"),
     )
     fig, axes = plt.subplots(
-        len(panels), len(LRS), figsize=(style.WIDTH, 5.2), sharex=True, sharey="row", squeeze=False
+        len(panels), len(LRS), figsize=(style.WIDTH, 6.0), sharex=True, sharey="row", squeeze=False
     )
     labels: dict[str, Any] = {}
     for column, lr in zip(axes.T, LRS, strict=True):
@@ -246,8 +246,8 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
             row[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
             row[0].yaxis.set_major_formatter(ScalarFormatter())
             row[0].yaxis.set_minor_locator(NullLocator())
-    fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4)
-    fig.suptitle(f"{setting(runs, preset)}; {count(runs)}", fontsize=8)
+    fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3)
+    style.title(fig, f"{setting(runs, preset)}; {count(runs)}")
     return fig
 
 

@@ -250,19 +250,19 @@ def grid_figure(
     """3 x 3 panels, lr by momentum."""
     lrs, momenta = sorted(LRS), sorted(MOMENTA)
     figure, axes = plt.subplots(
-        len(lrs), len(momenta), figsize=(style.WIDTH, 5.2), sharex=True, squeeze=False
+        len(lrs), len(momenta), figsize=(style.WIDTH, 6.0), sharex=True, squeeze=False
     )
     for row, lr in zip(axes, lrs, strict=True):
         for axis, momentum in zip(row, momenta, strict=True):
             draw(axis, lr, momentum)
-            axis.set_title(f"from lr {lr}, momentum {momentum}")
+            axis.set_title(f"lr {lr}, momentum {momentum}")
     for axis in axes[-1]:
         axis.set_xlabel("epoch")
     for axis in axes[:, 0]:
         axis.set_ylabel(label)
     handles = {text: line for axis in axes.flat for line, text in zip(*labelled(axis), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
-    figure.suptitle(f"{title}\n{setting(runs)}; {count(runs)}", fontsize=8)
+    style.title(figure, f"{title}\n{setting(runs)}; {count(runs)}")
     return figure
 
 
@@ -301,7 +301,7 @@ def schedules_figure(runs: list[Run], column: str, label: str, log: bool) -> plt
 
 def replay_figure(runs: list[Run]) -> plt.Figure:
     """Loss, error and lr of the tower, of its schedule replayed, of He et al., and of plain SGD."""
-    figure, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 2.4), squeeze=False)
+    figure, axes = plt.subplots(1, 3, figsize=(style.WIDTH, 2.8), squeeze=False)
     shown = (Cell("plain", 0.1, 0.9), HE, REPLAYED, REPLAY)
     panels = (
         ("train_loss", "training loss (nats)"),
@@ -316,11 +316,27 @@ def replay_figure(runs: list[Run]) -> plt.Figure:
     axes[0, 2].set_yscale("log")
     figure.legend(*labelled(axes[0, 0]), loc="outside lower center", ncols=4)
     chosen = [run for cell in shown for run in of(runs, cell)]
-    figure.suptitle(f"From lr 0.1, momentum 0.9\n{setting(runs)}; {count(chosen)}", fontsize=8)
+    style.title(figure, f"From lr 0.1, momentum 0.9\n{setting(runs)}; {count(chosen)}")
     return figure
 
 
 # All of it.
+
+
+def beside_float32(runs: list[Run], folder: Path) -> str:
+    """He et al.'s schedule in bf16 beside the same in float32, where a preset has both."""
+    other = folder.with_name(folder.name.replace("_bf16", ""))
+    if other == folder or not (other / "records").is_dir():
+        return ""
+    texts = []
+    for name, own in (("bf16", runs), ("float32", read_figure2(other))):
+        if found := of(own, HE):
+            error, loss = (
+                cell_text(cell_table(run_table(own)), HE, what, digits)
+                for what, digits in (("test_error", 2), ("train_loss", 3))
+            )
+            texts.append(f"in {name} {error} % and {loss} nats (n = {len(found)})")
+    return f"He et al.'s schedule ends {', '.join(texts)}." if len(texts) == 2 else ""
 
 
 def draw(folder: Path) -> list[Path]:
@@ -334,6 +350,7 @@ def draw(folder: Path) -> list[Path]:
     cells = cell_table(lines)
     costs = folder.parent / "cost.json"
     words = cost.words(json.loads(costs.read_text())) if costs.exists() else ""
+    words = "\n\n".join(part for part in (beside_float32(runs, folder), words) if part)
     paths = write_all(
         folder,
         {

@@ -61,8 +61,8 @@ def still(walks: Walks) -> plt.Figure:
     for axis, group in zip(axes[0], groups, strict=True):
         axis.set_title(group)
     for axis in axes[-1]:
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), fontsize=7)
-    figure.suptitle(f"{STEPS} steps from the same start\n{CHOSEN}", fontsize=7)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02))
+    style.title(figure, f"{STEPS} steps from the same start\n{CHOSEN}")
     return figure
 
 

@@ -409,7 +409,7 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(style.WIDTH, 0.9 + rows * (0.55 + 0.135 * len(methods))),
+        figsize=(style.WIDTH, 1.1 + rows * (0.6 + 0.16 * len(methods))),
         sharey=True,
         squeeze=False,
     )
@@ -429,10 +429,9 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
         handles=handles,
         loc="outside lower center",
         ncols=len(handles),
-        fontsize=7,
         title="times the best fixed lr's error",
     )
-    figure.suptitle(f"Start anywhere, preset {preset}; {count(drawn(table, preset))}", fontsize=8)
+    style.title(figure, f"Start anywhere, preset {preset}; {count(drawn(table, preset))}")
     return figure
 
 
@@ -471,8 +470,8 @@ def draw_task(
     axis.set_xlim(left, places[-1] + width / 2)
     ticks = range(math.ceil(places[0]), math.floor(places[-1]) + 1, 2)
     axis.set_xticks(list(ticks), [f"1e{tick}" for tick in ticks])
-    axis.tick_params(axis="y", length=0, labelsize=6.5)
-    axis.tick_params(axis="x", labelsize=7)
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x")
     axis.set_title(title(preset, task))
     axis.set_xlabel("initial learning rate")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pandas as pd
 from experiments.files import write_text
 from experiments.studies import style
 from experiments.studies.claim import Claim, scale
+from experiments.studies.step_time import first_steps
 from experiments.studies.step_time.contenders import LABELS, TRAFFIC, tower_label
 
 
@@ -145,6 +147,9 @@ def draw(folder: Path) -> list[Path]:
         else:
             label = tower_label(row.family, row.height)
             lines.append(f"| {label} | {row.cold_s:.1f} s | {row.warm_s:.1f} s |")
+    if (folder / "first_steps.csv").exists():
+        rows = pd.read_csv(folder / "first_steps.csv").itertuples()
+        lines += ["", "## First steps", "", *first_steps.table([*rows])]
     for model, label in LABELS.items():
         lines += [
             "",
@@ -165,34 +170,33 @@ def draw(folder: Path) -> list[Path]:
             cells.append("" if pd.isna(held_bytes) else f"{held_bytes:.1f}")
             lines.append("| " + " | ".join(cells) + " |")
     write_text(folder / "README.md", "\n".join(lines) + "\n")
-    paths = [folder / "README.md", *style.save(draw_heights(times, about), folder / "height")]
-    return paths + style.save(draw_peers(times, about), folder / "peers")
+    paths = [folder / "README.md", *style.save(draw_heights(times), folder / "height")]
+    return paths + style.save(draw_peers(times), folder / "peers")
 
 
-def draw_heights(times: pd.DataFrame, about: str) -> plt.Figure:
+def draw_heights(times: pd.DataFrame) -> plt.Figure:
     """Time of a training step against the height of the tower (the paper's Figure 3b)."""
     models = [model for model in LABELS if times[times.model == model].whole_us.notna().any()]
-    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 2.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 3.0), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         plot_heights(axis, times, model)
         axis.set_title(LABELS[model].split(",")[0])
     axes[0][0].set_ylabel("ms per training step")
     lines = axes[0][0].get_legend_handles_labels()
-    figure.legend(*lines, fontsize=6, ncols=4, loc="outside upper center")
-    figure.supxlabel(f"{about}. Medians with quartiles.", fontsize=5, color="#555555")
+    figure.legend(*lines, ncols=2, loc="outside upper center")
     return figure
 
 
 def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
     """Time of a training step of one model against height, ours and the published package."""
-    looks = {"compiled": (style.BLUE, "o", "ours"), "published": (style.ORANGE, "s", "published")}
+    looks = {"compiled": (style.OURS, "ours"), "published": (style.PAPER, "published")}
     for (kind, look), (family, line) in itertools.product(
         looks.items(), (("SGD", "--"), ("Adam", "-"))
     ):
         rows = times[
             (times.model == model) & (times.optimizer == kind) & (times.family == family)
         ].sort_values("height")
-        color, marker, name = look
+        how, name = look
         axis.errorbar(
             rows.height,
             rows.whole_us / 1000,
@@ -201,17 +205,14 @@ def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
                 (rows.whole_us_q75 - rows.whole_us) / 1000,
             ],
             linestyle=line,
-            color=color,
-            marker=marker,
-            markersize=4,
             elinewidth=0.8,
-            markerfacecolor="white" if family == "SGD" else color,
+            **how,
             label=f"{name}, towers of {family}",
         )
     axis.set(ylim=(0, None), xlabel="height")
 
 
-def draw_peers(times: pd.DataFrame, about: str) -> plt.Figure:
+def draw_peers(times: pd.DataFrame) -> plt.Figure:
     """Time of `step()` alone and of the whole training step, beside all peers."""
     kinds = {
         "torch.optim foreach": ("#bbbbbb", "foreach"),
@@ -226,7 +227,7 @@ def draw_peers(times: pd.DataFrame, about: str) -> plt.Figure:
         for kind in kinds
         if height == 0 or not kind.startswith("torch")
     ]
-    figure, axes = plt.subplots(2, len(LABELS), figsize=(style.WIDTH, 4.4), sharey=True)
+    figure, axes = plt.subplots(2, len(LABELS), figsize=(style.WIDTH, 6.4), sharey=True)
     for column, (model, label) in enumerate(LABELS.items()):
         rows = times[times.model == model].set_index(["optimizer", "family", "height"])
         rows = rows.reindex(shown)
@@ -236,7 +237,7 @@ def draw_peers(times: pd.DataFrame, about: str) -> plt.Figure:
                 axis.set_visible(False)
                 continue
             if name == "step":
-                axis.set_title(label.split(",")[0])
+                axis.set_title(textwrap.fill(label.split(",")[0], 12))
             axis.barh(
                 range(len(shown)),
                 middle,
@@ -244,18 +245,14 @@ def draw_peers(times: pd.DataFrame, about: str) -> plt.Figure:
                 color=[kinds[kind][0] for kind, _, _ in shown],
                 error_kw={"linewidth": 0.6},
             )
-            axis.set_xlabel("µs per step()" if unit == 1 else "ms per training step", fontsize=7)
-            axis.tick_params(axis="x", labelsize=6)
+            axis.set_xlabel("µs" if unit == 1 else "ms")
+            axis.tick_params(axis="x")
     names = [f"{tower_label(family, height)} · {kinds[kind][1]}" for kind, family, height in shown]
     for axis in axes[:, 0]:
-        axis.set_yticks(range(len(shown)), names, fontsize=6)
+        axis.set_yticks(range(len(shown)), names)
     axes[0][0].invert_yaxis()
-    figure.supxlabel(
-        f"{about}. Medians with quartiles.\nOf the published package only whole "
-        "steps are timed, as its backward pass is a part of the price.",
-        fontsize=5,
-        color="#555555",
-    )
+    axes[0][0].set_ylabel("step() alone")
+    axes[1][0].set_ylabel("a whole training step")
     return figure
 
 

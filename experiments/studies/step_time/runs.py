@@ -1,7 +1,7 @@
 """What a hyperoptimizer costs, beside `torch.optim` and the published package.
 
     make benchmark                                everything, about twenty minutes of one core
-    python -m experiments.studies step_time mlp   some of the models, or compiling
+    python -m experiments.studies step_time mlp   some of the models, or compiling, or first
 
 All contenders of a model stand beside each other in one process, on one thread, and take turns:
 every round each of them makes a few steps, and what is reported is the median over the rounds with
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from experiments.files import write_text
 from experiments.records.provenance import of_process
-from experiments.studies.step_time import report
+from experiments.studies.step_time import first_steps, report
 from experiments.studies.step_time.contenders import LABELS, ROUNDS, Plain, contenders, tower
 from experiments.studies.study import Measurement
 from hyperopt import HyperOptimizer
@@ -183,9 +183,12 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["measure"]:
         print(json.dumps(measure(arguments[1])))
         return 0
-    unknown = set(arguments) - {*LABELS, "compiling"}
+    if arguments[:1] == ["first-once"]:
+        print(json.dumps(first_steps.measure(arguments[1])))
+        return 0
+    unknown = set(arguments) - {*LABELS, "compiling", "first"}
     if unknown:
-        known = ", ".join([*LABELS, "compiling"])
+        known = ", ".join([*LABELS, "compiling", "first"])
         raise ValueError(f"there is no {unknown.pop()!r} to benchmark; there are {known}")
     rows = []
     for model in [name for name in LABELS if name in (arguments or LABELS)]:
@@ -202,6 +205,9 @@ def main(arguments: Sequence[str]) -> int:
         print("compile times ...", flush=True)
         seconds = pd.DataFrame(compile_times(STACKS_TO_COMPILE))
         write_text(FOLDER / "compile.csv", seconds.to_csv(index=False))
+    if not arguments or "first" in arguments:
+        found = pd.DataFrame(first_steps.cold_and_warm([*first_steps.CASES]))
+        write_text(FOLDER / "first_steps.csv", found.to_csv(index=False))
     write_text(FOLDER / "machine.txt", environment() + "\n")
     for path in report.draw(FOLDER):
         print(path)

@@ -101,7 +101,7 @@ def poster(surface: Surface, words: str) -> plt.Figure:
     axis.view_init(elev=36, azim=-36)
     axis.set_box_aspect((1.25, 1.15, 0.8), zoom=0.98)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"The hyperoptimization surface\n{words}", fontsize=8)
+    style.title(figure, f"The hyperoptimization surface\n{words}")
     return figure
 
 
@@ -135,7 +135,7 @@ def flat(surface: Surface, words: str) -> plt.Figure:
     axis.grid(visible=False)
     figure.colorbar(mesh, label="training loss (nats)", pad=0.02)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"The hyperoptimization surface\n{words}", fontsize=8)
+    style.title(figure, f"The hyperoptimization surface\n{words}")
     return figure
 
 

@@ -195,17 +195,16 @@ def figure(table: pd.DataFrame, words: str) -> plt.Figure:
     )
     for axis, (block, rows) in zip(axes[:, 0], blocks, strict=True):
         places = range(len(rows))
-        for offset, prefix, label, colour, marker, fill in (
-            (-0.15, "published", "published", style.ORANGE, "o", "none"),
-            (+0.15, "our", "ours", style.BLUE, "s", style.BLUE),
+        for offset, prefix, label, look in (
+            (-0.15, "published", "published", style.PAPER),
+            (+0.15, "our", "ours", style.OURS),
         ):
             axis.errorbar(
                 rows[f"{prefix}_error"],
                 [place + offset for place in places],
                 xerr=rows[f"{prefix}_sd"].fillna(0.0),
-                fmt=marker,
-                color=colour,
-                markerfacecolor=fill,
+                linestyle="none",
+                **look,
                 elinewidth=1,
                 capsize=2,
                 label=label,
@@ -217,7 +216,7 @@ def figure(table: pd.DataFrame, words: str) -> plt.Figure:
         axis.set_title(f"({block}) {BLOCKS[str(block)]}, {rows.epochs.iloc[0]} epochs", loc="left")
     axes[0, 0].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0)
     axes[-1, 0].set_xlabel("test error (%), mean ± standard deviation")
-    fig.suptitle(f"{words}\ntowers in bold, plain optimizers not", fontsize=8)
+    style.title(fig, f"{words}\ntowers in bold, plain optimizers not")
     return fig
 
 

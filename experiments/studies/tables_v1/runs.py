@@ -20,7 +20,10 @@ Row = dict[str, str]  # a line of the published tables
 
 
 def reference() -> list[Row]:
-    """The rows of the published tables, in their order."""
+    """The rows of the published tables, in their order, from published.csv.
+
+    Test accuracy in percent of one run, and ms of a step on one core of a 2.4 GHz laptop.
+    """
     with open(REFERENCE, newline="") as file:
         return list(csv.DictReader(file))
 

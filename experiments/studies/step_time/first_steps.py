@@ -1,0 +1,143 @@
+"""What the first steps cost: seconds and compiled kernels, for models of many shapes and settings.
+
+    python -m experiments.studies step_time first
+
+A kernel belongs to a rule and not to a size, so that all cases have the same number of them, and
+none is compiled after the second step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from hyperopt import Auto, HyperOptimizer, kernel_count
+from models.mlp import MLP
+
+STEPS = 12
+TOWER = "Adam(0.001)[lr: log per tensor] / SGD(1e-5)"
+
+
+def blocks() -> nn.Module:
+    """Sixteen blocks of unequal widths."""
+    widths = [7 + 3 * i for i in range(16)]
+    return nn.ModuleList(
+        nn.Sequential(nn.Linear(24, n), nn.ReLU(), nn.Linear(n, 24)) for n in widths
+    )
+
+
+def in_groups(model: nn.Module, count: int = 10) -> list[dict[str, Any]]:
+    params = list(model.parameters())
+    return [{"params": params[i::count], "weight_decay": i * 1e-3} for i in range(count)]
+
+
+# What is made, how it is optimized, and whether each block is left out in half of the steps.
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], bool]] = {
+    "mlp": (MLP, lambda m: Auto(m.parameters(), compile=True), False),
+    "resnet18": (
+        torchvision.models.resnet18,
+        lambda m: Auto(m.parameters(), compile=True),
+        False,
+    ),
+    "resnet50": (
+        torchvision.models.resnet50,
+        lambda m: Auto(m.parameters(), compile=True),
+        False,
+    ),
+    "lr per tensor": (
+        torchvision.models.resnet18,
+        lambda m: HyperOptimizer(m.parameters(), TOWER, compile=True),
+        False,
+    ),
+    "ten param groups": (
+        torchvision.models.resnet18,
+        lambda m: Auto(in_groups(m), compile=True),
+        False,
+    ),
+    "stochastic depth": (blocks, lambda m: Auto(m.parameters(), compile=True), True),
+}
+
+
+def measure(case: str) -> dict[str, Any]:
+    """The seconds of the first step, and the kernels after it and after the last, in this process.
+
+    Gradients are random; a process that has compiled before would find its kernels again.
+    """
+    make, optimizer_of, leaves_out = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = make()
+    optimizer = optimizer_of(model)
+    seconds, counts = [], []
+    for _ in range(STEPS):
+        for p in parts(model, leaves_out, generator):
+            p.grad = torch.randn(p.shape, generator=generator)
+        start = time.perf_counter()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+        optimizer.zero_grad()
+        counts.append(kernel_count())
+    return {
+        "case": case,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "first_s": round(seconds[0], 2),
+        "further_s": round(sum(seconds[1:]), 2),
+        "kernels": counts[-1],
+        "kernels_after_two_steps": counts[1],
+    }
+
+
+def parts(model: nn.Module, leaves_out: bool, generator: torch.Generator) -> Iterator[Tensor]:
+    """The parameters that have a gradient in one step."""
+    for block in model.children():
+        if not leaves_out or torch.rand((), generator=generator) < 0.5:
+            yield from block.parameters()
+
+
+def cold_and_warm(cases: Sequence[str]) -> list[dict[str, Any]]:
+    """`measure` for each case, in processes of their own: with an empty cache, then with it."""
+    rows = []
+    for case in cases:
+        print(f"first steps, {case} ...", flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            command = [sys.executable, "-m", "experiments.studies", "step_time", "first-once", case]
+            cold, warm = (
+                json.loads(
+                    subprocess.run(
+                        command, env=environment, stdout=subprocess.PIPE, check=True, text=True
+                    ).stdout.splitlines()[-1]
+                )
+                for _ in range(2)
+            )
+        rows.append({**cold, "first_warm_s": warm["first_s"]})
+    return rows
+
+
+def table(rows: Sequence[Any]) -> list[str]:
+    """The lines of the page."""
+    lines = [
+        f"The first of {STEPS} steps in a process of its own, with the import of the compiler.",
+        "A kernel belongs to a rule and not to a size.",
+        "",
+        "| what | parameters | first step, cold | from the cache on disk | kernels "
+        "| compiled after the second step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        later = row.kernels - row.kernels_after_two_steps
+        lines.append(
+            f"| {row.case} | {row.parameters:,} | {row.first_s:.1f} s | {row.first_warm_s:.1f} s "
+            f"| {row.kernels} | {later} |"
+        )
+    return lines
