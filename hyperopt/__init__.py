@@ -7,7 +7,8 @@ After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Opt
 (NeurIPS 2022).
 """
 
-from ._engine.compiler import compile_graph, kernel_count, trace
+from ._engine.compiler import kernel_count
+from ._engine.torch_private import compile_graph, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
 from .errors import HyperoptWarning

@@ -25,7 +25,7 @@ class Domain:
         name: what the notation calls it, as in ``Adam(0.001)[lr: log]``.
         value: T, elementwise on a tensor of raw values of any shape.
         raw: the inverse of T for one number.
-        low, high: T's image is the open interval (low, high), but for ``square``, which has its 0.
+        low, high: T's image is the open interval (low, high), except ``square``, which has its 0.
         reach: how far from 0 a raw value may be moved; further out T would round to the border of
             its image, or h or its square would overflow.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._engine.engine import Engine
+from ._engine.torch_private import disable_dynamo
 from .notation import parse
 from .rule import Rule, Stack, State
 
@@ -33,8 +34,8 @@ class HyperOptimizer(torch.optim.Optimizer):
     Without one it is the effective lr, which you may set. Other hyperparameters that are tuned
     cannot be set.
 
-    ``state[p]`` is the rule's state of a parameter, in views that may be written to. It is the
-    state that the rule read at the last step; on a stack of height 0 it is the state after it.
+    ``state[p]`` is the rule's state of a parameter, in views that may be written to. With height 0
+    or a long horizon it is the state after the last step, otherwise the state before it.
     Other keys, there and in param groups, are yours: they stay, and are saved and loaded.
 
     Args:
@@ -84,7 +85,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         self._engine.add_group(own)
 
-    @torch._disable_dynamo  # which, in a loop that is compiled as a whole, would trace it wrongly
+    @disable_dynamo  # it would trace the step wrongly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.
@@ -140,10 +141,10 @@ class HyperOptimizer(torch.optim.Optimizer):
     def names(self) -> tuple[str, ...]:
         """The names of the numbers in a `snapshot`, as ``"0.lr"``: the level, the hyperparameter.
 
-        A value that one param group has to itself is ``"0.lr[1]"``, and one that a level has for a
-        single hyperparameter below it ``"1.lr[beta1]"``. One that a tensor has to itself is
-        ``"0.lr[hidden.weight]"`` if the parameters were given with their names, as by
-        ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted from 0.
+        A per-group value is ``"0.lr[1]"``, and a value for one hyperparameter below is
+        ``"1.lr[beta1]"``. A per-tensor value is ``"0.lr[hidden.weight]"`` if the parameters were
+        given with their names, as by ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted
+        from 0.
 
         Once a tuned lr has been scaled, the lr that the rule uses stands at the end, as
         ``"0.effective_lr"``; with several param groups, as ``"0.effective_lr[1]"`` for each.
@@ -176,10 +177,11 @@ class HyperOptimizer(torch.optim.Optimizer):
     def hypergradients(self) -> Tensor:
         """The hypergradients of the last step, in the order of `names`.
 
-        They are the derivatives of the loss by the raw values, as the level above was given them:
-        clipped, if it clips, 0 in the first step, and NaN in a step that was left out. A new
-        tensor, float64, 1-D, of one number for each tuned hyperparameter (`names` begins with
-        these); nothing waits for the device.
+        They are the estimates that the level above was given: derivatives of the loss with respect
+        to the raw values or, with ``normalize``, cosines. They are clipped if that level clips, 0
+        in the first step, and NaN in a step that was skipped. A new tensor, float64, 1-D, of one
+        number for each tuned hyperparameter (`names` begins with these). Nothing waits for the
+        device.
         """
         return self._engine.hypergradients
 
@@ -209,8 +211,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         """Everything that a run needs to go on bit for bit, as tensors, numbers and strings.
 
         ``state`` is, as in ``torch.optim``, by the number of the parameter: the rule's state in the
-        parameter's shape, and the last gradient that moved it. What is kept of a parameter that is
-        divided over processes is divided in the same way.
+        parameter's shape and, if the last update must be recomputed, its gradient and, where
+        needed, the weights before it. Everything is divided over processes like the parameter.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)

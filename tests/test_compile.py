@@ -17,6 +17,7 @@ import hyperopt._engine.compiler
 import hyperopt._engine.engine
 import hyperopt._engine.shards
 import hyperopt._engine.step
+import hyperopt._engine.torch_private
 from hyperopt import SGD, Hyper, HyperOptimizer, Rule, Stack
 from hyperopt.domains import DOMAINS, Domain
 from hyperopt.rule import State, Values
@@ -43,13 +44,13 @@ def compiler():
 def compilations(monkeypatch) -> list:
     """The functions that the test compiles, starting from nothing."""
     functions = []
-    compile = hyperopt._engine.compiler._compile
+    compile = hyperopt._engine.compiler.compile_sized
 
     def counted(function, *args):
         functions.append(function)
         return compile(function, *args)
 
-    monkeypatch.setattr(hyperopt._engine.compiler, "_compile", counted)
+    monkeypatch.setattr(hyperopt._engine.compiler, "compile_sized", counted)
     monkeypatch.setattr(hyperopt._engine.compiler, "_compiled", {})
     monkeypatch.setattr(hyperopt._engine.step, "_broken", [])
     monkeypatch.setattr(hyperopt._engine.step, "_untraced", set())
@@ -125,7 +126,7 @@ def test_compiled_is_eager_to_rounding_and_compiled_once(
         if t == 0:
             done = len(compilations)
             monkeypatch.setattr(
-                hyperopt._engine.compiler, "make_fx", None
+                hyperopt._engine.torch_private, "make_fx", None
             )  # nothing is traced any more
         if t == 10 and fast.stack.height == 0:  # what may be set, without compiling anew
             for group in fast.param_groups + slow.param_groups:
@@ -393,7 +394,7 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(compilations, mo
     def broken(*_):
         raise RuntimeError("\n  no compiler\nhere is a long trace")
 
-    monkeypatch.setattr(hyperopt._engine.compiler, "_compile", broken)
+    monkeypatch.setattr(hyperopt._engine.compiler, "compile_sized", broken)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -458,7 +459,7 @@ def test_the_garbage_collector_is_left_as_it_was(enabled):
     (gc.enable if enabled else gc.disable)()
     try:
         with pytest.raises(ArithmeticError):
-            hyperopt._engine.compiler.trace(failing, [torch.ones(3)])
+            hyperopt._engine.torch_private.trace(failing, [torch.ones(3)])
         assert gc.isenabled() is enabled
         assert seen == [False]
     finally:
@@ -479,7 +480,7 @@ def test_a_step_computes_nothing_twice_and_its_loops_are_few(
     from torch._inductor import metrics
 
     graphs, loops = [], []
-    start = hyperopt._engine.compiler._start
+    start = hyperopt._engine.torch_private._start
 
     def recorded(graph, arguments, mode, options, together=False):
         nodes = [node for node in graph.graph.nodes if node.users]
@@ -490,7 +491,7 @@ def test_a_step_computes_nothing_twice_and_its_loops_are_few(
         return run
 
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    monkeypatch.setattr(hyperopt._engine.compiler, "_start", recorded)
+    monkeypatch.setattr(hyperopt._engine.torch_private, "_start", recorded)
     w = torch.randn(10_000, requires_grad=True)
     w.grad = torch.randn_like(w)
     make([w]).step()
@@ -510,8 +511,8 @@ def test_the_cpp_compiler_does_what_it_is_good_for(monkeypatch):
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", asking)
     arguments = [torch.ones(3)]
-    graph = hyperopt._engine.compiler.trace(lambda x: x.mul_(2), arguments)
-    hyperopt._engine.compiler.compile_graph(graph, arguments)
+    graph = hyperopt._engine.torch_private.trace(lambda x: x.mul_(2), arguments)
+    hyperopt._engine.torch_private.compile_graph(graph, arguments)
     assert len(asked) == 1 and "O2" in asked[0] and "O3" not in asked[0]
     assert "O3" in cpp_builder._get_optimization_cflags("g++")[0], "others are left alone"
 
@@ -579,7 +580,7 @@ def test_what_was_edited_is_compiled_again(compiler, compilations, monkeypatch):
 
     assert moved_by(Cell(0.5)) == pytest.approx(2.5)
 
-    class Cell(Rule, known=False):  # the cell, edited and run again  # type: ignore[no-redef]
+    class Cell(Rule, known=False):  # type: ignore[no-redef]  # the cell, edited and run again
         lr = Hyper(0.1)
 
         def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from hyperopt import HyperOptimizer
-from hyperopt._engine.shards import local
+from hyperopt._engine.torch_private import local
 
 STEPS = 9
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

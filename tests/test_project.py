@@ -236,6 +236,16 @@ def test_the_library_is_imported_by_its_name() -> None:
     assert inner == set()
 
 
+def test_what_is_private_to_torch_is_used_in_one_file() -> None:
+    private = re.compile(r"torch\.(\w+\.)*_[a-z]\w*|\._version\b|_local_tensor|fx\.experimental")
+    found = {
+        path.name
+        for path in (ROOT / "hyperopt").rglob("*.py")
+        if private.search(path.read_text().replace("torch.__", ""))
+    }
+    assert found == {"torch_private.py"}
+
+
 @pytest.mark.parametrize("package", ["hyperopt", "models"])
 def test_needs_torch_alone(package: str) -> None:
     allowed = {package, "torch", *sys.stdlib_module_names}

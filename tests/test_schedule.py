@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from experiments.config.compose import compose
+from experiments.config.identity import run_hash
 from experiments.config.lr_schedules import make_schedule
 from experiments.config.resolve import resolve
 from experiments.config.schema import Config
+from experiments.training.trainer import train
 
 
 def lrs(steps: int, *overrides: str) -> list[float]:
@@ -73,10 +76,26 @@ def composed(*overrides: str) -> Config:
     return compose(["data=mnist-5k", "device=cpu", "stack=SGD(0.1)", *overrides])
 
 
-def test_a_schedule_of_what_a_tower_moves_is_refused() -> None:
-    said = refused("stack=SGD(0.1) / SGD(0.01)", "schedule=he")
-    assert "schedule steps sets lr, but SGD(0.01) moves it" in said
-    resolve(composed("stack=SGD(0.1, momentum=0.9)[momentum] / SGD(0.01)", "schedule=he"), "mnist")
+def test_a_replay_of_what_a_tower_moves_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "learned.csv"
+    path.write_text("step,lr\n1,0.1\n")
+    replay = ("schedule=replay", f"schedule.file={path}")
+    said = refused("stack=SGD(0.1) / SGD(0.01)", *replay)
+    assert "schedule replay sets lr, but SGD(0.01) moves it" in said
+    resolve(composed("stack=SGD(0.1, momentum=0.9)[momentum] / SGD(0.01)", *replay), "mnist")
+
+
+def test_a_schedule_scales_what_a_tower_learns_and_both_are_recorded(tmp_path: Path) -> None:
+    fast = ("trainer.compile=false", "trainer.compile_model=false", "trainer.epochs=2")
+    stack = "stack=Adam(0.001)[lr: log] / SGD(0.05)"
+    own = ("schedule=linear", "trainer.record_every=1", f"store={tmp_path}", *fast)
+    config = resolve(composed(stack, *own), "mnist-5k")
+    train(config)
+    table = pd.read_csv(tmp_path / run_hash(config) / "hyperparameters.csv")
+    learned, effective = table["0.lr"], table["0.effective_lr"]
+    assert len(set(learned)) > 10  # it is tuned
+    factors = lrs(len(table), "schedule=linear")
+    assert (effective / learned).tolist() == pytest.approx([10 * factor for factor in factors])
 
 
 @pytest.mark.parametrize(

@@ -472,13 +472,13 @@ def beside_torch(start: Callable[[Any], list[Any]]) -> None:
 @pytest.mark.compiler
 def test_what_a_scheduler_sets_compiles_nothing(monkeypatch):
     compilations = []
-    compile = hyperopt._engine.compiler._compile
+    compile = hyperopt._engine.compiler.compile_sized
 
     def count(*args: Any) -> Any:
         compilations.append(args)
         return compile(*args)
 
-    monkeypatch.setattr(hyperopt._engine.compiler, "_compile", count)
+    monkeypatch.setattr(hyperopt._engine.compiler, "compile_sized", count)
     runs: list[Pair] = []
     for compiled in (True, False):
         model = Net()

@@ -1,7 +1,8 @@
 """Schedules: hyperparameters of the lowest level as a function of the step.
 
-All but a replay are factors on the lr that the run starts from, and stretch to any number of steps:
-what is a number of epochs below is a share of the schedule's own `epochs`.
+All but a replay are factors on the lr that the run starts from or, if a tower tunes it, on the
+learned lr. They stretch to any number of steps: a number of epochs below is a share of the
+schedule's own `epochs`.
 
     constant      1
     steps         times `factor` at each of the `milestones`, shares of the run (He et al. 2016)
@@ -120,7 +121,7 @@ def check_schedule(config: ScheduleConfig, stack: Stack) -> None:
     for name in make_schedule(config, lowest.values, steps=1)(0):  # type: ignore[arg-type]
         if name not in lowest.hypers:
             raise ValueError(f"{config.file} has a column {name!r}, which {lowest.name} has not")
-        if stack.height and name in lowest.tuned:
+        if stack.height and name in lowest.tuned and (name != "lr" or config.name == "replay"):
             raise ValueError(
                 f"schedule {config.name} sets {name}, but {stack.levels[1]} moves it; leave it out "
                 f"of what the stack {stack} tunes, or give schedule=constant"

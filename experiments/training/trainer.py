@@ -37,6 +37,10 @@ from models import MODELS
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
+# The name of a tuned lr times the factor of its schedule.
+EFFECTIVE_LR = "0.effective_lr"
+
+
 @dataclass
 class Progress:
     """How far a run is; the values are those of the last finished epoch, None before it."""
@@ -142,6 +146,13 @@ class _Run:
         )
         start = self.optimizer.hyperparameters()[0]
         self.schedule = make_schedule(self.config.schedule, start, self.steps)
+        # A schedule scales an lr that is tuned: see `HyperOptimizer`.
+        stack = self.optimizer.stack
+        self.scales_lr = stack.height > 0 and "lr" in stack.levels[0].tuned
+        self.scales_lr &= "lr" in self.schedule(0)
+        if self.scales_lr:
+            for group in self.optimizer.param_groups:
+                group["initial_lr"] = start["lr"]
         if identity(self.config) != self.identity:
             raise ValueError(
                 f"{self.config.schedule.file} has changed since this run was asked for; give the "
@@ -271,12 +282,18 @@ class _Run:
     def _snapshot(self, loss: Tensor) -> Tensor:
         """What is recorded every few steps, in the order of `_recorded` and then of `_tuned`."""
         values, hypergradients = self.optimizer.snapshot(), self.optimizer.hypergradients()
+        if len(values) < len(self._hyperparameters()):  # the effective lr is the learned one still
+            values = torch.cat([values, values[self.optimizer.names.index("0.lr")].view(1)])
         if self.config.trainer.record_loss:
             return torch.cat([values, loss.to(values).view(1), hypergradients])
         return torch.cat([values, hypergradients])
 
+    def _hyperparameters(self) -> list[str]:
+        names = [*self.optimizer.names]
+        return names + [EFFECTIVE_LR] * (self.scales_lr and EFFECTIVE_LR not in names)
+
     def _recorded(self) -> list[str]:
-        return [*self.optimizer.names, *["loss"] * self.config.trainer.record_loss]
+        return [*self._hyperparameters(), *["loss"] * self.config.trainer.record_loss]
 
     def _tuned(self) -> list[str]:
         """The columns of the hypergradients."""

@@ -10,11 +10,10 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves
 
 from ..estimators import Estimator
 from ..rule import Rule, Stack, State
+from .torch_private import make_fx, tree_leaves
 
 # Names of what is kept beside a rule's state, there or in a state_dict. A state cannot have them.
 RESERVED = {"w", "g", "moved", "log_lr_limit", "shape", "shard", "active"}

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ..notation import parse
 from ..rule import RULES, Stack
 from .blocks import FACTOR, Block, Owner, Slot
 from .packed import Layout, scalars_of
 from .shards import Shard, local, precision
+from .torch_private import tree_leaves, tree_map
 from .updates import LastUpdate, Numbers
 
 # The numbers.

@@ -25,6 +25,7 @@ from .modes import is_fake, keeps
 from .packed import Layout, Vectors
 from .shards import Shard, divide, local, precision, processes
 from .step import Step, compiled_step, eager_step
+from .torch_private import is_flattened
 from .updates import LastUpdate, Numbers
 from .views import ParamGroupView, start_of
 
@@ -72,7 +73,7 @@ class Engine:
             raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
         self.stack, self.compile, self.is_compiled = stack, compile, False
         self.betas = betas(stack.levels[0])
-        self._overrides: list[frozenset[str]] = []  # the values that each group has to itself
+        self._overrides: list[frozenset[str]] = []  # the values that each group overrides
         self._shards: list[Shard] = []  # what the last step moved
         self._inactive_shards: list[Shard] = []  # what only earlier steps moved
         self._known_groups = 0  # how many there were when the layout was made
@@ -209,7 +210,7 @@ class Engine:
                 raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
             if p.dtype.itemsize < 2:
                 raise TypeError(f"a parameter is of {p.dtype}, which is too coarse to be moved")
-            if getattr(p, "_fsdp_flattened", False):
+            if is_flattened(p):
                 raise TypeError(
                     "a parameter is part of a FullyShardedDataParallel, which hides how it is "
                     "divided; use torch.distributed.fsdp.fully_shard"
@@ -592,7 +593,7 @@ class Engine:
 
     @keeps
     def save(self) -> dict[str, Any]:
-        """The state_dict, but for hooks."""
+        """The state_dict, without hooks."""
         self.sync()
         groups = {p: i for i, group in enumerate(self.groups) for p in group["params"]}
         shards = self._shards + self._inactive_shards

@@ -1,7 +1,7 @@
-"""What code computes: a value that changes with the code of functions, and with what they read.
+"""Fingerprints of code: a value that changes when someone edits a function, or what it reads.
 
-Kernels are kept by it, so that a rule, a function, a constant or a domain that was edited, in a
-notebook's cell or by a module's reload, is compiled again.
+Kernels are kept by it. So a rule, a function, a constant or a domain that was edited in a notebook
+or reloaded is compiled again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .torch_private import version_of
+
 # Modules that nobody edits: their functions and classes are known by their names.
 _FIXED = {*sys.stdlib_module_names, "torch", "numpy"}
 _OURS = {f"{__name__.partition('.')[0]}.{module}" for module in ("rule", "domains")}
@@ -24,9 +26,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 def fingerprint(*things: Any) -> Hashable:
     """A value that is equal for equal code.
 
-    Of a function it stands for the code, the defaults, what it closes over and the globals that it
-    reads; of a class for the attributes; of an object for its class and attributes. What cannot be
-    looked into counts as itself.
+    For a function: its code, defaults, closure and the globals that it reads. For a class: its
+    attributes. For an object: its class and attributes. Anything else compares by identity.
     """
     walk = _Walk()
     for thing in things:
@@ -35,7 +36,7 @@ def fingerprint(*things: Any) -> Hashable:
 
 
 class _Same:
-    """An object that equals none but itself, and that is kept, so that no other gets its place."""
+    """Compares by identity, and holds a reference, so that the id is not reused."""
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
@@ -76,7 +77,7 @@ class _Walk:
             if thing.numel() <= 64 and thing.device.type == "cpu":
                 return str(thing.dtype), thing.tolist()
             self.same.append(_Same(thing))
-            return (thing._version,)
+            return (version_of(thing),)
         if isinstance(thing, CodeType):
             names = thing.co_names, thing.co_varnames, thing.co_freevars
             return thing.co_code, repr(names), *thing.co_consts

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from .torch_private import FakeTensor, has_modes, unset_fake_temporarily
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -41,12 +42,7 @@ def keeps(method: Method) -> Method:
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = not (
-            torch.is_inference_mode_enabled()
-            or torch.is_grad_enabled()
-            or torch._C._is_any_autocast_enabled()
-            or torch._C._len_torch_dispatch_stack()
-        )
+        plain = not (torch.is_inference_mode_enabled() or torch.is_grad_enabled() or has_modes())
         if plain:
             return method(self, *args, **kwargs)
         with neutral(self.is_fake):

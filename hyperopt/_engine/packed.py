@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..rule import State
 from .blocks import Block, Owner
+from .torch_private import tree_flatten, tree_unflatten
 from .updates import LastUpdate, Numbers
 
 

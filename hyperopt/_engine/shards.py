@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ..rule import State
 from .blocks import Block, Owner
 from .packed import Vectors
+from .torch_private import copy_lists, local, tree_map
 from .updates import LastUpdate
 
 # From this many elements on, a parameter is worked on where it lies and not gathered with others:
@@ -87,8 +87,8 @@ class Shard:
                 )
                 self._views = self.shaped(self._gathered[0]), self.shaped(self._gathered[1])
             w, g = self._gathered
-            torch._foreach_copy_(self._views[0], self._here)
-            torch._foreach_copy_(self._views[1], grads)
+            copy_lists(self._views[0], self._here)
+            copy_lists(self._views[1], grads)
         state = {name: value for name, value in self.last.state.items() if value.ndim}
         return Vectors(w, g, self.last.w, self.last.g, state)
 
@@ -97,7 +97,7 @@ class Shard:
         if self._in_place:
             torch.autograd.graph.increment_version(self._here[0])
         else:
-            torch._foreach_copy_(self._here, self._views[0])
+            copy_lists(self._here, self._views[0])
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
         """A flat vector, [n], cut and shaped like the parameters."""
@@ -169,11 +169,6 @@ def _kind(p: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
 def precision(p: Tensor) -> torch.dtype:
     """The dtype in which a parameter is moved."""
     return torch.promote_types(p.dtype, torch.float32)
-
-
-def local(tensor: Any) -> Tensor:
-    """The part of a tensor that lies on this process: all of it, unless it is a DTensor."""
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def whole(tensor: Tensor, p: Any) -> Tensor:

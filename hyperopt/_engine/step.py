@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import warn_user
 from ..rule import State
@@ -19,6 +18,7 @@ from . import compiler
 from .blocks import Block
 from .fingerprint import fingerprint
 from .packed import Layout, Vectors
+from .torch_private import sum_over, tree_flatten, tree_leaves, tree_unflatten
 from .updates import Numbers, recompute_last_update, update_hyperparameters, update_weights
 
 Part = Callable[..., None]
@@ -61,8 +61,7 @@ class Parts:
     def update_hyperparameters(self, sums: Tensor, *leaves: Tensor) -> None:
         """Update the hyperparameters of all levels."""
         for group in self.layout.processes:
-            sums = torch.ops._c10d_functional.all_reduce(sums, "sum", group)
-            sums = torch.ops._c10d_functional.wait_tensor(sums)
+            sums = sum_over(group, sums)
         numbers = tree_unflatten(leaves, self.tree)
         new = update_hyperparameters(self.layout.blocks, numbers, sums[:-1], sums[-1])
         for old, value in zip(leaves, tree_leaves(new), strict=True):

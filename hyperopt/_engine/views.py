@@ -12,6 +12,7 @@ from torch import Tensor
 from ..rule import Stack, betas, unpack_betas
 from .blocks import Block, Slot
 from .packed import Layout
+from .torch_private import version_of
 
 
 class ScaledLr:
@@ -113,7 +114,7 @@ class ScaledLr:
         if value is not self._seen:
             return True
         if value is not self._shown:
-            return isinstance(value, Tensor) and value._version != self._seen_version
+            return isinstance(value, Tensor) and version_of(value) != self._seen_version
         if not touched:
             return False
         learned = self._block.learned_lr(self._values)[self._number]
@@ -126,7 +127,7 @@ class ScaledLr:
             self._shown = self._shown if self._shown is not None else self._effective.view(())
             group["lr"] = self._shown
         self._seen = group["lr"]
-        self._seen_version = self._seen._version if isinstance(self._seen, Tensor) else 0
+        self._seen_version = version_of(self._seen) if isinstance(self._seen, Tensor) else 0
 
 
 def start_of(group: Mapping[str, Any]) -> float:
@@ -211,7 +212,7 @@ class ParamGroupView:
 
     def mark_clean(self) -> None:
         """Accept what `packed` holds now as right."""
-        self._version = self._packed._version
+        self._clean_version = version_of(self._packed)
 
     def sync(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Take over the numbers that were set in the param groups.
@@ -226,7 +227,7 @@ class ParamGroupView:
             ValueError: a tuned hyperparameter was set that cannot be scaled, or one that is not
                 active, or to no number.
         """
-        touched = self._packed._version != self._version
+        touched = version_of(self._packed) != self._clean_version
         if touched:
             self._check_tuned()
         for watch in self._watched:
