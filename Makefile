@@ -40,7 +40,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report clean other-python
+.PHONY: help setup test lint format reproduce reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report docs clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -111,6 +111,11 @@ tables: setup ## redraw every table and figure from the results in the repositor
 report: setup ## put all tables, figures and runs on one page, results/report/index.html
 	@$(PY) -m scripts.report && $(PUSH)
 
+docs: setup ## build the documentation site, site/index.html; the first warning is an error
+	@$(PY) -c 'import mkdocs, mkdocstrings, latex2mathml' 2>/dev/null || \
+		$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
+
 clean: ## remove caches and builds; runs, data and .venv stay
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +

@@ -1,29 +1,31 @@
-"""The notation of stacks, as ``"Adam(0.001)[lr] / SGD(1e-5)"``; ``str(stack)`` writes it.
+"""The notation of stacks, such as ``"Adam(0.001)[lr] / SGD(1e-5)"``; ``str(stack)`` writes it.
 
 stack = level ("/" level)*                 lowest level first
 level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
-value = number | True | False | {hyperparameter: number, ...} | (number, ...), which betas takes
+value = number | True | False | {hyperparameter: number, ...} | (number, ...)  the last for betas
 moved = hyperparameters that the level above moves, each as name or name: how
 how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor)]
 
-A level above the lowest may also say how it moves the one below, as in SGD(1e-5, clip_norm=1):
+Keywords of every level above the lowest, as in SGD(1e-5, clip_norm=1). They say how it moves the
+level below:
 
-clip_value, clip_norm    clip its hypergradient; the levels above see it clipped
-every=10, until=1000     move in one step of ten; in the first thousand steps alone
+clip_value, clip_norm    clip its hypergradient; the levels above see the clipped one
+every=10                 move in every tenth step only
+until=1000               move in the first thousand steps only
 normalize=True           make the hypergradient a cosine: divide it by the norms of both factors
 
-Two more are for the level above the lowest:
+Keywords of the level directly above the lowest:
 
-horizon=n    Judge a hyperparameter by its part in the last n steps, not in the last one alone. The
-             derivatives d of the weights are gathered: at the t-th update,
-             s <- (1 - 1/min(t, n)) s + d. For an lr in the log domain, n = inf, and a rule whose
+horizon=n    Judge a hyperparameter by its effect over the last n steps. The paper uses n = 1. The
+             derivatives d of the weights are accumulated: at the t-th update,
+             s <- (1 - 1/min(t, n)) s + d. With n = inf, an lr in the log domain, and a rule whose
              updates are proportional to lr, s is the present weights minus the mean of all earlier
-             ones. When a hyperparameter falls to a thousandth of its peak, s and t start again:
-             what it added while it was large would outweigh everything it can add now.
-trust=0.1    Let the update of the weights be no larger than a tenth of them, by norms: lr, which
-             must be in the log domain, is pulled down to that. trust is then a hyperparameter of
-             its level. A further level moves it where it is named, as in
+             ones. When a hyperparameter falls to a thousandth of its peak, s and t start again.
+             Otherwise the old derivatives would outweigh all new ones.
+trust=0.1    Bound the norm of one update of the weights by a tenth of the norm of the weights. lr
+             is lowered to meet the bound, and must be in the log domain. trust is a hyperparameter
+             of its level: a further level can move it, as in
              SGD(0.1)[lr: log] / SGD(0.2, trust=0.1)[lr, trust] / SGD(1e-3).
 """
 
@@ -38,14 +40,14 @@ from .tuning import did_you_mean
 
 
 def parse(text: str | Rule | Stack, rules: Mapping[str, type[Rule]] = RULES) -> Stack:
-    """Read the notation of a stack; a rule or a stack is taken as it is.
+    """Read the notation of a stack. A rule or a stack is accepted too.
 
     Args:
         rules: the known rules by name.
 
     Raises:
         ValueError: one line that says what is wrong and at which column.
-        TypeError: it is neither a notation, a rule nor a stack.
+        TypeError: the argument is not a text, a rule or a stack.
     """
     if isinstance(text, Stack):
         return text

@@ -369,7 +369,7 @@ def test_loading_follows_the_parameter_as_in_torch():
 def test_a_name_that_saving_needs_is_refused():
     model, optimizer = made()
     train(model, optimizer, range(1))
-    optimizer.state[model.first.weight]["shard"] = 1
+    optimizer.state[model.first.weight]["shard"] = 1  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"^shard was put into the state .* choose another one$"):
         optimizer.state_dict()
 

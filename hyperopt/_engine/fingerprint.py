@@ -18,7 +18,7 @@ from .torch_private import version_of
 
 # Modules that nobody edits: their functions and classes are known by their names.
 _FIXED = {*sys.stdlib_module_names, "torch", "numpy"}
-_OURS = {"hyperopt.rule", "hyperopt.domains"}
+_OURS = {f"{__name__.partition('.')[0]}.{module}" for module in ("rule", "domains")}
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
