@@ -193,10 +193,11 @@ class Rule:
     def __str__(self) -> str:
         first = next(iter(self.hypers), None)
         arguments = [format_value(self.values[first])] if first else []
+        declared = {**self.hypers, **KEYWORDS, **self.options}
         arguments += [
             f"{name}={format_value(value)}"
-            for name, declared in {**self.hypers, **KEYWORDS, **self.options}.items()
-            if name != first and (value := self.argument(name)) != declared.default
+            for name in self.arguments
+            if name != first and (value := self.argument(name)) != declared[name].default
         ]
         text = f"{self.name}({', '.join(arguments)})"
         if self.tuned_subset is not None:

@@ -827,7 +827,7 @@ def test_a_warning_is_given_once_with_the_users_line_and_a_category():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for t in range(3):
-            optimizer = HyperOptimizer(w, kind(0.1))
+            optimizer = HyperOptimizer(w, kind(0.1), compile=True)
             give_gradients(w, t)
             optimizer.step()
     own = [one for one in caught if issubclass(one.category, HyperoptWarning)]

@@ -88,10 +88,10 @@ def test_a_method_has_one_setting_and_its_own_start() -> None:
 def test_auto_is_the_library_s_and_lacks_one_part_at_a_time() -> None:
     whole = Auto([torch.zeros(1)], 0.1, compile=False).stack
     assert Cell("mlp", "Auto", 0.1).stack == str(whole)
-    options = {name: getattr(whole.levels[1], name) for name in whole.levels[1].arguments}
+    options = {name: whole.levels[1].argument(name) for name in whole.levels[1].arguments}
     for method in ABLATION:
         lowest, above = parse(Cell("mlp", method, 0.1).stack).levels
-        changed = {name for name in options if getattr(above, name) != options[name]}
+        changed = {name for name in options if above.argument(name) != options[name]}
         if method == "no-mean":
             assert not changed and lowest.name == "Adam"
             assert lowest.tuned["lr"].domain.name == "log" and [*lowest.tuned] == ["lr"]

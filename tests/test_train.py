@@ -267,7 +267,7 @@ def test_the_compiled_gradient_updates_buffers_once() -> None:
         (["workers=-1"], "workers=-1 must be 1 or more, or null for one for each core"),
         (["trainer.clip_value=inf"], "trainer.clip_value=inf must be a number above 0, or null"),
         (["trainer.l2=nan"], "trainer.l2=nan must be a number above 0, or null"),
-        (["model.name=mpl"], "model.name='mpl' is not one of mlp"),
+        (["model.name=mpl"], "model.name='mpl' is not one of char_rnn, mlp"),
         (["model=resnet20"], "model.name='resnet20' does not read grey images; give model=mlp"),
     ],
 )

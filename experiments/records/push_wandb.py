@@ -86,13 +86,13 @@ def main() -> int:
     if asked_for_help(__doc__, Options):
         return 0
     options, _ = split(sys.argv[1:], Options, ())
-    if mode() == "disabled":
-        raise ValueError("WANDB_MODE=disabled; unset it to push")
     store = RunStore(options.store)
     if not store.root.exists() and options.store != Options.store:
         raise ValueError(f"there is no store={options.store}; give the folder of the runs")
     if not Path(options.results).is_dir() and options.results != Options.results:
         raise ValueError(f"results={options.results} is no folder; give that of tables and figures")
+    if mode() == "disabled":
+        raise ValueError("WANDB_MODE=disabled; unset it to push")
     hashes = [summary["hash"] for summary in read_summaries(store.root)]
     pushed = push_all(store, hashes, options.project or None)
     artifacts = push_results(Path(options.results), store.root, options.project or None)
