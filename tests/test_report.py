@@ -67,7 +67,7 @@ class Page(HTMLParser):
         where = self.open[-1] if self.open else ""
         if where in ("h2", "summary") and "td" not in self.open:
             self.name += data
-        elif where in ("td", "th"):
+        elif where in ("td", "th") or (where == "details" and "td" in self.open):
             self.cell += data
         elif where == "script" and data.startswith("H4sI"):
             self.data = json.loads(gzip.decompress(base64.b64decode(data)))
