@@ -21,7 +21,7 @@ from experiments.training.trainer import train
 from scripts import slurm
 
 FIXED = ("data=mnist-5k", "device=cpu", "trainer.compile=false", "trainer.compile_model=false")
-LENGTH = "trainer.epochs=25"
+LENGTH = "trainer.epochs=60"
 SWEEP = ("-m", "seed=0,1,2,3", "hydra/launcher=submitit_slurm", *FIXED, LENGTH)
 
 

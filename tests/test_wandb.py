@@ -267,7 +267,7 @@ def test_an_interrupted_run_goes_on_there(tmp_path: Path, server: Server) -> Non
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_has_each_step_once(tmp_path: Path, server: Server, number: int) -> None:
     fixed = ("data=mnist-5k", "device=cpu", "trainer.record_every=5", "logger=wandb")
-    fast = ("trainer.epochs=40", "trainer.compile=false", "trainer.compile_model=false")
+    fast = ("trainer.epochs=300", "trainer.compile=false", "trainer.compile_model=false")
     command = [sys.executable, "-m", "experiments.run", *fixed, *fast, f"store={tmp_path}"]
     process = subprocess.Popen([*command, f"stack={STACK}", "progress=false"])
     wait_for(lambda: any(len(server.steps(name)) > 3 for name in server.runs))
