@@ -99,6 +99,18 @@ def test_adding_a_model_and_its_data(project: Path) -> None:
 
 
 @pytest.mark.slow
+def test_adding_a_logger(project: Path) -> None:
+    write("add-a-logger.md", project)
+    (command,) = blocks("add-a-logger.md", "sh")
+    follow(command, project, *FEW, *EAGER, "trainer.epochs=2")
+    (lines,) = (path.read_text().splitlines() for path in project.glob("runs/*/lines.txt"))
+    assert [re.sub(r"\d\.\d+$", "x", line) for line in lines] == [
+        "step 16: loss x",
+        "step 32: loss x",
+    ]
+
+
+@pytest.mark.slow
 def test_adding_a_rule(project: Path) -> None:
     page, tmp_path = "add-a-rule.md", project
     (rule,), (row,), (suite, one, seeds) = (blocks(page, kind) for kind in ("python", "yaml", "sh"))

@@ -21,7 +21,8 @@ from hyperopt.estimators import KEYWORDS
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # Pages that tests/test_docs.py follows, and the one whose code is for a cluster.
-FOLLOWED = {"add-a-model.md", "add-a-rule.md", "add-a-study.md", "start-anywhere.md", "sweeps.md"}
+FOLLOWED = {f"add-a-{what}.md" for what in ("logger", "model", "rule", "study")}
+FOLLOWED |= {"start-anywhere.md", "sweeps.md"}
 HERE = [page for page in PAGES if page.name not in FOLLOWED]
 # A mark before a block says why it is not run, or that it begins with a new model.
 BLOCK = re.compile(

@@ -5,7 +5,15 @@
     <!-- end -->
 
 A block is named by its study, the study's preset, and a key of what `prose(folder)` of its report
-returns. `make tables` writes all blocks; what stands between two markers is never edited by hand.
+returns. A table with a line for each of several folders is the block
+
+    <!-- begin lines table1/paper figure2/cpu -->
+    ...
+    <!-- end -->
+
+Its lines are what `prose` has under the key `line`: the experiment, the paper's result, and ours,
+with ` | ` between them. The experiment becomes a link to its page.
+`make tables` writes all blocks. Never edit the text between two markers by hand.
 """
 
 from __future__ import annotations
@@ -15,9 +23,11 @@ import textwrap
 from pathlib import Path
 
 from experiments.studies.catalog import find
+from experiments.studies.pages import table
 
-BLOCK = re.compile(r"(<!-- begin ([\w/]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- begin ([\w/ ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WIDTH = 100
+HEADS = ("Experiment", "The paper", "Here")
 
 
 def written(text: str, results: Path) -> str:
@@ -27,13 +37,23 @@ def written(text: str, results: Path) -> str:
         ValueError: a block that no study knows, or that the folder has no results for.
     """
 
-    def block(match: re.Match) -> str:
-        study, *folders, key = match[2].split("/")
+    def one(name: str) -> str:
+        study, *folders, key = name.split("/")
         found, folder = find(study), results.joinpath(study, *folders)
         texts = found.prose(folder) if folder.is_dir() else {}
         if key not in texts:
-            raise ValueError(f"there are no results in {folder} for the block {match[2]}")
-        return f"{match[1]}{wrapped(texts[key])}\n{match[3]}"
+            raise ValueError(f"there are no results in {folder} for the block {name}")
+        return texts[key]
+
+    def block(match: re.Match) -> str:
+        first, *others = match[2].split()
+        if first == "lines":
+            rows = []
+            for name in others:
+                what, *found = one(f"{name}/line").split(" | ")
+                rows.append((f"[{what}](results/{name}/README.md)", *found))
+            return match[1] + "\n".join(table(HEADS, "lll", rows)) + f"\n{match[3]}"
+        return f"{match[1]}{wrapped(one(match[2]))}\n{match[3]}"
 
     return BLOCK.sub(block, text)
 

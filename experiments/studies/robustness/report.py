@@ -558,7 +558,14 @@ def prose(folder: Path) -> dict[str, str]:
         for task in PRESETS[preset].tasks
         if not (own := auto[auto.task == task]).empty
     )
+    line = (
+        f"Any start: `Auto`, {auto.task.nunique()} tasks",
+        "not in the paper",
+        f"from all starts from {auto.start.min():g} to {auto.start.max():g}: at most "
+        f"{auto.ratio.max():.2f} times the error of the best fixed lr ({count(auto)})",
+    )
     return {
+        "line": " | ".join(line),
         "summary": (
             f"Auto starts anywhere between {auto.start.min():g} and {auto.start.max():g} "
             f"({count(auto)}). From its worst start it ends, beside the best fixed lr of SGD, SGD "

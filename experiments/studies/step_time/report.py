@@ -289,4 +289,6 @@ def prose(folder: Path) -> dict[str, str]:
         "torch's own Adam (foreach). A whole training step under a tower of Adam of height 50 is "
         f"{values[7]:.0f} times faster than under the published package."
     )
-    return {"summary": text}
+    line = ["Figure 3b: time of a step", "each level adds 1 to 2 % on ResNet-20"]
+    line += [f"each level adds {claim.ours} %" for claim in claims(folder)]
+    return {"summary": text, "line": " | ".join(line)}
