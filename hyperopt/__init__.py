@@ -12,6 +12,7 @@ from ._engine.torch_private import compile_graph, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
 from .errors import HyperoptWarning
+from .history import History, lightning_callback, trainer_callback
 from .notation import parse
 from .optimizer import HyperOptimizer
 from .replay import Replay, Schedule
@@ -42,6 +43,7 @@ __all__ = [
     "Adamax",
     "Auto",
     "Domain",
+    "History",
     "Hyper",
     "HyperOptimizer",
     "HyperoptWarning",
@@ -60,6 +62,8 @@ __all__ = [
     "did_you_mean",
     "format_value",
     "kernel_count",
+    "lightning_callback",
     "parse",
     "trace",
+    "trainer_callback",
 ]

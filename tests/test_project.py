@@ -249,7 +249,9 @@ def test_what_is_private_to_torch_is_used_in_one_file() -> None:
 @pytest.mark.parametrize("package", ["hyperopt", "models"])
 def test_needs_torch_alone(package: str) -> None:
     allowed = {package, "torch", *sys.stdlib_module_names}
-    assert [(file, name) for file, name in imports_of(package) if name not in allowed] == []
+    found = [(file, name) for file, name in imports_of(package) if name not in allowed]
+    # To draw, and only then: tests/test_history.py.
+    assert set(found) <= {("hyperopt/history.py", "matplotlib")}
 
 
 def third_party(package: str) -> set[str]:
