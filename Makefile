@@ -114,7 +114,7 @@ report: setup ## put all tables, figures and runs on one page, results/report/in
 docs: setup ## build the documentation site, site/index.html; the first warning is an error
 	@$(PY) -c 'import mkdocs, mkdocstrings, latex2mathml' 2>/dev/null || \
 		$(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt --editable '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict && echo "site/index.html"
 
 clean: ## remove caches and builds; runs, data and .venv stay
 	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """The pages of the documentation site: their code runs, nothing is left out, the site builds."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -120,10 +121,15 @@ def test_auto_is_the_stack_that_its_page_writes() -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Strict: a link or an anchor that leads nowhere, or a name without a page, is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    env = {**os.environ, "GITHUB_REPOSITORY": "somebody/project"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    pages = {page.name: page.read_text() for page in tmp_path.glob("*/index.html")}
-    assert pages is not None
     rules = (tmp_path / "rules" / "index.html").read_text()
     assert rules.count('display="block"') == len(RULES) and "arithmatex" not in rules
     assert (tmp_path / "results" / "table1" / "paper" / "figure.png").is_file()
+    tutorial = (tmp_path / "tutorial" / "index.html").read_text()
+    assert (tmp_path / "tutorial.ipynb").is_file() and 'href="../tutorial.ipynb"' in tutorial
+    assert len(re.findall(r'<img [^>]*src="figure\d\.png"', tutorial)) == 2
+    colab = "colab.research.google.com/github/somebody/project/blob/main/docs/tutorial.ipynb"
+    assert colab in tutorial
+    assert 'href="../tutorial/"' in (tmp_path / "guide" / "index.html").read_text()

@@ -1,4 +1,4 @@
-"""What the site needs beyond Markdown: formulas, the code of the definition, tables of arguments.
+"""What the site needs beyond Markdown: formulas, code, tables of arguments, the notebook.
 
 Pages link to files of the repository, such as ../results/table1/paper/README.md, so that they work
 on a code host too. The site takes these files, and the files that they link to.
@@ -6,10 +6,13 @@ on a code host too. The site takes these files, and the files that they link to.
 
 from __future__ import annotations
 
+import base64
 import html
 import importlib
 import inspect
+import json
 import math
+import os
 import posixpath
 import re
 import sys
@@ -46,7 +49,36 @@ def on_files(files: Files, config: Any) -> Files:
                 waiting += [name] if name.endswith(".md") else []
     for name in sorted(found):
         files.append(File(name, str(ROOT), config["site_dir"], config["use_directory_urls"]))
+    for notebook in sorted((ROOT / "docs").glob("*.ipynb")):
+        for file, content in page_of(notebook).items():
+            files.append(File.generated(config, file, content=content))
     return files
+
+
+def page_of(notebook: Path) -> dict[str, str | bytes]:
+    """The page of a notebook, and its figures beside it, by their places in the site."""
+    name = notebook.stem
+    links = f'<a href="../{notebook.name}" download>Download the notebook</a>'
+    if repository := os.environ.get("GITHUB_REPOSITORY"):  # in a workflow of GitHub
+        colab = f"https://colab.research.google.com/github/{repository}/blob/main/docs/"
+        links += f' · <a href="{colab}{notebook.name}">Open it in Colab</a>'
+    parts: list[str] = []
+    files: dict[str, str | bytes] = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            png = output.get("data", {}).get("image/png")
+            if png:
+                figure = f"{name}/figure{len(files)}.png"
+                files[figure] = base64.b64decode(png)
+                parts.append(f"![The figure that this cell draws]({figure})")
+            else:
+                parts.append(f"```text\n{''.join(output['text'])}```")
+    return {f"{name}.md": "\n\n".join([*parts[:1], links, *parts[1:]]), **files}
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
@@ -62,7 +94,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         name = posixpath.normpath(posixpath.join(folder, target))
         if (ROOT / name).is_dir():
             name += "/README.md"
-        name = name.removeprefix("docs/")
+        name = re.sub(r"\.ipynb$", ".md", name.removeprefix("docs/"))
         return match[1] + posixpath.relpath(name, posixpath.dirname(source) or ".")
 
     parts = FENCE.split(markdown)
