@@ -18,26 +18,32 @@ from .optimizer import HyperOptimizer
 from .replay import Replay, Schedule
 from .rule import RULES, Rule, Stack
 from .rules import (
+    ASGD,
     SGD,
     Adadelta,
+    Adafactor,
     AdaGrad,
     Adam,
     Adamax,
     AdamW,
     Lion,
+    Muon,
     NAdam,
     RAdam,
     RMSProp,
+    Rprop,
     ScheduleFreeAdam,
 )
 from .tuning import Hyper, Option, Tuning, did_you_mean, format_value
 
 __all__ = [
+    "ASGD",
     "DOMAINS",
     "RULES",
     "SGD",
     "AdaGrad",
     "Adadelta",
+    "Adafactor",
     "Adam",
     "AdamW",
     "Adamax",
@@ -48,11 +54,13 @@ __all__ = [
     "HyperOptimizer",
     "HyperoptWarning",
     "Lion",
+    "Muon",
     "NAdam",
     "Option",
     "RAdam",
     "RMSProp",
     "Replay",
+    "Rprop",
     "Rule",
     "Schedule",
     "ScheduleFreeAdam",

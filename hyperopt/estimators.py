@@ -59,17 +59,15 @@ class Estimator:
     normalize: bool = False
 
     def init(self, names: Sequence[str], w: Tensor) -> dict[str, Tensor]:
-        """What a long horizon keeps beside a rule's state, before the first update of ``w``, [n].
+        """What is kept beside a rule's state, before the first update of ``w``.
 
         Args:
             names: the hyperparameters.
         """
-        if self.horizon == 1:
-            return {}
         numbers = ("horizon_length", *(f"horizon_peak_{name}" for name in names))
         return {
             **{f"sensitivity_{name}": torch.zeros_like(w) for name in names},
-            **{name: torch.zeros((), dtype=torch.float64) for name in numbers},
+            **{n: torch.zeros((), dtype=torch.float64) for n in numbers if self.horizon > 1},
         }
 
     def accumulate(
@@ -79,8 +77,11 @@ class Estimator:
 
         Args:
             values: the hyperparameters by name, 0-dim.
-            derivatives: those of the update with respect to the raw value of each, [n].
+            derivatives: those of the update with respect to the raw value of each, like ``w``.
         """
+        if self.horizon == 1:
+            names = (f"sensitivity_{name}" for name in values)
+            return dict(zip(names, derivatives, strict=True))
         values = {name: value.abs() for name, value in values.items()}
         peaks = {n: state[f"horizon_peak_{n}"].maximum(value) for n, value in values.items()}
         restart = torch.stack([v < RESTART_BELOW * peaks[n] for n, v in values.items()]).any()
@@ -173,24 +174,35 @@ def derivatives(
     raw: Tensor,
     like: Tensor,
     directions: Sequence[Tensor] | None = None,
+    traced: bool = True,
 ) -> tuple[list[Tensor], Any]:
     """The derivatives of the weights after an update, [n] for each direction; and its state.
 
-    This is forward mode, written as reverse mode twice, since tracing torch's own forward mode
-    fails.
+    This is forward mode. What is traced has it as reverse mode twice, since tracing torch's own
+    forward mode fails.
 
     Args:
         update: raw values in; the new weights, [n], and anything else out.
         like: a vector like the weights, [n].
         directions: in which ``raw`` changes; by default one for each raw value.
+        traced: whether this may be traced.
     """
+    if directions is None:
+        directions = units(raw)
+    if not traced:
+
+        def along(direction: Tensor) -> Any:
+            return torch.func.jvp(update, (raw,), (direction,), has_aux=True)[1:]
+
+        found, state = torch.vmap(along, out_dims=(0, None))(torch.stack([*directions]))
+        return [*found], state
 
     def pullback(vector: Tensor) -> tuple[Tensor, Any]:
         _, back, state = torch.func.vjp(update, raw, has_aux=True)  # type: ignore[misc]
         return back(vector)[0], state
 
     _, forward, state = torch.func.vjp(pullback, like, has_aux=True)  # type: ignore[misc]
-    return [forward(d)[0] for d in (units(raw) if directions is None else directions)], state
+    return [forward(d)[0] for d in directions], state
 
 
 def units(raw: Tensor) -> Sequence[Tensor]:

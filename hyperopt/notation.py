@@ -3,7 +3,7 @@
 stack = level ("/" level)*                 lowest level first
 level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
-value = number | True | False | {hyperparameter: number, ...} | (number, ...)  the last for betas
+value = number | True | False | word | {hyperparameter: number, ...} | (number, ...)
 moved = hyperparameters that the level above moves, each as name or name: how
 how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor)]
 
@@ -141,6 +141,8 @@ class _Parser:
     def value(self) -> Any:
         if self.token in ("True", "False"):
             return self.advance() == "True"
+        if self.kind == "name":
+            return self.advance()
         if self.accept("("):
             return self.numbers()
         if not self.accept("{"):

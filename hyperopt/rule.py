@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .domains import LOG, SQUARE
@@ -40,6 +41,10 @@ class Rule:
     ``known=False``.
 
     Attributes:
+        elementwise: whether ``update`` may receive any slice of the parameters as one vector; if
+            not, it gets each parameter in its own shape. Only the lowest level may be such a rule.
+        compiles: whether to compile ``update``; not where library calls take all of its time.
+        ndim: the number of dimensions that such a parameter must have; None for any.
         values: the initial values of its hyperparameters by name.
         settings: the values of its options and of the policy's keywords by name.
         policy: how it moves the level below.
@@ -53,6 +58,9 @@ class Rule:
     hypers: Mapping[str, Hyper] = MappingProxyType({})
     options: ClassVar[dict[str, Option]] = {}
     arguments: ClassVar[list[str]] = []  # all that the notation knows, in its order
+    elementwise: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
+    ndim: ClassVar[int | None] = None
 
     def __init_subclass__(cls, known: bool = True) -> None:
         members = {name: member for c in reversed(cls.__mro__) for name, member in vars(c).items()}
@@ -180,6 +188,11 @@ class Rule:
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
         """One step: the new weights and the new state. Pure; changes none of its arguments."""
         raise NotImplementedError
+
+    def example(self) -> Tensor:
+        """Some weights such as `update` takes."""
+        sizes = [3] if self.elementwise else [3, *[2] * ((self.ndim or 2) - 1)]
+        return torch.linspace(0.1, 0.9, math.prod(sizes), device="cpu").view(sizes)
 
     # Notation.
 
@@ -315,6 +328,12 @@ def _check_tuned(rule: Rule, lowest: bool) -> None:
 def _check_policies(levels: Sequence[Rule]) -> None:
     """Raise if a level has a keyword that is meant for another level."""
     lowest = levels[0]
+    for above in levels[1:]:
+        if not above.elementwise:
+            raise ValueError(
+                f"{above} needs the shape of what it moves, and hyperparameters have none; it can "
+                "be the lowest level only"
+            )
     for name, keyword in KEYWORDS.items():
         if lowest.argument(name) != keyword.default:
             hint = "; the weights' gradients are clipped by torch.nn.utils.clip_grad_norm_"

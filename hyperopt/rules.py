@@ -26,6 +26,8 @@ one that is 0 must be given a value before it can be tuned.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -400,3 +402,169 @@ class ScheduleFreeAdam(Rule):
             "ahead": (1 - new) * s["ahead"] - kept * move,
             "exp_avg_sq": exp_avg_sq,
         }
+
+
+class Rprop(Rule):
+    """Resilient backpropagation (Riedmiller and Braun 1993), as ``torch.optim.Rprop``.
+
+    Only the sign of a gradient counts. Each weight has a step size of its own, which starts at lr.
+    The state keeps it divided by lr, so that a level above that moves lr moves all of them.
+    """
+
+    lr = Hyper(1e-2)
+    eta_minus = Hyper(0.5, UNIT, high=1.0)
+    eta_plus = Hyper(1.2, LOG, low=1.0)
+    step_size_min = Option(1e-6, low=0)
+    step_size_max = Option(50.0, low=0)
+
+    def init(self, w: Tensor) -> State:
+        return {"prev": torch.zeros_like(w), "step_size": torch.ones_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        sign = g * s["prev"]
+        factor = torch.where(sign > 0, h.eta_plus, torch.where(sign < 0, h.eta_minus, 1.0))
+        step = (h.lr * s["step_size"] * factor.to(w)).clamp(self.step_size_min, self.step_size_max)
+        g = torch.where(sign < 0, 0.0, g)
+        return w - step * torch.sign(g), {"prev": g, "step_size": step / h.lr}
+
+
+class ASGD(Rule):
+    """Averaged SGD (Polyak and Juditsky 1992), as ``torch.optim.ASGD``.
+
+    The state keeps the mean ``ax`` of the weights from the ``t0``-th step on. Use it in the place
+    of the weights when training ends.
+    """
+
+    lr = Hyper(1e-2)
+    lambd = Hyper(1e-4, LOG, tuned=False)
+    alpha = Hyper(0.75, LOG, tuned=False)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    t0 = Option(1e6, low=0)
+
+    def init(self, w: Tensor) -> State:
+        return {"step": counter(), "ax": torch.zeros_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        if self.is_active("weight_decay"):
+            g = g + h.weight_decay * w
+        step = s["step"]
+        lr = h.lr / (1 + h.lambd * h.lr * step) ** h.alpha
+        w = w * (1 - h.lambd * lr) - lr * g
+        new = 1 / (step - self.t0).clamp(min=1)
+        return w, {"step": step + 1, "ax": s["ax"] + new * (w - s["ax"])}
+
+
+# Rules that are not elementwise: `update` gets each parameter in its own shape.
+
+
+class Muon(Rule):
+    """Momentum, orthogonalized (Jordan et al. 2024), as ``torch.optim.Muon``. For matrices only.
+
+    Five Newton-Schulz iterations make the singular values of the momentum about 1. They run in
+    bfloat16, as torch's do; with ``bfloat16=False`` in the precision of the weights.
+    ``adjust_lr_fn`` says how lr depends on the shape of a matrix.
+    """
+
+    elementwise, ndim = False, 2
+    compiles = False  # measured: matrix products take nearly all of the time
+
+    lr = Hyper(1e-3)
+    weight_decay = Hyper(0.1, LOG, tuned=False)
+    momentum = Hyper(0.95, UNIT, high=1.0)
+    nesterov = Option(True)
+    ns_coefficients = Option((3.4445, -4.7750, 2.0315))
+    eps = Option(1e-7, low=0)
+    ns_steps = Option(5, low=0)
+    adjust_lr_fn = Option("original", choices=("original", "match_rms_adamw", "spectral_unclamped"))
+    bfloat16 = Option(True)
+
+    def init(self, w: Tensor) -> State:
+        return {"momentum_buffer": torch.zeros_like(w)}
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        buffer = average(s["momentum_buffer"], g, h.momentum)
+        direction = average(buffer, g, h.momentum) if self.nesterov else buffer
+        if self.bfloat16:
+            direction = direction.bfloat16()
+        direction = orthogonalized(direction, self.ns_coefficients, self.ns_steps, self.eps)
+        rows, columns = w.shape
+        ratio = {
+            "original": max(1, rows / columns) ** 0.5,
+            "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+            "spectral_unclamped": (rows / columns) ** 0.5,
+        }
+        if self.is_active("weight_decay"):
+            w = w * (1 - h.lr * h.weight_decay)
+        return w - h.lr * ratio[self.adjust_lr_fn] * direction, {"momentum_buffer": buffer}
+
+
+def orthogonalized(
+    matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """A matrix, [m, n], with its singular values moved to about 1 by Newton-Schulz iterations."""
+    a, b, c = coefficients
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / torch.linalg.vector_norm(x).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class Adafactor(Rule):
+    """Adafactor (Shazeer and Stern 2018), as ``torch.optim.Adafactor``.
+
+    The second moments of a matrix are the product of a column and a row, so that the state is
+    small. A tensor of more dimensions has such a pair for each of its matrices, a vector keeps all.
+    """
+
+    elementwise = False
+
+    lr = Hyper(1e-2)
+    beta2_decay = Hyper(-0.8, tuned=False, low=-math.inf, high=math.ulp(0.0))
+    eps2 = Hyper(1e-3, LOG, tuned=False)
+    d = Hyper(1.0, LOG, tuned=False, low=1.0)
+    weight_decay = Hyper(0.0, LOG, tuned=False)
+    eps1 = Option(0.0, low=0)  # 0: the unit in the last place of the weights' dtype
+
+    def init(self, w: Tensor) -> State:
+        nothing = w.new_zeros(0)
+        if w.ndim == 1:
+            return {
+                "step": counter(),
+                "row_var": nothing,
+                "col_var": nothing,
+                "variance": torch.zeros_like(w),
+            }
+        return {
+            "step": counter(),
+            "row_var": torch.zeros_like(w[..., :1]),
+            "col_var": torch.zeros_like(w[..., :1, :]),
+            "variance": nothing,
+        }
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        eps1 = self.eps1 or torch.finfo(w.dtype).eps
+        step = s["step"] + 1
+        new = step**h.beta2_decay
+        lr = torch.minimum(h.lr, step**-0.5) * torch.maximum(h.eps2, rms(w).to(h.eps2))
+        square = g * g
+        if w.ndim == 1:
+            variance = s["variance"] + new * (square - s["variance"])
+            after = {**s, "step": step, "variance": variance}
+        else:
+            row = s["row_var"] + new * (square.mean(-1, keepdim=True) - s["row_var"])
+            column = s["col_var"] + new * (square.mean(-2, keepdim=True) - s["col_var"])
+            variance = row * column / row.mean(-2, keepdim=True).clamp(min=eps1)
+            after = {**s, "step": step, "row_var": row, "col_var": column}
+        direction = g * torch.rsqrt(variance.clamp(min=eps1 * eps1))
+        too_long = torch.maximum(torch.ones_like(h.d), rms(direction).to(h.d) / h.d)
+        if self.is_active("weight_decay"):
+            w = w * (1 - h.lr * h.weight_decay)
+        return w - lr / too_long * direction, after
+
+
+def rms(x: Tensor) -> Tensor:
+    """The root mean square, 0-dim, with derivative 0 at 0."""
+    return root((x * x).sum() / x.numel())

@@ -60,11 +60,13 @@ class Option:
     Attributes:
         default: its value if none is given. Other values have the same type.
         low: the lowest legal value of a number.
+        choices: the legal values of a text; any if there are none.
     """
 
     default: Any
     low: float = -math.inf
     name: str = ""
+    choices: tuple[str, ...] = ()
 
     def __set_name__(self, owner: type, name: str) -> None:
         object.__setattr__(self, "name", name)
@@ -89,6 +91,9 @@ class Option:
             raise ValueError(f"{rule}: {self.name} must be {kind}, not {value!r}")
         if self.low > -math.inf and not value >= self.low:
             raise ValueError(f"{rule}: {self.name} must be {self.low:g} or more, but is {value!r}")
+        if self.choices and value not in self.choices:
+            hint = did_you_mean(value, self.choices)
+            raise ValueError(f"{rule}: {self.name} cannot be {value!r}; {hint}")
         return value
 
 
@@ -185,7 +190,9 @@ def likely_typo(word: str, known: Iterable[str]) -> str | None:
 
 
 def format_value(value: Any) -> str:
-    """A number, a truth value or a dict of numbers in the notation."""
+    """A number, a truth value, a word or a dict of numbers in the notation."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {format_value(one)}" for name, one in value.items()) + "}"
     return repr(value).replace("e-0", "e-")

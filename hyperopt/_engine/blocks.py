@@ -105,8 +105,13 @@ class Block:
 
     @property
     def gathers(self) -> bool:
-        """Whether level 0 gathers the sensitivities of many steps, and so recomputes none."""
-        return bool(self.tuned) and self.is_lowest and self.estimator.horizon > 1
+        """Whether level 0 keeps its sensitivities, and so recomputes no update.
+
+        A long horizon adds up those of many steps. A rule that is not elementwise is expensive, so
+        that keeping a vector for each hyperparameter is better than to run it twice.
+        """
+        needed = self.estimator.horizon > 1 or not self.rule.elementwise
+        return bool(self.tuned) and self.is_lowest and needed
 
     @property
     def recomputes(self) -> bool:
@@ -139,6 +144,22 @@ class Block:
         if self.has_trust and self.tuned:
             state["log_lr_limit"] = torch.zeros_like(w)
         return {**state, **self.estimator.init(self.names, w)} if self.gathers else state
+
+    def skipped(self, name: str, old: Tensor) -> Tensor:
+        """What a part of the state is after a step that was left out.
+
+        It stays; but the sensitivity of a last step that was not made is 0.
+        """
+        forgotten = name.startswith("sensitivity_") and self.estimator.horizon == 1
+        return torch.zeros_like(old) if forgotten else old
+
+    def state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
+        """The shapes of `init`'s state for a parameter."""
+        if self.rule.elementwise:
+            state = self.init(torch.empty(1, device="meta"))
+            return {name: p.shape if value.ndim else value.shape for name, value in state.items()}
+        state = self.init(torch.empty(p.shape or (1,), device="meta"))
+        return {name: value.shape for name, value in state.items()}
 
     def update(
         self, w: Tensor, g: Tensor, state: State, raw: Tensor, fixed: Tensor
@@ -336,7 +357,7 @@ def check_rule(rule: Rule) -> None:
     if FACTOR in rule.hypers:
         raise ValueError(f"{rule.name}: a hyperparameter cannot be called {FACTOR!r}; it is taken")
     with torch.device("cpu"):
-        w = torch.linspace(0.1, 0.9, 3)
+        w = rule.example()
         state = rule.init(w)
         for name, value in state.items():
             if name in RESERVED or name.startswith(PREFIXES):
@@ -344,7 +365,8 @@ def check_rule(rule: Rule) -> None:
                     f"{rule.name}: its state cannot have the name {name!r}; taken are "
                     f"sensitivity_..., horizon_... and {', '.join(sorted(RESERVED))}"
                 )
-            if not value.is_floating_point() or value.shape not in (w.shape, ()):
+            fits = value.shape in (w.shape, ()) or not rule.elementwise
+            if not value.is_floating_point() or not fits:
                 raise ValueError(
                     f"{rule.name}: its state's {name!r} must be a floating-point tensor of the "
                     f"weights' shape, or 0-dim, not {value.dtype} of {[*value.shape]} for 3 weights"
@@ -357,7 +379,8 @@ def check_rule(rule: Rule) -> None:
     if result[0].shape != w.shape or result[1].keys() != state.keys():
         raise ValueError(
             f"{rule.name}: update must return {expected}, not weights of {[*result[0].shape]} for "
-            f"those of [3] and a state of {', '.join(map(repr, result[1])) or 'no entries'}"
+            f"those of {[*w.shape]} and a state of "
+            f"{', '.join(map(repr, result[1])) or 'no entries'}"
         )
 
 
@@ -373,7 +396,7 @@ def depends_on_weights(rule: Rule) -> bool:
         return rule.update(w, g, state, SimpleNamespace(**h))
 
     with torch.device("cpu"):  # whatever the default device
-        w, g = torch.ones(4), torch.ones(4)
+        w, g = rule.example(), rule.example()
         h = {name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
         try:
             graph = make_fx(update, tracing_mode="fake")(w, g, rule.init(w), h).graph

@@ -230,7 +230,7 @@ def load_shards(
             if not new.ndim:
                 return entries[0][name].to(new.device, copy=True)
             pieces = [local(entry[name]).reshape(-1) for entry in entries]
-            return torch.cat([piece.to(new.device, new.dtype) for piece in pieces])
+            return torch.cat([p.to(new.device, new.dtype) for p in pieces]).view(new.shape)
 
         w, g, fresh, applied = shard.last
         shard.last = LastUpdate(
@@ -355,6 +355,7 @@ def check(
     active: Sequence[str],
     params: Sequence[list[Tensor]],
     names: Collection[str],
+    lowest: Block,
 ) -> None:
     """Raise if a state is not that of this stack on parameters like these.
 
@@ -362,6 +363,7 @@ def check(
         active: the active hyperparameters of the lowest level.
         params: the parameters of each group.
         names: the state of the lowest level.
+        lowest: the lowest level.
 
     Raises:
         ValueError: the stack, the number of parameters or a shape is another one.
@@ -428,12 +430,13 @@ def check(
                 f"this is the state of parameters of other shapes: number {i} has "
                 f"{tuple(p.shape)} here and {tuple(there)} there"
             )
-        kept = [value for value in entry.values() if isinstance(value, Tensor) and value.ndim]
-        if any(value.shape != p.shape for value in kept):
+        kept = {n: x for n, x in entry.items() if isinstance(x, Tensor) and x.ndim}
+        shapes = lowest.state_shapes(p)
+        if any(value.shape != shapes.get(name, p.shape) for name, value in kept.items()):
             raise ValueError(
                 f"this state is not a whole one: number {i} has tensors of {[*p.shape]} and others"
             )
-        if any(_division(value) != _division(p) for value in kept):
+        if any(_division(value) != _division(p) for value in kept.values()):
             raise ValueError(
                 f"this is the state of parameters that are divided over processes in another way: "
                 f"number {i}; load it by torch.distributed.checkpoint.state_dict."

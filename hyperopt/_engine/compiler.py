@@ -99,7 +99,10 @@ def compiled(
     of_small = tuple((t.shape, t.dtype, t.device) for t in small)
     of_vectors = tuple((t.dtype, t.device) for t in vectors)
     whole = name, key, of_small, of_vectors, threads
+    shapes = [t.shape for t in vectors]
     with compiling():
+        if any(shape != shapes[0] or len(shape) > 1 for shape in shapes):
+            _compiled.setdefault(whole, None)  # of a rule that is not elementwise
         if whole not in _compiled:
             try:
                 _compiled[whole] = _kernel(function, of_small, of_vectors, None)
@@ -108,10 +111,10 @@ def compiled(
         kernel, n = _compiled[whole], vectors[0].numel() if vectors else 0
         if kernel is not None and n < 1 << 31:  # from there on a GPU needs other numbers
             return kernel
-        # Each length has a kernel of its own.
-        own = (*whole, n)
+        # Each length, or shape, has a kernel of its own.
+        own = (*whole, *shapes)
         if own not in _compiled:
-            _compiled[own] = _kernel(function, of_small, of_vectors, n)
+            _compiled[own] = _kernel(function, of_small, of_vectors, shapes)
         return _compiled[own]
 
 
@@ -119,33 +122,36 @@ def _kernel(
     function: Callable[..., Any],
     small: Sequence[tuple],
     vectors: Sequence[tuple],
-    n: int | None,
+    shapes: Sequence[torch.Size] | None,
 ) -> Kernel:
     """A kernel that is being made.
 
     Args:
         small, vectors: what the tensors are like.
-        n: the length of the vectors; None for any.
+        shapes: of the vectors; None for 1-D ones of any length.
     """
     first, end = len(small), len(small) + len(vectors)
 
     def start(function: Callable[..., Any], times: int) -> Callable[[], Run]:
-        return compile_sized(function, small, [*vectors] * times, n)
+        return compile_sized(function, small, [*vectors] * times, shapes and [*shapes] * times)
 
     wait = start(function, 2)
 
     def finish() -> Run:
         run = wait()
-        if not vectors or _works_in_place(run, small, vectors, n):
-            return direct(run, small, [*vectors] * 2, n, len(vectors))
+        if not vectors or _works_in_place(run, small, vectors, shapes):
+            return direct(run, small, [*vectors] * 2, shapes and [*shapes] * 2, len(vectors))
         careful = start(lambda *t: function(*t, *t[first:end]), 1)()
-        return direct(careful, small, vectors, n, 0)
+        return direct(careful, small, vectors, shapes, 0)
 
-    return Kernel(finish, bool(vectors) and n is None)
+    return Kernel(finish, bool(vectors) and shapes is None)
 
 
 def _works_in_place(
-    run: Run, small: Sequence[tuple], vectors: Sequence[tuple], n: int | None
+    run: Run,
+    small: Sequence[tuple],
+    vectors: Sequence[tuple],
+    shapes: Sequence[torch.Size] | None,
 ) -> bool:
     """Whether writing to the vectors that are read gives the same results, bit by bit.
 
@@ -159,11 +165,14 @@ def _works_in_place(
         return torch.empty(shape, dtype=dtype, device=on).uniform_(0.1, 0.9, generator=generator)
 
     # One element, and a number that leaves a rest when it is cut into equal parts.
-    for length in (1, 4099) if n is None else (n,):
-        old, other = ([draw(length, *kind) for kind in vectors] for _ in range(2))
+    for given in ([(1,)] * len(vectors), [(4099,)] * len(vectors)) if shapes is None else (shapes,):
+        old, other = (
+            [draw(shape, *kind) for shape, kind in zip(given, vectors, strict=True)]
+            for _ in range(2)
+        )
         numbers = [draw(*kind) for kind in small]
         new, same, also = ([t.clone() for t in each] for each in (other, old, numbers))
-        size = [length] if n is None else []
+        size = [*given[0]] if shapes is None else []
         run([*size, *numbers, *old, *new])
         run([*size, *also, *same, *same])
         pairs = zip(new, same, other, strict=True)

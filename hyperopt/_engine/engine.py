@@ -202,8 +202,19 @@ class Engine:
         params = list(params)
         if len(set(params)) < len(params):
             raise ValueError("a parameter was given twice; give each one once, tied ones too")
-        device = self._device
+        device, rule = self._device, self.stack.levels[0]
         for p in filter(_is_trained, params):
+            if rule.ndim not in (None, p.ndim):
+                raise ValueError(
+                    f"{rule.name} moves parameters of {rule.ndim} dimensions, and one has the "
+                    f"shape {[*p.shape]}; give the others a stack of their own, as in "
+                    '{"params": ..., "stack": "AdamW(0.001)"}'
+                )
+            if not rule.elementwise and processes([p]):
+                raise ValueError(
+                    f"{rule.name} needs whole parameters, and one is divided over processes; give "
+                    "it a stack of an elementwise rule, or do not shard it"
+                )
             if p.is_complex():
                 raise TypeError(f"a parameter is complex ({p.dtype}); only real ones can be moved")
             if p.layout != torch.strided:
@@ -389,7 +400,7 @@ class Engine:
             entries = self._state.get(p, {})
             own = {name: entries[name] for name in names if name in entries}
             if own:
-                _check_entries(p, own, self.layout.states[0], self._rule.name)
+                _check_entries(p, own, self.layout.blocks[0].state_shapes(p), self._rule.name)
                 given[p] = own
         edits = [
             (p, name, _as_tensor(value).detach())
@@ -510,7 +521,8 @@ class Engine:
 
     def _new_shards(self, params: Sequence[Tensor], group: int) -> list[Shard]:
         lowest = self.layout.blocks[0]
-        parts = [[p] for p in params] if lowest.per_tensor else divide(params)
+        alone = lowest.per_tensor or not lowest.rule.elementwise
+        parts = [[p] for p in params] if alone else divide(params)
         return [Shard.new(each, self._owner(each[0], group), lowest) for each in parts]
 
     def _owner(self, p: Tensor, group: int) -> Owner:
@@ -530,6 +542,9 @@ class Engine:
             applied = last.applied > 0
             state = {n: torch.where(applied, after[n], old) for n, old in last.state.items()}
             shard.last = LastUpdate(last.w, last.g, state, torch.zeros_like(last.applied))
+        else:
+            state = {name: lowest.skipped(name, value) for name, value in last.state.items()}
+            shard.last = last._replace(state=state)
 
     def _export(self) -> list[dict[str, Any]]:
         return checkpoint.export(self.layout, self._numbers)
@@ -643,8 +658,9 @@ class Engine:
         state_dict = checkpoint.upgrade(state_dict)
         params = [group["params"] for group in self.groups]
         names = self.layout.states[0].keys()
-        checkpoint.check(state_dict, self.stack, self._active_hypers, params, names)
-        entries, lowest = checkpoint.by_number(state_dict, names), self.layout.blocks[0]
+        lowest = self.layout.blocks[0]
+        checkpoint.check(state_dict, self.stack, self._active_hypers, params, names, lowest)
+        entries = checkpoint.by_number(state_dict, names)
         foreign, others = checkpoint.foreign(state_dict, names)
         try:
             shards = checkpoint.load_shards(entries, params, lowest)
@@ -711,13 +727,14 @@ def _lay_over(old: Any, place: Tensor) -> Tensor:
     return old
 
 
-def _check_entries(p: Tensor, own: Mapping[str, Any], kept: Mapping[str, bool], rule: str) -> None:
+def _check_entries(
+    p: Tensor, own: Mapping[str, Any], shapes: Mapping[str, torch.Size], rule: str
+) -> None:
     """Raise a ValueError unless these can be the state of a parameter.
 
     Args:
-        kept: what the rule keeps, and whether it has the shape of the parameter.
+        shapes: of what the rule keeps.
     """
-    shapes = {name: p.shape if vector else torch.Size() for name, vector in kept.items()}
     keeps = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
     for name, shape in shapes.items():
         found = _as_tensor(own[name]).shape if name in own else None

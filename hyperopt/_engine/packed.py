@@ -71,9 +71,8 @@ class Layout:
     @cached_property
     def states(self) -> tuple[dict[str, bool], ...]:
         """For each block, the names of its state, and whether each is a vector."""
-        empty = torch.empty(0, device="cpu")
         return tuple(
-            {name: value.ndim > 0 for name, value in block.init(empty).items()}
+            {name: value.ndim > 0 for name, value in block.init(block.rule.example()).items()}
             for block in self.blocks
         )
 

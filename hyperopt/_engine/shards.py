@@ -23,17 +23,21 @@ class Shard:
     """Parameters of one param group that have been moved together since their first step.
 
     A large parameter is a shard of its own, and the step works on its memory directly. The others
-    are gathered into a flat vector and scattered back. Half-precision parameters are moved in
+    are gathered into a flat vector and scattered back. Where the rule is not elementwise, each
+    parameter is a shard of its own and keeps its shape. Half-precision parameters are moved in
     float32; no other cast is made.
 
     Args:
         params: the parameters, n elements in all.
         owner: whose hyperparameters move them.
-        last: their last update, with vectors of [n].
+        last: their last update, with vectors of [n], or in the shape of the only parameter.
+        shape: (n,), or the shape of the only parameter.
     """
 
-    def __init__(self, params: list[Tensor], owner: Owner, last: LastUpdate) -> None:
-        self.params, self.owner, self.last = params, owner, last
+    def __init__(
+        self, params: list[Tensor], owner: Owner, last: LastUpdate, shape: torch.Size
+    ) -> None:
+        self.params, self.owner, self.last, self._shape = params, owner, last, shape
         self._n = sum(local(p).numel() for p in params)
         self._gathered: tuple[Tensor, ...] | None = None  # w and g
         self._views: tuple[list[Tensor], list[Tensor]]
@@ -51,12 +55,15 @@ class Shard:
         """
         flat = [local(p).detach().reshape(-1).to(precision(p)) for p in params]
         weights = torch.cat(flat)  # a copy, even of one
+        if not block.rule.elementwise:
+            (p,) = params
+            weights = weights.view(p.shape or (1,))
         w = torch.zeros_like(weights) if block.keeps_weights else None
         g = torch.zeros_like(weights) if block.recomputes else None
         with weights.device:
             state = block.init(weights)
         applied = torch.zeros((), dtype=torch.float64, device=weights.device)
-        return cls(params, owner, LastUpdate(w, g, state, applied))
+        return cls(params, owner, LastUpdate(w, g, state, applied), weights.shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
@@ -78,11 +85,11 @@ class Shard:
             and grad.is_contiguous()
         )
         if self._in_place:
-            w, g = first.view(-1), grad.view(-1)
+            w, g = first.view(self._shape), grad.view(self._shape)
         else:
             if self._gathered is None:
                 self._gathered = tuple(
-                    torch.empty(len(self), dtype=precision(first), device=first.device)
+                    torch.empty(self._shape, dtype=precision(first), device=first.device)
                     for _ in range(2)
                 )
                 self._views = self.shaped(self._gathered[0]), self.shaped(self._gathered[1])
@@ -101,6 +108,8 @@ class Shard:
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
         """A flat vector, [n], cut and shaped like the parameters."""
+        if flat.shape != (len(self),):  # of the only parameter, perhaps in a shape of its own
+            return [flat]
         pieces = flat.split([local(p).numel() for p in self.params])
         return [piece.view(local(p).shape) for piece, p in zip(pieces, self.params, strict=True)]
 
@@ -127,12 +136,15 @@ class Shard:
         def cut(value: Any) -> Any:
             if value is None:
                 return None
-            if not value.ndim:
+            if not value.ndim or len(chosen) == len(self.params):
                 return value.clone()
             pieces = zip(self.shaped(value), self.params, strict=True)
             return torch.cat([piece.reshape(-1) for piece, p in pieces if p in chosen])
 
-        return Shard(list(params), self.owner, tree_map(cut, self.last))
+        shape = self._shape
+        if len(chosen) < len(self.params):
+            shape = torch.Size([sum(local(p).numel() for p in params)])
+        return Shard(list(params), self.owner, tree_map(cut, self.last), shape)
 
     @property
     def is_stale(self) -> bool:

@@ -203,7 +203,8 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     kernels: list[compiler.Kernel] = []
 
     def make(name: str, part: Part, small: Sequence[Tensor], vectors: Sequence[Tensor]) -> Run:
-        if vectors and not vectors[0].numel():  # other processes have all elements
+        # Without elements, other processes have them all.
+        if vectors and not (vectors[0].numel() and lowest.rule.compiles):
             return lambda small, vectors: part(*small, *vectors, *vectors)
         key = of_shard if vectors else structure
         kernel = compiler.compiled(name, part, key, small, vectors)

@@ -405,9 +405,14 @@ def compile_sized(
     function: Callable[..., Any],
     small: Sequence[tuple],
     vectors: Sequence[tuple],
-    n: int | None,
+    shapes: Sequence[torch.Size] | None,
 ) -> Callable[[], Run]:
-    """Trace a function and let the compiler start on it; returns what waits for the compiler."""
+    """Trace a function and let the compiler start on it; returns what waits for the compiler.
+
+    Args:
+        small, vectors: what its arguments are like.
+        shapes: of the vectors; None for 1-D ones of any length.
+    """
     from torch._dynamo.source import ConstantSource
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._subclasses import FakeTensorMode
@@ -418,14 +423,17 @@ def compile_sized(
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     size: list[Any] = []
-    if vectors and n is None:
+    if vectors and shapes is None:
         source = ConstantSource("n")
         symbol = env.create_symbol(TYPICAL, source, DimDynamic.DYNAMIC, None)
         size = [env.create_symintnode(symbol, hint=TYPICAL, source=source)]
     # Each argument has a memory of its own here, also where two of them will be given the same.
     with mode:
         arguments = [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
-        arguments += [torch.empty(*(size or [n]), dtype=d, device=on) for d, on in vectors]
+        arguments += [
+            torch.empty(shape, dtype=d, device=on)
+            for shape, (d, on) in zip(shapes or [size] * len(vectors), vectors, strict=True)
+        ]
 
     def silent(*tensors: Any) -> list[Tensor]:
         function(*tensors[len(size) :])
@@ -442,13 +450,18 @@ def compile_sized(
     # What is there twice is, for the most part, a move beside its own derivative.
     graph.graph.eliminate_dead_code()
     graph.graph = fx_graph_cse(graph.graph)
-    if vectors and n != 1:
-        _realize_scalars(graph, [*(size or [n])])
+    shape = size or [*shapes[0]] if vectors and (shapes or size) else [1]
+    if shape != [1]:
+        _realize_scalars(graph, shape)
     return _start(graph, [*size, *arguments], mode, {}, together=True)
 
 
 def direct(
-    run: Run, small: Sequence[tuple], vectors: Sequence[tuple], n: int | None, again: int
+    run: Run,
+    small: Sequence[tuple],
+    vectors: Sequence[tuple],
+    shapes: Sequence[torch.Size] | None,
+    again: int,
 ) -> Run:
     """A kernel that is given its last ``again`` vectors once: those before them are the same.
 
@@ -457,7 +470,7 @@ def direct(
     called as it has been called before, with what was made then. The function holds the global
     interpreter lock, so that no other thread writes to that.
     """
-    sized = bool(vectors) and n is None
+    sized = bool(vectors) and shapes is None
     until = int(sized) + len(small) + len(vectors) - again
 
     def through(tensors: list) -> Any:
@@ -472,10 +485,15 @@ def direct(
     kernel: Any = space[found[0]]
     records: list[tuple[list, tuple]] = []
     try:
-        for length in (11, 23) if sized else (n or 0,):
+        for length in (11, 23) if sized else (0,):
             given: list[Any] = [length] if sized else []
             given += [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
-            given += [torch.empty(length, dtype=d, device=on) for d, on in vectors]
+            given += [
+                torch.empty(shape, dtype=d, device=on)
+                for shape, (d, on) in zip(
+                    shapes or [(length,)] * len(vectors), vectors, strict=True
+                )
+            ]
             space[found[0]] = lambda *own, given=given: records.append(([*given], own))
             run([*given])
     finally:

@@ -153,7 +153,7 @@ def recompute_last_update(
         unit = units(raw)[lr] / block.from_raw(raw)[lr]
         (update,), _ = derivatives(next_update, raw, g, [unit])
         rows += [size.expand(len(raw)) for size in size_of_update(update, w, raw.dtype)]
-    largest = g.abs().amax(0, keepdim=True) if g.numel() else g.new_zeros(1)
+    largest = g.reshape(-1).abs().amax(0, keepdim=True) if g.numel() else g.new_zeros(1)
     return state, torch.cat([row.to(raw.dtype) for row in [*rows, largest * largest]])
 
 
@@ -366,14 +366,23 @@ def update_weights(
     def update(raw: Tensor) -> tuple[Tensor, State]:
         return block.rule.update(w, g, state, block.values(raw, fixed))
 
-    new, after = update(raw)
+    def with_new(raw: Tensor) -> tuple[Tensor, tuple[Tensor, State]]:
+        new, after = update(raw)
+        return new, (new, after)
+
+    if block.gathers:
+        found, (new, after) = derivatives(with_new, raw, g, traced=block.rule.compiles)
+    else:
+        new, after = update(raw)
     if not block.tuned:
         return new, after
     if block.gathers:
-        found, _ = derivatives(update, raw, g)
         if block.estimator.normalize:
             found = without_noise(block, raw, found, new - w)
         values = dict(zip(block.names, block.from_raw(raw).unbind(), strict=True))
         after = {**after, **block.estimator.accumulate(state, values, found)}
-        after = {name: torch.where(finite > 0, after[name], old) for name, old in state.items()}
+        after = {
+            name: torch.where(finite > 0, after[name], block.skipped(name, old))
+            for name, old in state.items()
+        }
     return torch.where(finite > 0, new, w), after
