@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._engine.engine import Engine
+from ._engine.mixture import Mixture
 from ._engine.torch_private import disable_dynamo
 from .notation import parse
 from .rule import Rule, Stack, State
@@ -42,7 +43,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         params: parameters or param groups. A group may give hyperparameters of the lowest rule a
             value of its own, as in ``{"params": ..., "lr": 0.1}``; one that is tuned is then tuned
             apart from that of the other groups.
-        stack: a `Stack`, a single `Rule`, or their notation, as ``"Adam(0.001) / SGD(1e-5)"``.
+        stack: a `Stack`, a single `Rule`, or their notation, as ``"Adam(0.001) / SGD(1e-5)"``. A
+            group may have one of its own, as in ``{"params": ..., "stack": "Muon(0.02)"}``. Groups
+            of equal stacks share hyperparameters; those of others do not.
         compile: whether to compile the step, which takes a few seconds. ``"auto"`` makes the first
             20 steps eagerly and then compiles, so that a short script need not wait; True compiles
             at the first step, False never. Eager steps compute the same, slower; without a C++
@@ -57,13 +60,27 @@ class HyperOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        stack: Stack | Rule | str,
+        stack: Stack | Rule | str | None = None,
         *,
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.stack = parse(stack)
-        self._engine = Engine(self.stack, compile)
-        defaults: dict[str, Any] = dict(self.stack.levels[0].values)
+        if not isinstance(params, Tensor):
+            params = list(params)
+        default = None if stack is None else parse(stack)
+        own = [group.get("stack", default) for group in params if isinstance(group, dict)]
+        self._engine: Engine | Mixture
+        if own and any(stack != default for stack in own):
+            if None in own:
+                raise ValueError("a param group has no stack; give it one, or one for all groups")
+            self._engine = Mixture([parse(stack) for stack in own], default, compile)
+        elif default is None:
+            raise ValueError("no stack was given, neither for all parameters nor in a param group")
+        else:
+            self._engine = Engine(default, compile)
+        self.stack = self.stacks[0]
+        defaults: dict[str, Any] = {}  # of several stacks each group has its own
+        if isinstance(self._engine, Engine):
+            defaults |= self.stack.levels[0].values
         if self._engine.betas:
             defaults["betas"] = tuple(defaults[name] for name in self._engine.betas)
         super().__init__(params, defaults)
@@ -109,6 +126,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._engine.step()
         return loss
 
+    @property
+    def stacks(self) -> list[Stack]:
+        """The different stacks of the param groups; the first of them is ``stack``."""
+        return self._engine.stacks
+
     # Where torch.optim has plain attributes.
 
     @property
@@ -141,7 +163,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     def names(self) -> tuple[str, ...]:
         """The names of the numbers in a `snapshot`, as ``"0.lr"``: the level, the hyperparameter.
 
-        A per-group value is ``"0.lr[1]"``, and a value for one hyperparameter below is
+        A per-group value is ``"0.lr[1]"``, as is each value of several stacks, and a value for one hyperparameter below is
         ``"1.lr[beta1]"``. A per-tensor value is ``"0.lr[hidden.weight]"`` if the parameters were
         given with their names, as by ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted
         from 0.
@@ -164,11 +186,16 @@ class HyperOptimizer(torch.optim.Optimizer):
         ``"lr"`` is the learned value; where a scheduler scales it, ``"effective_lr"`` is what the
         rule uses.
         """
-        found: list[dict[str, float]] = [{} for _ in self.stack.levels]
+        stacks = self.stacks
+        height = max(stack.height for stack in stacks)
+        found: list[dict[str, float]] = [{} for _ in range(height + 1)]
         for name, value in zip(self.names, self.snapshot().tolist(), strict=True):
             level, _, slot = name.partition(".")
             found[int(level)][slot] = value
-        order = [[*rule.hypers, "effective_lr"] for rule in self.stack.levels]
+        order = [
+            [*(n for s in stacks if k <= s.height for n in s.levels[k].hypers), "effective_lr"]
+            for k in range(height + 1)
+        ]
         return [
             dict(sorted(values.items(), key=lambda item: names.index(item[0].partition("[")[0])))
             for names, values in zip(order, found, strict=True)
@@ -187,7 +214,10 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     @property
     def skipped(self) -> list[int]:
-        """For each level, how many updates were left out because something was not finite."""
+        """For each level, how many updates were left out because something was not finite.
+
+        Several stacks are added up.
+        """
         return self._engine.skipped
 
     @property

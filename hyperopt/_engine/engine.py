@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..notation import parse
 from ..rule import Rule, Stack, State, betas, unpack_betas
 from ..tuning import likely_typo
 from . import checkpoint
@@ -30,7 +31,7 @@ from .updates import LastUpdate, Numbers
 from .views import ParamGroupView, start_of
 
 # Keys of a param group that are near a hyperparameter's name, and are none.
-KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr"})
+KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr", "stack"})
 
 # What torch's optimizers can be told in a group that changes what they compute.
 SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
@@ -91,7 +92,7 @@ class Engine:
 
     @property
     def is_fake(self) -> bool:
-        return is_fake(self._params)
+        return is_fake(self.params)
 
     @keeps
     def start(self) -> None:
@@ -119,6 +120,10 @@ class Engine:
         self._numbers = self.layout.numbers(self.packed)
         self._rebuild_layout(self._export(), self._bases)
 
+    @property
+    def stacks(self) -> list[Stack]:
+        return [self.stack]
+
     # Param groups.
 
     @keeps
@@ -134,6 +139,11 @@ class Engine:
         rule = self.stack.levels[0]
         if "params" not in group:
             raise ValueError(f"a param group needs params, and has {', '.join(group)} alone")
+        if (stack := parse(group.get("stack", self.stack))) != self.stack:
+            raise ValueError(
+                f"a param group has the stack {stack}, and the optimizer {self.stack} for all; "
+                "groups with stacks of their own have to be there when the optimizer is made"
+            )
         if self.betas and "betas" in group:
             group.update(unpack_betas(self.betas, group.pop("betas")))
         own = {name: value for name, value in group.items() if name in rule.hypers}
@@ -202,7 +212,7 @@ class Engine:
         params = list(params)
         if len(set(params)) < len(params):
             raise ValueError("a parameter was given twice; give each one once, tied ones too")
-        device, rule = self._device, self.stack.levels[0]
+        device, rule = self.device, self.stack.levels[0]
         for p in filter(_is_trained, params):
             if rule.ndim not in (None, p.ndim):
                 raise ValueError(
@@ -237,7 +247,7 @@ class Engine:
                 )
 
     def _check_gradients(self) -> None:
-        for p in self._params:
+        for p in self.params:
             if p.grad is not None and p.grad.layout != torch.strided:
                 raise TypeError(
                     f"a gradient is sparse ({p.grad.layout}); only dense ones can be used: "
@@ -245,17 +255,17 @@ class Engine:
                 )
 
     @property
-    def _params(self) -> list[Tensor]:
+    def params(self) -> list[Tensor]:
         return [p for group in self.groups for p in group["params"]]
 
     @property
     def _trained(self) -> list[Tensor]:
-        return [p for p in self._params if _is_trained(p)]
+        return [p for p in self.params if _is_trained(p)]
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         """That of the first parameter that is trained, where all numbers are."""
-        frozen = (p for p in self._params if p.device.type != "meta")
+        frozen = (p for p in self.params if p.device.type != "meta")
         return next((p.device for p in [*self._trained, *frozen]), torch.device("cpu"))
 
     # A step.
@@ -324,6 +334,15 @@ class Engine:
         if self.is_started and not (self._is_state_shown and self._state):
             self._show_first_state()
         return self._state
+
+    @property
+    def shown_state(self) -> Any:
+        """What of the state has been shown so far, beside what others keep there."""
+        return self._state
+
+    def share_state(self, state: Any) -> None:
+        """Show the state in a dict that has all of ours already."""
+        self._state = state
 
     @state.setter
     def state(self, state: Any) -> None:
@@ -396,7 +415,7 @@ class Engine:
         """
         names = [*self.layout.states[0]]
         given: dict[Tensor, dict[str, Any]] = {}
-        for p in self._params:
+        for p in self.params:
             entries = self._state.get(p, {})
             own = {name: entries[name] for name in names if name in entries}
             if own:
@@ -427,7 +446,7 @@ class Engine:
 
     def _foreign_state(self) -> defaultdict[Any, Any]:
         """What others keep in `state`."""
-        names, members = self.layout.states[0].keys(), set(self._params)
+        names, members = self.layout.states[0].keys(), set(self.params)
         found: defaultdict[Any, Any] = defaultdict(dict)
         for key, entries in self._state.items():
             if isinstance(key, Tensor) and key in members:
@@ -484,7 +503,7 @@ class Engine:
             raise ValueError("a param group was taken away; make a new optimizer of the others")
         if len(self.groups) > self._known_groups:
             raise ValueError("a param group was put in by hand; use add_param_group")
-        self._check_params(self._params)
+        self._check_params(self.params)
         self._check_gradients()
         for shard in self._shards + self._inactive_shards:
             shard.check_shapes()
@@ -529,7 +548,7 @@ class Engine:
         """Whose hyperparameters move a shard that begins with a parameter."""
         if not self.layout.blocks[0].per_tensor:
             return Owner(group)
-        return Owner(group, next(i for i, q in enumerate(self._params) if q is p))
+        return Owner(group, next(i for i, q in enumerate(self.params) if q is p))
 
     def _forget_last_update(self, shard: Shard) -> None:
         """Keep only the state that a shard's last update led to."""
@@ -570,7 +589,7 @@ class Engine:
             processes(self._trained),
         )
         self._step = None
-        device = self._device
+        device = self.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         blank = torch.empty(0, dtype=dtype, device=device)
         lasts = [shard.last for shard in self._shards]
@@ -619,7 +638,7 @@ class Engine:
         )
         if regrouped or any(shard.is_stale for shard in shards):
             self._rebuild_shards({p for shard in self._shards for p in shard.params}.__contains__)
-        number = {p: i for i, p in enumerate(self._params)}
+        number = {p: i for i, p in enumerate(self.params)}
         told = {*self._rule.hypers, "betas", "params"}
         saved_groups = [
             {
@@ -648,9 +667,17 @@ class Engine:
                 state[key] = entries
         return {"state": state, "param_groups": saved_groups}
 
-    @keeps
     def load(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `save`; if it raises, nothing has changed.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        self.apply(self.read(state_dict))
+
+    @keeps
+    def read(self, state_dict: dict[str, Any]) -> tuple:
+        """What `apply` needs to go on from a state; changes nothing.
 
         Raises:
             ValueError: it does not fit.
@@ -668,8 +695,13 @@ class Engine:
             raise ValueError(
                 f"this state is not a whole one: a parameter has no {missing}"
             ) from None
-        self._shards, self._inactive_shards = shards
-        saved_groups = copy.deepcopy(state_dict["param_groups"])
+        return shards, copy.deepcopy(state_dict["param_groups"]), foreign, others
+
+    @keeps
+    def apply(self, found: tuple) -> None:
+        """Go on from what `read` has returned."""
+        (self._shards, self._inactive_shards), saved_groups, foreign, others = found
+        lowest = self.layout.blocks[0]
         self._overrides = [frozenset(group.pop("own", ())) for group in saved_groups]
         tower = saved_groups[0].pop("tower")
         # Version 0.1 compiled from the first step on.
@@ -687,7 +719,7 @@ class Engine:
                 bases[i] = float(start) / lr if start and isinstance(lr, float) and lr else 1.0
         self._shown = {}
         self._state.clear()
-        everyone = self._params
+        everyone = self.params
         for i, kept in foreign.items():
             self._state[everyone[i]] = checkpoint.like_parameter(everyone[i], kept)
         self._state.update(others)
