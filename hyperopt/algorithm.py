@@ -167,8 +167,10 @@ def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
         for name, value in rule.values.items():
             own: dict[Any, Any] = value if isinstance(value, dict) else {None: value}
             if name in tuned and tuned[name].per != "run":
-                own = dict.fromkeys(names, value)
-            place = 0 if None in own else [[*own].index(each) for each in names]
+                everyone = range(len(x)) if tuned[name].per == "element" else names
+                own = dict.fromkeys(everyone, value)
+            of = [*range(len(x))] if len(own) == len(x) else names
+            place = 0 if None in own else [[*own].index(each) for each in of]
             if name in tuned:
                 places[name] = torch.tensor(place) + len(raw)
                 raw += [tuned[name].domain.raw(number) for number in own.values()]

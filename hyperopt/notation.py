@@ -5,7 +5,7 @@ level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
 value = number | True | False | word | {hyperparameter: number, ...} | (number, ...)
 moved = hyperparameters that the level above moves, each as name or name: how
-how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor)]
+how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor | element)]
 
 Keywords of every level above the lowest, as in SGD(1e-5, clip_norm=1). They say how it moves the
 level below:

@@ -80,7 +80,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self.stack = self.stacks[0]
         defaults: dict[str, Any] = {}  # of several stacks each group has its own
         if isinstance(self._engine, Engine):
-            defaults |= self.stack.levels[0].values
+            defaults |= self._engine.stack.levels[0].values
         if self._engine.betas:
             defaults["betas"] = tuple(defaults[name] for name in self._engine.betas)
         super().__init__(params, defaults)

@@ -97,7 +97,7 @@ class Option:
         return value
 
 
-SCOPES = ("run", "group", "tensor")
+SCOPES = ("run", "group", "tensor", "element")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class Tuning:
     Attributes:
         domain: the domain in which it is moved.
         low, high: bounds of its value, beside those of the domain.
-        per: its scope: one value for the whole run, each param group, or each tensor.
+        per: its scope: one value for the whole run, each param group, each tensor, or each
+            element of each tensor.
     """
 
     domain: Domain
@@ -138,7 +139,7 @@ class Tuning:
         except ValueError:
             raise ValueError(
                 f"{text!r} does not say how to tune; expected "
-                "[domain] [from NUMBER] [to NUMBER] [per run|group|tensor]"
+                "[domain] [from NUMBER] [to NUMBER] [per run|group|tensor|element]"
             ) from None
         per = given.get("per", "run")
         if per not in SCOPES:

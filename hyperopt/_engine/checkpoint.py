@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..notation import parse
+from ..per_element import fold
 from ..rule import RULES, Stack
 from .blocks import FACTOR, Block, Owner, Slot
 from .packed import Layout, scalars_of
@@ -384,7 +385,7 @@ def check(
     # An equal notation need not be parsed: not every option can be.
     if theirs != str(stack):
         known = {**RULES, **{rule.name: type(rule) for rule in stack.levels}}
-        if _kind(parse(theirs, known)) != _kind(stack):
+        if _kind(fold(parse(theirs, known))) != _kind(stack):
             raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
     if len(tower.get("levels", ())) != len(stack.levels):
         raise ValueError(f"this state is not a whole one: it has not all levels of {stack}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..notation import parse
+from ..per_element import fold
 from ..rule import Rule, Stack, State, betas, unpack_betas
 from ..tuning import likely_typo
 from . import checkpoint
@@ -72,8 +73,9 @@ class Engine:
     def __init__(self, stack: Stack, compile: bool | str) -> None:
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto', not {compile!r}")
-        self.stack, self.compile, self.is_compiled = stack, compile, False
-        self.betas = betas(stack.levels[0])
+        self.given, self.stack = stack, fold(stack)
+        self.compile, self.is_compiled = compile, False
+        self.betas = betas(self.stack.levels[0])
         self._overrides: list[frozenset[str]] = []  # the values that each group overrides
         self._shards: list[Shard] = []  # what the last step moved
         self._inactive_shards: list[Shard] = []  # what only earlier steps moved
@@ -103,7 +105,7 @@ class Engine:
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
         self._bases = self._take_bases()
-        names = ("stack", "compile", "is_compiled", "betas", "groups", "layout", "packed", "_rule")
+        names = ("given", "stack", "compile", "is_compiled", "betas", "groups", "layout", "packed", "_rule")
         own = ("_overrides", "_shards", "_inactive_shards", "_known_groups", "_bases", "_is_scaled")
         kept = {
             name: self.__dict__[name] for name in (*names, *own, "_is_state_shown", "_steps_made")
@@ -122,7 +124,7 @@ class Engine:
 
     @property
     def stacks(self) -> list[Stack]:
-        return [self.stack]
+        return [self.given]
 
     # Param groups.
 
@@ -139,9 +141,9 @@ class Engine:
         rule = self.stack.levels[0]
         if "params" not in group:
             raise ValueError(f"a param group needs params, and has {', '.join(group)} alone")
-        if (stack := parse(group.get("stack", self.stack))) != self.stack:
+        if (stack := parse(group.get("stack", self.given))) != self.given:
             raise ValueError(
-                f"a param group has the stack {stack}, and the optimizer {self.stack} for all; "
+                f"a param group has the stack {stack}, and the optimizer {self.given} for all; "
                 "groups with stacks of their own have to be there when the optimizer is made"
             )
         if self.betas and "betas" in group:
@@ -471,7 +473,7 @@ class Engine:
     @keeps
     def snapshot(self) -> Tensor:
         self._sync_groups()
-        if not self.layout.blocks[0].lr_slots:
+        if len(self._places) == len(self.layout.names):
             return self.packed[: len(self._names)].clone()
         values, effective = self.packed[self._places], self._numbers.effective_lr
         return torch.cat([values, effective]) if self._is_scaled else values
@@ -483,7 +485,8 @@ class Engine:
 
     @property
     def skipped(self) -> list[int]:
-        return [int(count) for count in self._numbers.skipped.tolist()]
+        counts = [int(count) for count in self._numbers.skipped.tolist()]
+        return [*counts[:1] * (len(self.given.levels) - len(counts)), *counts]
 
     # Shards and layout.
 
@@ -602,7 +605,12 @@ class Engine:
             shard.last = self.layout.last_update(scalars, last.w, last.g, last.state)
         bases = self._take_bases() if bases is None else bases
         self._known_groups = len(self.groups)
-        shown = [i for i, n in enumerate(self.layout.names) if not n.startswith(f"0.{FACTOR}")]
+        hidden = (FACTOR, "lr") if self.stack is not self.given else (FACTOR,)
+        shown = [
+            i
+            for i, name in enumerate(self.layout.names)
+            if name.partition("[")[0] not in [f"0.{own}" for own in hidden]
+        ]
         self._places = shown
         self._names = tuple(self._public_names(self.layout.names[i] for i in shown))
         self._view = ParamGroupView(self.groups, stack, self.layout, self.packed, bases)
@@ -617,6 +625,8 @@ class Engine:
         """Names of the layout, with those of the parameters that have one of their own."""
         named = [name for group in self.groups for name in group.get("param_names", [])]
         times = Counter(named)
+        if self.stack is not self.given:  # the two lowest levels are one rule
+            names = map(_unfolded, names)
         by_place = {f"[p{i}]": f"[{name}]" for i, name in enumerate(named) if times[name] == 1}
         return (
             re.sub(r"\[p\d+\]$", lambda place: by_place.get(place[0], place[0]), name)
@@ -736,6 +746,14 @@ class Engine:
     @property
     def _active_hypers(self) -> list[str]:
         return [name for name in self._rule.hypers if self._rule.is_active(name)]
+
+
+def _unfolded(name: str) -> str:
+    """The name in the given stack of what has this name in the one that `fold` made."""
+    level, _, rest = name.partition(".")
+    if level != "0":
+        return f"{int(level) + 1}.{rest}"
+    return rest if rest.startswith("1.") else name
 
 
 def _has_grad(p: Tensor) -> bool:
