@@ -12,6 +12,7 @@ from ._engine.torch_private import compile_graph, trace
 from .auto import Auto
 from .domains import DOMAINS, Domain
 from .errors import HyperoptWarning
+from .groups import split_matrices
 from .history import History, lightning_callback, trainer_callback
 from .notation import parse
 from .optimizer import HyperOptimizer
@@ -72,6 +73,7 @@ __all__ = [
     "kernel_count",
     "lightning_callback",
     "parse",
+    "split_matrices",
     "trace",
     "trainer_callback",
 ]

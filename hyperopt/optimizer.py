@@ -163,10 +163,11 @@ class HyperOptimizer(torch.optim.Optimizer):
     def names(self) -> tuple[str, ...]:
         """The names of the numbers in a `snapshot`, as ``"0.lr"``: the level, the hyperparameter.
 
-        A per-group value is ``"0.lr[1]"``, as is each value of several stacks, and a value for one hyperparameter below is
-        ``"1.lr[beta1]"``. A per-tensor value is ``"0.lr[hidden.weight]"`` if the parameters were
-        given with their names, as by ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted
-        from 0.
+        A per-group value is ``"0.lr[1]"``, as is each value where groups have stacks of their own.
+        A value for one hyperparameter below is ``"1.lr[beta1]"``. A per-tensor value is
+        ``"0.lr[hidden.weight]"`` if the parameters were given with their names, as by
+        ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted from 0. Values per element
+        are not here, but in ``state[p]``.
 
         Once a tuned lr has been scaled, the lr that the rule uses stands at the end, as
         ``"0.effective_lr"``; with several param groups, as ``"0.effective_lr[1]"`` for each.

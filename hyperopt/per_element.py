@@ -68,8 +68,7 @@ class PerElement(Rule, known=False):
         for name, how in self.moved.items():
             raw, own = s[f"raw_{name}"], f"{name}_"
             kept = {key: s[own + key] for key in self.above.init(raw)}
-            d = self.above.policy.clipping(g * s[f"slope_{name}"])
-            moved, kept = self.above.update(raw, d, kept, h_above)
+            moved, kept = self.above.update(raw, g * s[f"slope_{name}"], kept, h_above)
             raws[name] = moved.clamp(*_reach(how, w.dtype))
             after |= {own + key: value for key, value in kept.items()}
         names = [*self._below.init(w)]
@@ -87,7 +86,9 @@ class PerElement(Rule, known=False):
         after |= {f"raw_{name}": raw for name, raw in raws.items()}
         after |= {f"slope_{n}": slope for n, slope in zip(raws, slopes, strict=True)} | state
         sound = g.isfinite()  # an element whose gradient is not finite stays as it is
-        after = {n: torch.where(sound, after[n], old) if old.ndim else after[n] for n, old in s.items()}
+        after = {
+            n: torch.where(sound, after[n], old) if old.ndim else after[n] for n, old in s.items()
+        }
         return torch.where(sound, new, w), after
 
     @property
@@ -118,10 +119,12 @@ def fold(stack: Stack) -> Stack:
     if "lr" in below.tuned and below.values["lr"] == 0:
         raise ValueError(f"{below}: an lr per element has to start above 0")
     for name in KEYWORDS:
-        if name != "clip_value" and above.argument(name) != KEYWORDS[name].default:
+        if above.argument(name) != KEYWORDS[name].default:
             raise ValueError(f"{above}: {name} is not for hyperparameters per element")
     if dicts := [name for name, value in above.values.items() if isinstance(value, Mapping)]:
-        raise ValueError(f"{above}: {dicts[0]} must be one number above hyperparameters per element")
+        raise ValueError(
+            f"{above}: {dicts[0]} must be one number above hyperparameters per element"
+        )
     return Stack(_class(below, above)(), *rest)
 
 
@@ -130,7 +133,8 @@ def _class(below: Rule, above: Rule) -> type[PerElement]:
     """The rule of two levels."""
     kept = {n: hyper for n, hyper in below.hypers.items() if n not in below.tuned or n == "lr"}
     members: dict[str, Any] = {
-        n: replace(hyper, default=_number(below.values[n]), tuned=False) for n, hyper in kept.items()
+        n: replace(hyper, default=_number(below.values[n]), tuned=False)
+        for n, hyper in kept.items()
     }
     for name, hyper in above.hypers.items():
         members[f"1.{name}"] = replace(hyper, default=_number(above.values[name]))

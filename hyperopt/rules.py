@@ -413,7 +413,7 @@ class Rprop(Rule):
 
     lr = Hyper(1e-2)
     eta_minus = Hyper(0.5, UNIT, high=1.0)
-    eta_plus = Hyper(1.2, LOG, low=1.0)
+    eta_plus = Hyper(1.2, LOG)
     step_size_min = Option(1e-6, low=0)
     step_size_max = Option(50.0, low=0)
 
@@ -486,7 +486,7 @@ class Muon(Rule):
         direction = average(buffer, g, h.momentum) if self.nesterov else buffer
         if self.bfloat16:
             direction = direction.bfloat16()
-        direction = orthogonalized(direction, self.ns_coefficients, self.ns_steps, self.eps)
+        direction = orthogonalized(direction, self.ns_coefficients, self.ns_steps, self.eps).to(w)
         rows, columns = w.shape
         ratio = {
             "original": max(1, rows / columns) ** 0.5,
@@ -524,7 +524,7 @@ class Adafactor(Rule):
     lr = Hyper(1e-2)
     beta2_decay = Hyper(-0.8, tuned=False, low=-math.inf, high=math.ulp(0.0))
     eps2 = Hyper(1e-3, LOG, tuned=False)
-    d = Hyper(1.0, LOG, tuned=False, low=1.0)
+    d = Hyper(1.0, LOG, tuned=False)
     weight_decay = Hyper(0.0, LOG, tuned=False)
     eps1 = Option(0.0, low=0)  # 0: the unit in the last place of the weights' dtype
 

@@ -105,8 +105,16 @@ class Engine:
     def __getstate__(self) -> dict[str, Any]:
         self.sync()
         self._bases = self._take_bases()
-        names = ("given", "stack", "compile", "is_compiled", "betas", "groups", "layout", "packed", "_rule")
-        own = ("_overrides", "_shards", "_inactive_shards", "_known_groups", "_bases", "_is_scaled")
+        names = ("given", "stack", "compile", "is_compiled", "betas", "groups", "layout", "packed")
+        own = (
+            "_rule",
+            "_overrides",
+            "_shards",
+            "_inactive_shards",
+            "_known_groups",
+            "_bases",
+            "_is_scaled",
+        )
         kept = {
             name: self.__dict__[name] for name in (*names, *own, "_is_state_shown", "_steps_made")
         }

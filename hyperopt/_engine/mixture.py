@@ -1,7 +1,8 @@
-"""`Mixture`: several engines behind one optimizer, for param groups that have stacks of their own."""
+"""`Mixture`: several engines behind one optimizer, for param groups with different stacks."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -83,9 +84,7 @@ class Mixture:
             devices = {engine.device for engine in self.engines if engine.groups}
             if len(devices) > 1:
                 found = " and on ".join(sorted(map(str, devices)))
-                raise ValueError(
-                    f"parameters on {found}; make one optimizer for each device"
-                )
+                raise ValueError(f"parameters on {found}; make one optimizer for each device")
         except (TypeError, ValueError):
             self.groups.pop()
             raise
@@ -159,7 +158,7 @@ class Mixture:
             tuned = sum(index < len(engine.hypergradients) for index in indices)
             effective = sum("effective_lr" in name for name in names)
             ends = [0, tuned, len(names) - effective, len(names)]
-            cut.append([own[a:b] for a, b in zip(ends, ends[1:], strict=False)])
+            cut.append([own[a:b] for a, b in itertools.pairwise(ends)])
         return [[own[part] for own in cut] for part in range(3)]
 
     @property

@@ -18,7 +18,7 @@ from . import compiler
 from .blocks import Block
 from .fingerprint import fingerprint
 from .packed import Layout, Vectors
-from .torch_private import sum_over, tree_flatten, tree_leaves, tree_unflatten
+from .torch_private import load_forward_mode, sum_over, tree_flatten, tree_leaves, tree_unflatten
 from .updates import Numbers, recompute_last_update, update_hyperparameters, update_weights
 
 Part = Callable[..., None]
@@ -119,6 +119,8 @@ class Step:
         self, layout: Layout, numbers: Numbers, shards: Sequence[Vectors], make: Make
     ) -> None:
         lowest, parts = layout.blocks[0], Parts(layout, numbers)
+        if not lowest.rule.compiles:
+            load_forward_mode()
         tuned = [owner.places(lowest.tuned) for owner in layout.owners]
         fixed = [owner.places(lowest.fixed) for owner in layout.owners]
         self.tuned = Gather(tuned, numbers.raw[0][0])

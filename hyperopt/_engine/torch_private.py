@@ -15,7 +15,7 @@ Each with the version that brought it:
   `CppPythonBindingsCodeCache.load_pybinding` (2.2),
   `codecache._get_cpp_prefix_header` (2.8), `cpu_vec_isa.valid_vec_isa_list`, `.x86_isa_checker`
   and `.supported_vec_isa_list` (2.5)
-- `torch.utils._pytree` (2.0)
+- `torch.utils._pytree`, `torch._decomp.decompositions_for_jvp` (2.0)
 - of autograd, modes and lists: `torch._C._is_any_autocast_enabled`, `_len_torch_dispatch_stack`,
   `torch._subclasses.fake_tensor`, `torch._foreach_copy_`, `torch._disable_dynamo`,
   `Tensor._version` (2.0)
@@ -26,7 +26,9 @@ Each with the version that brought it:
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import importlib
 import operator
 import platform
 import re
@@ -399,6 +401,14 @@ def _realize_scalars(graph: fx.GraphModule, shape: list) -> None:
             node.replace_input_with(scalar, scalars[key])
     graph.graph.output_node().args = ((*scalars.values(),),)
     graph.recompile()
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """Import what torch's forward mode needs, without torch's warning about itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def compile_sized(
