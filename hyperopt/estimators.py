@@ -194,7 +194,9 @@ def derivatives(
         def along(direction: Tensor) -> Any:
             return torch.func.jvp(update, (raw,), (direction,), has_aux=True)[1:]
 
-        found, state = torch.vmap(along, out_dims=(0, None))(torch.stack([*directions]))
+        found, state = torch.vmap(along, out_dims=(0, None))(  # type: ignore[arg-type]
+            torch.stack([*directions])
+        )
         return [*found], state
 
     def pullback(vector: Tensor) -> tuple[Tensor, Any]:

@@ -67,12 +67,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         if not isinstance(params, Tensor):
             params = list(params)
         default = None if stack is None else parse(stack)
-        own = [group.get("stack", default) for group in params if isinstance(group, dict)]
+        groups = [group for group in params if isinstance(group, dict)]
+        own = [parse(group["stack"]) if "stack" in group else default for group in groups]
         self._engine: Engine | Mixture
-        if own and any(stack != default for stack in own):
-            if None in own:
+        if any(each != default for each in own):
+            stacks = [each for each in own if each is not None]
+            if len(stacks) < len(own):
                 raise ValueError("a param group has no stack; give it one, or one for all groups")
-            self._engine = Mixture([parse(stack) for stack in own], default, compile)
+            self._engine = Mixture(stacks, default, compile)
         elif default is None:
             raise ValueError("no stack was given, neither for all parameters nor in a param group")
         else:

@@ -140,7 +140,7 @@ def _class(below: Rule, above: Rule) -> type[PerElement]:
         members[f"1.{name}"] = replace(hyper, default=_number(above.values[name]))
     members |= {"below": below, "above": above, "moved": dict(below.tuned)}
     members["__module__"] = __name__
-    return type(f"{below.name} / {above.name}", (PerElement,), members, known=False)  # type: ignore[call-overload,no-any-return]
+    return type(f"{below.name} / {above.name}", (PerElement,), members, known=False)
 
 
 def _again(below: Rule, above: Rule, values: dict[str, Number], active: frozenset[str]) -> Rule:

@@ -412,7 +412,8 @@ class Rprop(Rule):
     """
 
     lr = Hyper(1e-2)
-    eta_minus = Hyper(0.5, UNIT, high=1.0)
+    # A weight whose gradient has changed its sign does not move, so the hypergradient is 0.
+    eta_minus = Hyper(0.5, UNIT, tuned=False, high=1.0)
     eta_plus = Hyper(1.2, LOG)
     step_size_min = Option(1e-6, low=0)
     step_size_max = Option(50.0, low=0)
@@ -421,11 +422,15 @@ class Rprop(Rule):
         return {"prev": torch.zeros_like(w), "step_size": torch.ones_like(w)}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        sign = g * s["prev"]
+        sign, moves = g * s["prev"], h.lr > 0
         factor = torch.where(sign > 0, h.eta_plus, torch.where(sign < 0, h.eta_minus, 1.0))
-        step = (h.lr * s["step_size"] * factor.to(w)).clamp(self.step_size_min, self.step_size_max)
+        lr = torch.where(moves, h.lr, 1.0)
+        step = (lr * s["step_size"] * factor.to(w)).clamp(self.step_size_min, self.step_size_max)
         g = torch.where(sign < 0, 0.0, g)
-        return w - step * torch.sign(g), {"prev": g, "step_size": step / h.lr}
+        return w - torch.where(moves, step, 0.0) * torch.sign(g), {
+            "prev": g,
+            "step_size": torch.where(moves, step / lr, s["step_size"]),
+        }
 
 
 class ASGD(Rule):

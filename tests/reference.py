@@ -130,6 +130,21 @@ def schedule_free(w, g, s, h):
     return (1 - h.beta1) * z + h.beta1 * x, {"t": t, "v": v, "total": total, "z": z}
 
 
+def rprop(w, g, s, h):
+    sign = mp.sign(g * s.get("g", 0))
+    scale = {1: h.eta_plus, -1: h.eta_minus, 0: 1}[int(sign)]
+    # The step size is a multiple of lr, whose limits are not.
+    step = min(max(h.lr * s.get("step", 1) * scale, h.step_size_min), h.step_size_max)
+    g = 0 if sign < 0 else g
+    return w - step * mp.sign(g), {"g": g, "step": step / h.lr}
+
+
+def asgd(w, g, s, h):
+    t = s.get("t", 0)
+    lr = h.lr / (1 + h.lambd * h.lr * t) ** h.alpha
+    return w - lr * (h.lambd * w + g + h.weight_decay * w), {"t": t + 1}
+
+
 UPDATES = {
     "SGD": sgd,
     "AdaGrad": adagrad,
@@ -142,6 +157,8 @@ UPDATES = {
     "RAdam": radam,
     "Lion": lion,
     "ScheduleFreeAdam": schedule_free,
+    "Rprop": rprop,
+    "ASGD": asgd,
 }
 TO_RAW = {
     "real": lambda h: h,

@@ -7,6 +7,7 @@ import torch
 
 import hyperopt.algorithm
 from hyperopt import RULES, SGD, Hyper, HyperOptimizer, Rule, Stack, parse
+from hyperopt._engine.engine import Engine
 from hyperopt.algorithm import skip, start, step
 
 # Every rule, with hyperparameters that matter from the first steps on.
@@ -21,7 +22,7 @@ RULE = {
     "NAdam": "NAdam({lr}, 0.6, 0.8, eps=0.1, momentum_decay=0.5)[lr, beta1, momentum_decay]",
     "RAdam": "RAdam({lr}, 0.6, 0.9, eps=0.1)",
     "Lion": "Lion({lr}, 0.6, 0.8, weight_decay=0.05)[lr, weight_decay]",
-    "Rprop": "Rprop({lr}, 0.6, 1.3)",
+    "Rprop": "Rprop({lr}, 0.6, 1.3, step_size_min=0)[lr, eta_plus]",
     "ASGD": "ASGD({lr}, lambd=0.1, alpha=0.5, weight_decay=0.05, t0=3)[lr, lambd, alpha]",
     "ScheduleFreeAdam": "ScheduleFreeAdam({lr}, 0.6, 0.8, eps=0.1, r=2)",
 }
@@ -70,9 +71,10 @@ def check(stack: str | Stack, compile: bool = False, steps: int = 25) -> None:
             levels = [*skip(levels[:2])[:1], *levels[1:]]
         else:
             w, levels = step(levels, w, gradient)
-        ours = torch.cat([p.detach() for p in params])
+        ours, engine = torch.cat([p.detach() for p in params]), optimizer._engine
+        assert isinstance(engine, Engine)
         torch.testing.assert_close(ours, w, rtol=1e-12, atol=1e-12)
-        raw = [row for each in optimizer._engine._numbers.raw for row in each]
+        raw = [row for each in engine._numbers.raw for row in each]
         for k, (mine, level) in enumerate(zip(raw, levels, strict=True)):
             torch.testing.assert_close(mine, level.raw, rtol=1e-12, atol=1e-12, msg=f"level {k}")
 

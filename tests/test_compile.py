@@ -256,9 +256,9 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
         new.copy_(old * 2 * small)
 
     kinds = [((), torch.float32, one.device)], [(torch.float32, one.device)]
-    for n in (None, 1000):
+    for shapes in (None, [torch.Size([1000])]):
         assert not hyperopt._engine.compiler._works_in_place(
-            backwards_eagerly(n is None), *kinds, n
+            backwards_eagerly(shapes is None), *kinds, shapes
         )
     run = hyperopt._engine.compiler.compiled("backwards", backwards, (), [one], trial).ready()
     assert len(compilations) == 2

@@ -32,7 +32,7 @@ def other(name: str) -> dict[str, Any]:
     """For each option of a rule's own another setting than the default one."""
     options = RULES[name].options.items()
     own = {n: option.default for n, option in options if n not in vars(Rule)}
-    return {n: not default if isinstance(default, bool) else 0.1 for n, default in own.items()}
+    return {n: not x if isinstance(x, bool) else x / 2 or 0.1 for n, x in own.items()}
 
 
 def variants(name: str) -> list[Rule]:
@@ -93,8 +93,8 @@ def test_hypergradients_are_differences(name):
 @every_rule
 def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(name):
     hypers = RULES[name].hypers
-    values = {n: h.default or 0.1 for n, h in hypers.items() if n != "weight_decay"} | {"lr": 0.01}
-    still = {"weight_decay": 0.0} if "weight_decay" in hypers else {}
+    still = {name: 0.0 for name in ("weight_decay", "lambd") if name in hypers}
+    values = {n: h.default or 0.1 for n, h in hypers.items() if n not in still} | {"lr": 0.01}
     for options in ({}, *({option: x} for option, x in other(name).items())):
         lowest = RULES[name](**values, **still, **options)[tuple(values)]
         for top in ("SGD(1e-4)", "Adam(1e-3)", "AdaGrad(1e-3)", "RMSProp(1e-3)"):

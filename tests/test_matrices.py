@@ -5,13 +5,14 @@ import io
 import itertools
 import pickle
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from hyperopt import RULES, HyperOptimizer, Rule, algorithm, parse, split_matrices
+from hyperopt import RULES, SGD, HyperOptimizer, Muon, Rule, algorithm, parse, split_matrices
 
 SHAPES = ((6, 4), (4, 6), (5, 5))
 MIXED = ((6, 4), (7,), (), (2, 3, 4))
@@ -135,9 +136,9 @@ def difference(rule, before, g, name):
 
 def flat(rule, shape):
     """The same rule on a vector, as the definition has it."""
-    kind = type(rule)
+    kind: Any = type(rule)
 
-    class Flat(kind, known=False):
+    class Flat(kind, known=False):  # type: ignore[call-arg]
         elementwise, ndim = True, None
 
         def init(self, w):
@@ -201,13 +202,13 @@ def test_vectors_keep_no_gradient_of_the_last_step():
     """An update that costs matrix products is made once: its derivatives are kept."""
     calls = []
 
-    class Counted(RULES["Muon"], known=False):
+    class Counted(Muon, known=False):
         def update(self, w, g, s, h):
             calls.append(w.shape)
             return super().update(w, g, s, h)
 
     p = torch.randn(4, 3, requires_grad=True)
-    optimizer = HyperOptimizer([p], Counted(0.02)["lr"] / RULES["SGD"](1e-4), compile=False)
+    optimizer = HyperOptimizer([p], Counted(0.02)["lr"] / SGD(1e-4), compile=False)
     for _ in range(3):
         p.grad = torch.ones(4, 3)
         calls.clear()

@@ -345,6 +345,12 @@ class Engine:
             self._show_first_state()
         return self._state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self.is_started and not self._is_state_shown:
+            self._show_first_state()  # what is missing in the other one was taken out
+        self._state = state
+
     @property
     def shown_state(self) -> Any:
         """What of the state has been shown so far, beside what others keep there."""
@@ -352,12 +358,6 @@ class Engine:
 
     def share_state(self, state: Any) -> None:
         """Show the state in a dict that has all of ours already."""
-        self._state = state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        if self.is_started and not self._is_state_shown:
-            self._show_first_state()  # what is missing in the other one was taken out
         self._state = state
 
     @keeps

@@ -151,7 +151,7 @@ class Mixture:
             found.append((names, indices))
         return found
 
-    def _in_order(self, parts: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    def _in_order(self, parts: Sequence[Any]) -> list[list[Any]]:
         """Cut what each engine has for its names: the tuned ones, the constants, effective lrs."""
         cut = []
         for engine, (names, indices), own in zip(self.engines, self._public(), parts, strict=True):

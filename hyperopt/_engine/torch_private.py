@@ -440,9 +440,10 @@ def compile_sized(
     # Each argument has a memory of its own here, also where two of them will be given the same.
     with mode:
         arguments = [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
+        of: Sequence[Any] = shapes or [size] * len(vectors)
         arguments += [
             torch.empty(shape, dtype=d, device=on)
-            for shape, (d, on) in zip(shapes or [size] * len(vectors), vectors, strict=True)
+            for shape, (d, on) in zip(of, vectors, strict=True)
         ]
 
     def silent(*tensors: Any) -> list[Tensor]:
@@ -460,9 +461,8 @@ def compile_sized(
     # What is there twice is, for the most part, a move beside its own derivative.
     graph.graph.eliminate_dead_code()
     graph.graph = fx_graph_cse(graph.graph)
-    shape = size or [*shapes[0]] if vectors and (shapes or size) else [1]
-    if shape != [1]:
-        _realize_scalars(graph, shape)
+    if vectors and [*of[0]] != [1]:
+        _realize_scalars(graph, [*of[0]])
     return _start(graph, [*size, *arguments], mode, {}, together=True)
 
 
@@ -501,7 +501,7 @@ def direct(
             given += [
                 torch.empty(shape, dtype=d, device=on)
                 for shape, (d, on) in zip(
-                    shapes or [(length,)] * len(vectors), vectors, strict=True
+                    shapes or [torch.Size([length])] * len(vectors), vectors, strict=True
                 )
             ]
             space[found[0]] = lambda *own, given=given: records.append(([*given], own))
