@@ -28,14 +28,11 @@ def split_matrices(model: nn.Module, head: nn.Module | None = None) -> tuple[Nam
     Returns:
         two lists of names and parameters, each parameter once, in the order of the model.
     """
-    linears: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, nn.Linear)
-    ]
-    outer: list[nn.Module] = [
-        module for module in model.modules() if isinstance(module, nn.Embedding)
-    ]
-    outer += [head] if head is not None else linears[-1:]
-    outside = {p for module in outer for p in module.parameters()}
+    modules = [*model.modules()]
+    outer = [module for module in modules if isinstance(module, nn.Embedding)]
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    heads = [head] if head is not None else linears[-1:]
+    outside = {p for module in [*outer, *heads] for p in module.parameters()}
     hidden: Named = []
     rest: Named = []
     for name, p in model.named_parameters():
