@@ -1,6 +1,6 @@
 """What a machine does to runs: kills, a full disk, damaged files.
 
-More of it is in `scripts.fault_injection`.
+More of it is in `fault_injection.py`.
 """
 
 import random
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fault_injection import Faults, NoMount, tmpfs
 
 from experiments.config.compose import compose
 from experiments.config.identity import run_hash
 from experiments.config.resolve import resolve, resolve_all
 from experiments.records.store import RunStore
 from experiments.training.trainer import train
-from scripts.fault_injection import Faults, NoMount, tmpfs
 
 SHORT = ("trainer.epochs=2", "trainer.compile=false", "trainer.compile_model=false", "device=cpu")
 

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import slurm
 
 from experiments.config.compose import compose
 from experiments.config.resolve import resolve
 from experiments.records.store import RunStore
 from experiments.records.tidy import tidy_csv
 from experiments.training.trainer import train
-from scripts import slurm
 
 FIXED = ("data=mnist-5k", "device=cpu", "trainer.compile=false", "trainer.compile_model=false")
 LENGTH = "trainer.epochs=60"

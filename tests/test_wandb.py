@@ -20,6 +20,7 @@ import pytest
 import test_text
 import wandb
 from wandb.proto import wandb_internal_pb2
+from wandb_server import KEY, Server, serve
 
 from experiments.cli import guarded
 from experiments.config.compose import compose
@@ -41,7 +42,6 @@ from experiments.records.loggers.wandb import (
 from experiments.records.store import RunDirectory, RunStore
 from experiments.records.tidy import JUDGED_BY
 from experiments.training.trainer import Progress, train
-from scripts.wandb_server import KEY, Server, serve
 
 Record: Any = wandb_internal_pb2.Record  # type: ignore[attr-defined]
 

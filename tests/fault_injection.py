@@ -1,7 +1,7 @@
 """Harm sweeps in every way that a machine has, and compare them with one that was left alone.
 
-    python -m scripts.fault_injection
-    python -m scripts.fault_injection runs=24 kills=10 launcher=joblib folder=faults seed=0
+    python tests/fault_injection.py
+    python tests/fault_injection.py runs=24 kills=10 launcher=joblib folder=faults seed=0
 
 A sweep of short runs, shown on a stand-in for W&B, has its processes killed at random moments, with
 SIGKILL and with SIGTERM, one of its workers or all, and is started again each time. Then two sweeps
@@ -28,14 +28,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import slurm
 import torch
+from wandb_server import KEY, Server, serve
 
 from experiments.cli import asked_for_help, choose, guarded, number, split
 from experiments.records.archive import FILES
 from experiments.records.store import RunStore
 from experiments.records.tidy import read_summaries
-from scripts import slurm
-from scripts.wandb_server import KEY, Server, serve
 
 PATIENCE = 600.0  # seconds for one sweep
 PAUSE = 1.0  # seconds at most between the moment that a kill is due and the kill
