@@ -103,7 +103,7 @@ benchmark: setup ## time a step beside torch.optim and the published package, on
 	@$(PY) -m experiments.studies step_time && $(PUSH)
 
 gpu-check: setup ## check on a GPU what a CPU cannot show, in ten minutes; writes results/gpu_check.md
-	@$(PY) -m scripts.gpu_check
+	@$(PY) tests/gpu_check.py
 
 tables: setup ## redraw every table and figure from the results in the repository, without training
 	@$(PY) -m scripts.tables && $(PUSH)

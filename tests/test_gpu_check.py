@@ -3,14 +3,14 @@
 import sys
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
+from gpu_check import Finding
 from test_figure2 import cifar
 
 from experiments.cli import guarded
 from experiments.studies.figure2.runs import HE
-from scripts import gpu_check
-from scripts.gpu_check import Finding
 
 __all__ = ["cifar"]
 CPU = torch.device("cpu")

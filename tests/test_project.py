@@ -326,7 +326,7 @@ def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
         ("fault_injection runs=3", "runs=3 must be an even number above 0"),
         ("fault_injection runs=0", "runs=0 must be an even number above 0"),
         ("fault_injection epochs=0", "kills=10 and epochs=0 must be 1 or more"),
-        ("scripts.logging_cost rounds=0", "rounds=0 must be 1 or more"),
+        ("logging_cost rounds=0", "rounds=0 must be 1 or more"),
         ("experiments.records.push_wandb store=nosuch", "there is no store=nosuch"),
         ("experiments.records.push_wandb results=nosuch", "results=nosuch is no folder"),
     ],

@@ -20,6 +20,7 @@ from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve
 from experiments.config.schema import Config
 from experiments.records.archive import read_records
+from experiments.studies import curves as records
 from experiments.studies import study
 from experiments.studies.robustness import report as drawn
 from experiments.studies.robustness import runs as robustness
@@ -314,14 +315,14 @@ def test_without_a_fixed_lr_that_ended_well_nothing_is_said_to_be_near_it(fixed)
 def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
     grid = PRESETS["cpu"].tasks["mlp"].grid
     some = table({"Adam": {1e-8: 9.0, 0.03162: 2.0, 1e-2: 3.0}, "SGD": dict.fromkeys(grid, 4.0)})
-    (said, _) = drawn.remarks(some, "cpu", "mlp", "MNIST")
+    said = drawn.remarks(some, "cpu", "mlp", "MNIST")
     lrs = ", ".join(f"{lr:g}" for lr in grid)
     assert said == (
         "The best fixed lr is that of Adam from 0.03162: 2. Of those that are searched, these were "
         f"run: SGD {lrs}; SGD, momentum 0.9 none; Adam 0.01, 0.03162."
     )
     whole = {method: dict.fromkeys(grid, 2.0) for method in FIXED}
-    (said, _) = drawn.remarks(table(whole), "cpu", "mlp", "MNIST")
+    said = drawn.remarks(table(whole), "cpu", "mlp", "MNIST")
     assert said == "The best fixed lr is that of SGD from 0.0001: 2."
 
 
@@ -344,7 +345,7 @@ def test_the_number_of_seeds_is_that_of_what_the_figure_shows() -> None:
         assert drawn.figure(own, "cpu").get_suptitle() == f"Start anywhere, preset cpu; {said}"
         text = drawn.markdown(own, own.assign(data="mnist"), "cpu", None)
         assert f"{drawn.CAPTION} {said}.\n" in text
-    assert drawn.count(own[:0]) == "n = 0"
+    assert records.counted(own[:0].n) == "n = 0"
 
 
 def test_the_curves_in_short_are_those_of_three_methods_in_the_order_of_starts() -> None:

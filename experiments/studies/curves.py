@@ -1,19 +1,21 @@
-"""Runs as their records have them, for the scripts that draw from those."""
+"""Runs as their records have them, and the tables that are made from these."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from experiments.files import write_json
 from experiments.records.archive import read_records, setting
-from experiments.studies.pages import diverged, with_sd
+from experiments.records.provenance import provenance
+from experiments.studies.pages import csv_of, diverged, with_sd, write_all
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,16 @@ class Run:
     @property
     def loss(self) -> float:
         """The training loss of the last epoch; infinite where the run diverged."""
-        return math.inf if self.summary["diverged"] else self.summary["train_loss"]
+        return self.judged("train_loss")
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """The hyperparameters of the lowest level at the end."""
+        return self.summary["hyperparameters"][0]
+
+    def judged(self, metric: str) -> float:
+        """A metric of the summary; infinite where the run diverged."""
+        return math.inf if self.summary["diverged"] else self.summary[metric]
 
     def columns(self, name: str) -> tuple[pd.Series, pd.Series]:
         """A column of `values` or else of `curves`, behind the epoch of each of its numbers."""
@@ -39,25 +50,25 @@ class Run:
 
 
 def read_runs(
-    source: Path,
+    folder: Path,
     cell_of: Callable[[dict[str, Any]], Any],
     part_of: Callable[[Any], Any] = lambda cell: None,
 ) -> list[Run]:
-    """The runs in a file of records, each with what `cell_of` makes of its summary.
+    """The runs in the records of a folder of results.
 
     Args:
-        part_of: the part of an experiment that a cell belongs to; each has one setting.
+        cell_of: the cell of a summary.
+        part_of: the part of a study that a cell belongs to; each has one setting.
 
     Raises:
         ValueError: a part has several settings.
     """
     runs: list[Run] = []
     settings: dict[Any, set[str]] = {}
-    for files in read_records(source).values():
+    for files in read_records(folder / "records").values():
         summary = json.loads(files["summary.json"])
         cell = cell_of(summary)
-        own = json.dumps(setting(summary), sort_keys=True)
-        settings.setdefault(part_of(cell), set()).add(own)
+        settings.setdefault(part_of(cell), set()).add(json.dumps(setting(summary), sort_keys=True))
         curves, values = (
             pd.read_csv(io.StringIO(files[name])) for name in ("curves.csv", "hyperparameters.csv")
         )
@@ -65,10 +76,14 @@ def read_runs(
     for found in settings.values():
         if len(found) > 1:
             raise ValueError(
-                f"{source} holds runs of several settings, {' and '.join(sorted(found))}; give "
-                "results= another folder for one of them"
+                f"{folder / 'records'} holds runs of several settings, "
+                f"{' and '.join(sorted(found))}; give results= another folder for one of them"
             )
     return runs
+
+
+def of(runs: Iterable[Run], cell: Any) -> list[Run]:
+    return [run for run in runs if run.cell == cell]
 
 
 def precision(run: Run) -> str:
@@ -76,19 +91,65 @@ def precision(run: Run) -> str:
     return ", in bf16" if run.summary["trainer"].get("autocast") else ""
 
 
-def of(runs: Iterable[Run], cell: Any) -> list[Run]:
-    return [run for run in runs if run.cell == cell]
+def preset_of(folder: Path) -> str:
+    """The preset that a folder of results is of."""
+    return folder.name.partition("-")[0]
 
 
-def count(runs: Iterable[Run]) -> str:
-    """As in "n = 3", or "n = 1 to 3" where cells have been run with different numbers of seeds."""
-    numbers = pd.Series([run.cell.label for run in runs]).value_counts()
-    least, most = numbers.min(), numbers.max()
+def counted(numbers: Iterable[int]) -> str:
+    """As in "n = 3", or "n = 1 to 3" where lines have different numbers of seeds."""
+    least, most = min(numbers, default=0), max(numbers, default=0)
     return f"n = {most}" if least == most else f"n = {least} to {most}"
 
 
-def mean_text(line: pd.Series, what: str, digits: int) -> str:
-    """As in "17.20 ± 0.31", from a line with `what`, its `_sd`, n, and how many diverged."""
+def count(runs: Iterable[Run]) -> str:
+    """`counted` of the seeds of each cell."""
+    return counted(list(pd.Series([run.cell.label for run in runs]).value_counts()))
+
+
+# Tables.
+
+
+def run_table(runs: Iterable[Run], metrics: Sequence[str], learned: Sequence[str]) -> pd.DataFrame:
+    """A line for each run: its cell, metrics, and what it has learned."""
+    return pd.DataFrame(
+        {
+            **asdict(run.cell),
+            "seed": run.seed,
+            "hash": run.summary["hash"],
+            **{name: run.summary.get(name) for name in metrics},
+            "diverged": run.summary["diverged"],
+            **{f"learned_{name}": run.learned[name] for name in learned},
+        }
+        for run in runs
+    )
+
+
+def cell_table(
+    runs: pd.DataFrame,
+    cell: Sequence[str],
+    metrics: Sequence[str],
+    **more: tuple[str, str],
+) -> pd.DataFrame:
+    """A line for each cell: means and sample standard deviations over its seeds.
+
+    Args:
+        more: further columns, as `agg` of pandas takes them.
+    """
+    columns: dict[str, Any] = {"n": ("seed", "size")}
+    for name in metrics:
+        columns |= {name: (name, "mean"), f"{name}_sd": (name, "std")}
+    columns |= {"diverged": ("diverged", "sum"), **more}
+    columns |= {name: (name, "mean") for name in runs if str(name).startswith("learned_")}
+    return runs.groupby(list(cell)).agg(**columns).reset_index()
+
+
+def cell_text(cells: pd.DataFrame, cell: Any, what: str, digits: int) -> str:
+    """As in "17.20 ± 0.31", from a cell's line with `what`; nothing where it has not been run."""
+    own = asdict(cell)
+    line = cells[(cells[list(own)] == pd.Series(own)).all(axis=1)].squeeze()
+    if line.empty:
+        return ""
     return with_sd(line[what], line[f"{what}_sd"], digits) + diverged(line)
 
 
@@ -96,3 +157,42 @@ def mean_of(values: Sequence[float | None]) -> str:
     """The mean; nothing where a run ended in something that is not a number."""
     numbers = [value for value in values if value is not None]
     return f"{sum(numbers) / len(numbers):.4g}" if numbers and len(numbers) == len(values) else ""
+
+
+def compare(
+    runs: Sequence[Run], pairs: Mapping[Any, tuple[Any, Any]], metric: str
+) -> dict[Any, tuple[float, float]]:
+    """The means of a metric over the seeds that both cells of a pair have.
+
+    A pair of which both have diverged, or have no common seed, is left out.
+    """
+    found = {}
+    for key, pair in pairs.items():
+        first, second = ({run.seed: run.judged(metric) for run in of(runs, cell)} for cell in pair)
+        if both := sorted(first.keys() & second.keys()):
+            means = [sum(part[seed] for seed in both) / len(both) for part in (first, second)]
+            if math.isfinite(min(means)):
+                found[key] = (means[0], means[1])
+    return found
+
+
+def paired(runs: Sequence[Run], *cells: Any) -> tuple[int, str]:
+    """How many seeds all of some cells have, and the hashes of the runs with these."""
+    seeds = set.intersection(*({run.seed for run in of(runs, cell)} for cell in cells))
+    found = [run for cell in cells for run in of(runs, cell) if run.seed in seeds]
+    return len(seeds), " ".join(run.summary["hash"] for run in found)
+
+
+def write_drawn(
+    folder: Path,
+    runs: Sequence[Run],
+    lines: pd.DataFrame,
+    cells: pd.DataFrame,
+    texts: Mapping[str, str],
+) -> list[Path]:
+    """Write the CSVs of runs and cells, the texts, and where they come from."""
+    paths = write_all(
+        folder, {"runs.csv": csv_of(lines, None), "table.csv": csv_of(cells), **texts}
+    )
+    write_json(folder / "runs.json", provenance([run.summary for run in runs]))
+    return [*paths, folder / "runs.json"]

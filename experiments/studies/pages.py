@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,24 @@ def table(heads: Sequence[str], sides: str, rows: Iterable[Sequence[str]]) -> li
     return [f"| {' | '.join(cells)} |" for cells in (heads, [*under], *rows)]
 
 
-def latex(caption: str, sides: str, heads: Sequence[str], body: Iterable[str]) -> str:
-    """A table as LaTeX, for a paper that has the booktabs package."""
+def latex(
+    caption: str,
+    sides: str,
+    heads: Sequence[str],
+    groups: Iterable[tuple[str, Iterable[Sequence[str]]]],
+) -> str:
+    """A table as LaTeX, for a paper that has the booktabs package.
+
+    Args:
+        groups: rows below a rule each, behind a comment on them.
+    """
+    body = []
+    for comment, rows in groups:
+        body.append(f"\\midrule{f' % {comment}' * bool(comment)}")
+        for cells in rows:
+            text = f"{' & '.join(cells)} \\\\".replace("±", "$\\pm$")
+            text = re.sub(r"beta(\d)", r"$\\beta_\1$", text)
+            body.append(re.sub(r"`(.*?)`", r"\\texttt{\1}", text))
     lines = [
         "\\begin{table}",
         f"  \\caption{{{caption}.}}",
@@ -35,8 +52,15 @@ def latex(caption: str, sides: str, heads: Sequence[str], body: Iterable[str]) -
     return "\n".join(lines) + "\n"
 
 
-def latex_row(cells: Sequence[str]) -> str:
-    return f"{' & '.join(cells)} \\\\".replace("±", "$\\pm$")
+def page(*parts: str | Sequence[str]) -> str:
+    """A page of paragraphs, and of tables as lines; empty ones are left out."""
+    texts = (part if isinstance(part, str) else "\n".join(part) for part in parts)
+    return "\n\n".join(filter(None, texts)) + "\n"
+
+
+def captioned(captions: Mapping[str, str]) -> list[str]:
+    """Figures beside the page, each with its caption below."""
+    return [part for name, text in captions.items() for part in (f"![{text}]({name}.png)", text)]
 
 
 def with_sd(mean: float, sd: float, digits: int = 2) -> str:

@@ -12,13 +12,20 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from experiments.data.catalog import label as data_label
-from experiments.files import write_json
-from experiments.records.provenance import provenance
-from experiments.studies import pages, style
+from experiments.studies import curves, pages, style
 from experiments.studies.char_rnn.runs import BETAS, DECAY, FREE, KINDS, LRS, ONCE, Cell, cell_of
-from experiments.studies.claim import Claim, paired, scale
-from experiments.studies.curves import Run, count, mean_of, mean_text, of, precision, read_runs
-from experiments.studies.pages import csv_of, table, write_all
+from experiments.studies.claim import Claim, scale
+from experiments.studies.curves import (
+    Run,
+    cell_text,
+    count,
+    mean_of,
+    of,
+    paired,
+    precision,
+    preset_of,
+    write_drawn,
+)
 
 LOOKS: dict[str, dict[str, Any]] = {
     "plain": {"color": style.ORANGE, "linestyle": "--"},
@@ -30,15 +37,22 @@ LOOKS: dict[str, dict[str, Any]] = {
     "log": {"color": style.VERMILION, "linestyle": "--"},
     "auto": {"color": style.GREEN, "linestyle": ":"},
 }
-ORDER = [DECAY, *(Cell(kind, lr) for lr in LRS for kind in ("plain", "tower")), FREE, BETAS, *ONCE]
+PAIRS = {lr: (Cell("plain", lr), Cell("tower", lr)) for lr in LRS}
+ORDER = [DECAY, *(cell for pair in PAIRS.values() for cell in pair), FREE, BETAS, *ONCE]
 PAPERS_EPOCHS = 50
 
 METRICS = ("test_perplexity", "test_bits_per_character", "test_loss", "train_loss")
-LEARNED = ("lr", "beta1", "beta2")
 
 
-def preset_of(folder: Path) -> str:
-    return folder.name.partition("-")[0]
+def read_runs(folder: Path) -> list[Run]:
+    """The runs in a folder's records, by cell and seed.
+
+    Raises:
+        ValueError: the records are damaged, or of several settings.
+    """
+    order = list(KINDS)
+    runs = curves.read_runs(folder, cell_of)
+    return sorted(runs, key=lambda run: (order.index(run.cell.kind), run.cell.lr, run.seed))
 
 
 def setting(runs: list[Run], preset: str) -> str:
@@ -47,8 +61,8 @@ def setting(runs: list[Run], preset: str) -> str:
     epochs = summary["trainer"]["epochs"]
     text = f"Character RNN on {data_label(summary['data'])}, preset {preset}, {epochs} epochs"
     text += precision(runs[0])
-    reduced = f"{text}; a reduced setting, the paper's is {PAPERS_EPOCHS} epochs"
-    return text if is_papers(runs) else reduced
+    reduced = f"; a reduced setting, the paper's is {PAPERS_EPOCHS} epochs"
+    return text + reduced * (not is_papers(runs))
 
 
 def is_papers(runs: list[Run]) -> bool:
@@ -58,56 +72,22 @@ def is_papers(runs: list[Run]) -> bool:
 
 def run_table(runs: list[Run]) -> pd.DataFrame:
     """A line for each run."""
-    return pd.DataFrame(
-        {
-            "kind": run.cell.kind,
-            "lr": run.cell.lr,
-            "seed": run.seed,
-            "hash": run.summary["hash"],
-            "test_perplexity": run.summary["test_perplexity"],
-            "test_bits_per_character": run.summary["test_bits_per_character"],
-            "test_loss": run.summary["test_loss"],
-            "train_loss": run.summary["train_loss"],
-            "diverged": run.summary["diverged"],
-            **{f"learned_{name}": run.summary["hyperparameters"][0][name] for name in LEARNED},
-            "lowest_lr": run.values["0.lr"].min(),
-        }
-        for run in runs
-    )
+    lines = curves.run_table(runs, METRICS, ("lr", "beta1", "beta2"))
+    return lines.assign(lowest_lr=[lowest(run) for run in runs])
 
 
-def cell_table(runs: pd.DataFrame) -> pd.DataFrame:
+def cell_table(lines: pd.DataFrame) -> pd.DataFrame:
     """A line for each cell: means and sample standard deviations over its seeds."""
-    columns: dict[str, Any] = {"n": ("seed", "size")}
-    for name in METRICS:
-        columns |= {name: (name, "mean"), f"{name}_sd": (name, "std")}
-    columns |= {"diverged": ("diverged", "sum"), "lowest_lr": ("lowest_lr", "min")}
-    columns |= {f"learned_{name}": (f"learned_{name}", "mean") for name in LEARNED}
-    return runs.groupby(["kind", "lr"]).agg(**columns).reset_index()
-
-
-def perplexities(runs: list[Run], cell: Cell) -> dict[int, float]:
-    """By seed; infinite where a run diverged."""
-    return {
-        run.seed: math.inf if run.summary["diverged"] else run.summary["test_perplexity"]
-        for run in of(runs, cell)
-    }
+    return curves.cell_table(lines, ("kind", "lr"), METRICS, lowest_lr=("lowest_lr", "min"))
 
 
 def compare(runs: list[Run]) -> dict[float, tuple[float, float]]:
-    """For each start, the mean test perplexity of the plain runs and of the towers.
+    """For each start, the mean test perplexity of the plain runs and of the towers."""
+    return curves.compare(runs, PAIRS, "test_perplexity")
 
-    Only of seeds that all of them have from that start; without those starts from which both have
-    diverged.
-    """
-    found = {}
-    for lr in LRS:
-        plain, tower = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
-        if both := sorted(plain.keys() & tower.keys()):
-            means = [sum(part[seed] for seed in both) / len(both) for part in (plain, tower)]
-            if math.isfinite(min(means)):
-                found[lr] = (means[0], means[1])
-    return found
+
+def lowest(run: Run) -> float:
+    return float(run.values["0.lr"].min())
 
 
 def verdicts(runs: list[Run]) -> list[str]:
@@ -121,7 +101,10 @@ def verdicts(runs: list[Run]) -> list[str]:
             f"{len(better)} of {len(found)} starts."
         )
     for lr in (lr for lr in found if lr not in better):
-        fixed, tuned = (perplexities(runs, Cell(kind, lr)) for kind in ("plain", "tower"))
+        fixed, tuned = (
+            {run.seed: run.judged("test_perplexity") for run in of(runs, cell)}
+            for cell in PAIRS[lr]
+        )
         more = [f"{tuned[seed] - fixed[seed]:+.3f}" for seed in sorted(fixed.keys() & tuned.keys())]
         lines.append(f"From lr {lr:g} it differs, seed by seed, by {', '.join(more)}.")
     if len(found) == len(LRS):
@@ -140,75 +123,51 @@ def verdicts(runs: list[Run]) -> list[str]:
     return lines
 
 
-def lowest(run: Run) -> float:
-    return float(run.values["0.lr"].min())
-
-
 def rows(runs: list[Run], cells: pd.DataFrame) -> list[list[str]]:
     """The cells of the table, in words."""
     found = []
     for cell in ORDER:
-        line = cells[(cells.kind == cell.kind) & (cells.lr == cell.lr)].squeeze()
-        if line.empty:
-            continue
-        learned = [run.summary["hyperparameters"][0] for run in of(runs, cell)]
-        tuned = of(runs, cell)[0].summary["tuned"]
-        found.append(
-            [
-                KINDS[cell.kind],
-                f"{cell.lr:g}",
-                mean_text(line, "test_perplexity", 3),
-                mean_text(line, "test_bits_per_character", 3),
-                mean_text(line, "test_loss", 3),
-                mean_text(line, "train_loss", 3),
-                ", ".join(f"{name} {mean_of([h[name] for h in learned])}" for name in tuned),
-                str(line.n),
-            ]
-        )
+        if own := of(runs, cell):
+            tuned = own[0].summary["tuned"]
+            learned = (f"{name} {mean_of([run.learned[name] for run in own])}" for name in tuned)
+            metrics = (cell_text(cells, cell, name, 3) for name in METRICS)
+            label = KINDS[cell.kind], f"{cell.lr:g}"
+            found.append([*label, *metrics, ", ".join(learned), str(len(own))])
     return found
-
-
-HEAD = ("", "From lr", "Test perplexity", "Bits per character", "Test loss", "Training loss")
 
 
 def markdown(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
     """The table with the figure and what is to be said of them, as Markdown."""
-    head = [*HEAD, "Learned", "n"]
+    heads = ["", "From lr", "Test perplexity", "Bits per character", "Test loss", "Training loss"]
     one = {run.cell.kind: run for run in runs if run.summary["tuned"]}  # of each kind of tower
-    lines = [
+    stacks = (f"{KINDS[run.cell.kind]}, `{run.summary['stack']}`" for run in one.values())
+    return pages.page(
         f"# {setting(runs, preset)}",
-        "",
         "After the last epoch, losses in nats per character: mean ± standard deviation over n "
         "seeds. The test part is the last twentieth of each of 50 streams; the training loss is "
         "the mean over the last epoch. *Learned* are the final values, mean over seeds.",
-        "",
-        *table(head, "lrrrrrlr", rows(runs, cells)),
-        "",
-        *(part for verdict in verdicts(runs) for part in (verdict, "")),
-        "The stacks: "
-        + "; ".join(f"{KINDS[run.cell.kind]}, `{run.summary['stack']}`" for run in one.values())
-        + ". Why most towers stop to tune, and how their hyper-step size was chosen, is in "
-        "`configs/experiment/char_rnn_tower.yaml`.",
-        "",
-        f"![{caption(runs)}](figure.png)",
-        "",
-        caption(runs),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def caption(runs: list[Run]) -> str:
-    return (
-        "Training loss, test perplexity and lr by the epoch, from three starts "
-        f"({count(runs)}, a line for each seed)."
+        pages.table([*heads, "Learned", "n"], "lrrrrrlr", rows(runs, cells)),
+        *verdicts(runs),
+        f"The stacks: {'; '.join(stacks)}. Why most towers stop to tune, and how their hyper-step "
+        "size was chosen, is in `configs/experiment/char_rnn_tower.yaml`.",
+        *pages.captioned(captions_of(runs)),
     )
+
+
+def captions(folder: Path) -> dict[str, str]:
+    return captions_of(read_runs(folder))
+
+
+def captions_of(runs: list[Run]) -> dict[str, str]:
+    what = "Training loss, test perplexity and lr by the epoch, from three starts"
+    return {"figure": f"{what} ({count(runs)}, a line for each seed)."}
 
 
 def latex(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
     """The table for a paper."""
-    body = ["\\midrule", *(pages.latex_row(row[:4]) for row in rows(runs, cells))]
     heads = ("", "from lr", "test perplexity", "bits per character")
-    return pages.latex(f"{setting(runs, preset)}; {count(runs)}", "lrrr", heads, body)
+    body = [row[:4] for row in rows(runs, cells)]
+    return pages.latex(f"{setting(runs, preset)}; {count(runs)}", "lrrr", heads, [("", body)])
 
 
 def nearest(lr: float) -> float:
@@ -223,12 +182,10 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
         ("test_perplexity", "test perplexity"),
         ("0.lr", "lr"),
     )
-    fig, axes = plt.subplots(
-        len(panels), len(LRS), figsize=(style.WIDTH, 6.0), sharex=True, sharey="row", squeeze=False
-    )
+    fig, axes = style.subplots(3, len(LRS), 6.0, sharex=True, sharey="row", squeeze=False)
     labels: dict[str, Any] = {}
-    for column, lr in zip(axes.T, LRS, strict=True):
-        shown = [DECAY, Cell("plain", lr), Cell("tower", lr)]
+    for column, (lr, pair) in zip(axes.T, PAIRS.items(), strict=True):
+        shown = [DECAY, *pair]
         shown += [cell for cell in (FREE, BETAS, *ONCE) if nearest(cell.lr) == lr]
         for axis, (name, _) in zip(column, panels, strict=True):
             for cell in shown:
@@ -239,8 +196,8 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
         column[-1].set_xlabel("epoch")
     for row, (name, text) in zip(axes, panels, strict=True):
         row[0].set_ylabel(text)
-        towers = [run for run in runs if lowest(run) <= 0]
-        if name != "train_loss" and not (name == "0.lr" and towers):
+        below = name == "0.lr" and any(lowest(run) <= 0 for run in runs)
+        if name != "train_loss" and not below:
             row[0].set_yscale("log")
         if name == "test_perplexity":
             row[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
@@ -252,36 +209,23 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the table and the curves from a folder's records; returns what was written there.
-
-    Raises:
-        ValueError: the records are damaged, or of several settings.
-    """
-    order = list(KINDS)
-    runs = sorted(
-        read_runs(folder / "records", cell_of),
-        key=lambda run: (order.index(run.cell.kind), run.cell.lr, run.seed),
-    )
-    preset, lines = preset_of(folder), run_table(runs)
+    """Draw the table and the curves from a folder's records; returns what was written there."""
+    runs, preset = read_runs(folder), preset_of(folder)
+    lines = run_table(runs)
     cells = cell_table(lines)
-    paths = write_all(
-        folder,
-        {
-            "runs.csv": csv_of(lines, None),
-            "table.csv": csv_of(cells),
-            "README.md": markdown(runs, cells, preset),
-            "table.tex": latex(runs, cells, preset),
-        },
-    )
-    write_json(folder / "runs.json", provenance([run.summary for run in runs]))
-    return [*paths, folder / "runs.json", *style.save(figure(runs, preset), folder / "figure")]
+    texts = {
+        "README.md": markdown(runs, cells, preset),
+        "table.tex": latex(runs, cells, preset),
+    }
+    paths = write_drawn(folder, runs, lines, cells, texts)
+    return paths + style.save(figure(runs, preset), folder / "figure")
 
 
 def claims(folder: Path) -> Iterator[Claim]:
     """From each start, that the tower's test perplexity is no worse than without it."""
-    runs, preset = read_runs(folder / "records", cell_of), preset_of(folder)
+    runs, preset = read_runs(folder), preset_of(folder)
     for lr, (plain, tower) in compare(runs).items():
-        seeds, hashes = paired(runs, Cell("plain", lr), Cell("tower", lr))
+        seeds, hashes = paired(runs, *PAIRS[lr])
         yield Claim(
             data_label(runs[0].summary["data"]),
             f"character RNN, Adam from lr {lr}, {setting(runs, preset)}",
@@ -297,21 +241,20 @@ def claims(folder: Path) -> Iterator[Claim]:
 
 def prose(folder: Path) -> dict[str, str]:
     """The towers against plain Adam, in words."""
-    runs = read_runs(folder / "records", cell_of)
+    runs = read_runs(folder)
     cells = cell_table(run_table(runs))
 
-    def of_cell(kind: str, lr: float) -> str:
-        line = cells[(cells.kind == kind) & (cells.lr == lr)].squeeze()
-        return mean_text(line, "test_perplexity", 2) if not line.empty else "not run"
+    def said(cell: Cell) -> str:
+        return cell_text(cells, cell, "test_perplexity", 2) or "not run"
 
     pairs = (
-        f"{of_cell('tower', lr)} from lr {lr:g} (plain Adam {of_cell('plain', lr)})" for lr in LRS
+        f"{said(tower)} from lr {lr:g} (plain Adam {said(plain)})"
+        for lr, (plain, tower) in PAIRS.items()
     )
     text = (
         f"{setting(runs, preset_of(folder))} ({count(runs)}). The tower ends at a test perplexity "
         f"of {', '.join(pairs)}. From lr {FREE.lr:g}, a tower that tunes to the end ends at "
-        f"{of_cell(FREE.kind, FREE.lr)}. char-rnn's own decay ends at "
-        f"{of_cell(DECAY.kind, DECAY.lr)}."
+        f"{said(FREE)}. char-rnn's own decay ends at {said(DECAY)}."
     )
     epochs = runs[0].summary["trainer"]["epochs"]
     reduced = "" if is_papers(runs) else f"reduced to {epochs} epochs: "

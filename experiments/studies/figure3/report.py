@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from experiments.cli import ROOT, asked_for_help, guarded, split
 from experiments.data.catalog import label as data_label
-from experiments.studies import style
+from experiments.studies import pages, style
 from experiments.studies.claim import Claim, scale
 from experiments.studies.pages import csv_of, diverged, table, with_sd, write_all
 from experiments.studies.step_time.report import plot_heights
@@ -46,7 +46,7 @@ class Options:
 def points(runs: pd.DataFrame) -> pd.DataFrame:
     """A line for each rule, height and start: mean and sample standard deviation over seeds."""
     groups = runs.groupby(["rule", "height", "lr"], sort=False)
-    table = groups.agg(
+    return groups.agg(
         n=("seed", "size"),
         test_error=("test_error", "mean"),
         sd=("test_error", "std"),
@@ -54,7 +54,6 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
         highest=("test_error", "max"),
         diverged=("diverged", "sum"),
     ).reset_index()
-    return table
 
 
 def robustness(table: pd.DataFrame) -> pd.DataFrame:
@@ -101,15 +100,19 @@ def _decades_below(starts: pd.Series, lr: float) -> float:
 # The check.
 
 
-MEASURES = {  # by the names that the table has for them
-    "decades": ("Decades", "of starts near the plain rule's best error"),
-    "below": ("Too small", "decades of those that are too small"),
-    "reach": ("Reach", "decades down to the least of those"),
-    "own_decades": ("Own decades", "of starts near the height's best error"),
-    "own_reach": ("Own reach", "decades down to the least of those"),
+MEASURES = {  # the heads of the table
+    "decades": "Decades",
+    "below": "Too small",
+    "reach": "Reach",
+    "own_decades": "Own decades",
+    "own_reach": "Own reach",
 }
-ENDS = ("Best error", "from", "Diverged", "Runs")
-CLAIMED = ("below", "reach", "own_reach")  # what is not to shrink with height
+# What is not to shrink with height.
+CLAIMED = {
+    "below": "decades of starts below the best plain one that end near its error",
+    "reach": "decades from the best plain start down to the least that ends near its error",
+    "own_reach": "decades from the best plain start down to the least near the height's own best",
+}
 
 
 def claim(robust: pd.DataFrame) -> dict[tuple[str, str], bool]:
@@ -150,26 +153,16 @@ def check(folder: Path) -> bool:
         table = points(runs)
         robust = robustness(table)
         print(f"{source.parent.name}: {setting(runs)}")
-        for rule, own in robust.groupby("rule", sort=False):
-            print(f"  towers of {rule}")
-            print(f"    {'height':62}", *(f"{height:5d}" for height in own.height))
-            for measure, words in MEASURES.items():
-                print(f"    {', '.join(words):62}", *(f"{value:5.1f}" for value in own[measure]))
-            print(f"    {'runs that diverged':62}", *(f"{count:5d}" for count in own.diverged))
+        print(robust.to_string(index=False, float_format="{:.3g}".format))
         for (rule, measure), verdict in claim(robust).items():
             answer = "never shrinks" if verdict else "SHRINKS"
-            print(f"  {rule}, {MEASURES[measure][0]}: {answer} with height")
+            print(f"  {rule}, {MEASURES[measure]}: {answer} with height")
             holds &= verdict
         if is_of_reference(runs):
             both = beside_published(table, pd.read_csv(REFERENCE))
             print("  test error (%) beside the published package, one seed")
-            for (rule, height), own in both.groupby(["rule", "height"], sort=False):
-                print(f"    towers of {rule} of height {height}")
-                print("      from     ", *(f"{lr:6.0e}" for lr in own.lr))
-                print("      published", *(f"{error:6.1f}" for error in own.test_error_published))
-                print("      ours     ", *(f"{error:6.1f}" for error in own.test_error))
-                if own.sd.notna().all():
-                    print("      sd       ", *(f"{sd:6.1f}" for sd in own.sd))
+            columns = ["rule", "height", "lr", "test_error_published", "test_error", "sd", "agrees"]
+            print(both[columns].to_string(index=False, float_format="{:.3g}".format))
             print(f"  {both.agrees.sum()} of {len(both)} agree")
             holds &= bool(both.agrees.all())
     return holds
@@ -200,38 +193,31 @@ def setting(runs: pd.DataFrame) -> str:
 
 def markdown(runs: pd.DataFrame, errors: pd.DataFrame, robust: pd.DataFrame) -> str:
     """The figure with its caption, the decades of robustness, and every point, as Markdown."""
-    lines = [
+    rows = (
+        (
+            *(line.rule, str(line.height)),
+            *(f"{getattr(line, measure):.1f}" for measure in MEASURES),
+            *(f"{line.best_error:.2f}", f"{line.best_lr:g}", str(line.diverged), str(line.runs)),
+        )
+        for line in robust.itertuples()
+    )
+    heads = ["Towers of", "Height", *MEASURES.values(), "Best error", "from", "Diverged", "Runs"]
+    parts: list[Any] = [
         f"# Figure 3: {setting(runs)}",
-        "",
-        f"![{caption(runs)}](figure.png)",
-        "",
-        caption(runs),
-        "",
+        *pages.captioned(captions_of(runs)),
         "## Decades of robustness",
-        "",
         f"How many powers of ten of starts end within {NEAR} times the best error of the plain "
         "rule. *Too small*: of those alone that are less than the plain rule's best start. "
         "*Reach*: how many powers of ten below that start the least of them lies. *Own*: the same "
         "with the best error of the height itself, so how flat its curve is.",
-        "",
-        *table(
-            ("Towers of", "Height", *(head for head, _ in MEASURES.values()), *ENDS),
-            "lrrrrrrrrrr",
-            (
-                (
-                    *(line.rule, str(line.height)),
-                    *(f"{getattr(line, measure):.1f}" for measure in MEASURES),
-                    *(f"{line.best_error:.2f}", f"{line.best_lr:g}"),
-                    *(str(line.diverged), str(line.runs)),
-                )
-                for line in robust.itertuples()
-            ),
-        ),
+        table(heads, "lrrrrrrrrrr", rows),
+        "With height:",
+        [
+            f"- towers of {rule}: *{MEASURES[measure]}* "
+            f"{'never shrinks' if verdict else 'shrinks somewhere'}."
+            for (rule, measure), verdict in claim(robust).items()
+        ],
     ]
-    lines += ["", "With height:", ""]
-    for (rule, measure), verdict in claim(robust).items():
-        answer = "never shrinks" if verdict else "shrinks somewhere"
-        lines.append(f"- towers of {rule}: *{MEASURES[measure][0]}* {answer}.")
     for rule, own in errors.groupby("rule", sort=False):
         heads = ["Start", *(f"height {height}" for height in own.height.unique())]
         cells = (
@@ -242,14 +228,18 @@ def markdown(runs: pd.DataFrame, errors: pd.DataFrame, robust: pd.DataFrame) -> 
             ]
             for lr, row in own.groupby("lr")
         )
-        lines += ["", f"## Towers of {rule}: test error in percent", ""]
-        lines += table(heads, "r" * len(heads), cells)
-    return "\n".join(lines) + "\n"
+        parts.append(f"## Towers of {rule}: test error in percent")
+        parts.append(table(heads, "r" * len(heads), cells))
+    return pages.page(*parts)
 
 
-def caption(runs: pd.DataFrame) -> str:
+def captions(folder: Path) -> dict[str, str]:
+    return captions_of(pd.read_csv(folder / "runs.csv"))
+
+
+def captions_of(runs: pd.DataFrame) -> dict[str, str]:
     diverged = int(runs.diverged.sum())
-    return (
+    text = (
         "(a) Test error after the last epoch against the step size at which all levels of a tower "
         "start, mean and standard deviation over seeds. A cross above marks a start from which "
         f"some run diverged; {diverged} of {len(runs)} did, and count with the error of their "
@@ -258,14 +248,14 @@ def caption(runs: pd.DataFrame) -> str:
         "itself. (b) Time of a training step of the MLP against height, from results/step_time. "
         f"{setting(runs)}."
     )
+    return {"figure": text}
 
 
 def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt.Figure:
     """Error against the start for each rule, decades below it, and time against height."""
     rules = list(table.rule.unique())
     figure = plt.figure(figsize=(style.WIDTH, 4.6))
-    parts: Any = figure.subfigures(1, 2, width_ratios=[2.3, 1])
-    left, right = parts
+    left, right = figure.subfigures(1, 2, width_ratios=[2.3, 1])  # type: ignore[misc]
     axes = left.subplots(2, len(rules), sharey="row", height_ratios=[2.4, 1], squeeze=False)
     for (above, below), rule in zip(axes.T, rules, strict=True):
         draw_errors(above, table[table.rule == rule], rule)
@@ -337,14 +327,6 @@ def draw(folder: Path) -> list[Path]:
     return paths + style.save(figure(runs, errors, robust), folder / "figure")
 
 
-# Of Figure 3, what is not to shrink with height: decades of starts.
-FORGIVEN = {
-    "below": "decades of starts below the best plain one that end near its error",
-    "reach": "decades from the best plain start down to the least that ends near its error",
-    "own_reach": "decades from the best plain start down to the least near the height's own best",
-}
-
-
 def claims(folder: Path) -> Iterator[Claim]:
     """For each rule and measure, that taller towers forgive starts that are too small no less."""
     runs = pd.read_csv(folder / "runs.csv")
@@ -355,7 +337,7 @@ def claims(folder: Path) -> Iterator[Claim]:
             data_label(runs.data.iloc[0]),
             f"Figure 3a, towers of {rule}, {setting(runs)}",
             scale(is_papers(runs)),
-            f"{FORGIVEN[measure]}, by height",
+            f"{CLAIMED[measure]}, by height",
             "never shrinks",
             ", ".join(f"{decades:.1f}" for decades in own[measure]),
             int(runs.seed.nunique()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,14 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from experiments.data.catalog import label as data_label
 from experiments.files import write_json
 from experiments.records.provenance import provenance
+from experiments.studies import curves as records
 from experiments.studies import pages, style
-from experiments.studies.curves import Run, read_runs
+from experiments.studies.curves import Run, counted, preset_of, read_runs
 from experiments.studies.pages import csv_of, write_all
 from experiments.studies.robustness.runs import (
     ABLATION,
     FIXED,
     FREE,
-    METHODS,
     PRESETS,
     TASKS,
     cell_of,
@@ -66,37 +66,17 @@ PARTS = ["Auto", *ABLATION]
 # The numbers.
 
 
-def preset_of(folder: Path) -> str:
-    return folder.name.partition("-")[0]
-
-
-def error(run: Run) -> float:
-    """What a run is judged by; a loss that diverged is infinite.
-
-    An error in percent of a run that diverged is that of its last weights.
-    """
-    value = run.summary[TASKS[run.cell.task].metric]
-    return math.inf if value is None else value
-
-
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """A line for each run."""
-    return pd.DataFrame(
-        {
-            "task": run.cell.task,
-            "method": run.cell.method,
-            "start": run.cell.start,
-            "seed": run.seed,
-            "hash": run.summary["hash"],
-            "data": run.summary["data"],
-            "error": error(run),
-            "test_error": run.summary.get("test_error"),
-            "train_loss": run.summary["train_loss"],
-            "diverged": run.summary["diverged"],
-            "learned_lr": run.summary["hyperparameters"][0]["lr"],
-        }
-        for run in runs
-    )
+    """A line for each run.
+
+    `error` is what it is judged by: a loss that diverged is infinite, an error in percent that of
+    the last weights.
+    """
+    lines = records.run_table(runs, ("data", "test_error", "train_loss"), ("lr",))
+    errors = [run.summary[TASKS[run.cell.task].metric] for run in runs]
+    place = lines.columns.get_loc("test_error")
+    lines.insert(place, "error", [math.inf if value is None else value for value in errors])
+    return lines
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -140,37 +120,25 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
     lr's error: the share of starts that do, of the powers of ten from the first to the last. What
     has no start is near from all of them, or from none. Without a best fixed lr they are NaN.
     """
-    lines, table = [], compared(table, preset)
-    for task, setting in PRESETS[preset].tasks.items():
-        there = setting.starts
-        worth = (round(math.log10(there[-1] / there[0])) + 1) / len(there)
-        for method in METHODS:
-            mine = table[(table.task == task) & (table.method == method)]
-            if mine.empty:
-                continue
-            weight = len(there) if method in FREE else 1
-            worst = mine.loc[mine.error.idxmax()]
-            relative = mine.ratio.notna().all()
-            lines.append(
-                {
-                    "task": task,
-                    "method": method,
-                    **{
-                        f"decades_{near}": weight * (mine.ratio <= near).sum() * worth
-                        if relative
-                        else math.nan
-                        for near in NEAR
-                    },
-                    "best": mine.error.min(),
-                    "worst": worst.error,
-                    "worst_ratio": worst.ratio,
-                    "worst_start": worst.start,
-                    "starts": weight * len(mine),
-                    "of": len(there),
-                    "diverged": mine.diverged.sum(),
-                    "runs": mine.n.sum(),
-                }
-            )
+    lines = []
+    for (task, method), mine in compared(table, preset).groupby(["task", "method"]):
+        there = PRESETS[preset].tasks[str(task)].starts
+        decades = round(math.log10(there[-1] / there[0])) + 1
+        weight = len(there) if method in FREE else 1
+        worst = mine.loc[mine.error.idxmax()]
+        near = {
+            f"decades_{bar}": weight * (mine.ratio <= bar).sum() * (decades / len(there))
+            if mine.ratio.notna().all()
+            else math.nan
+            for bar in NEAR
+        }
+        lines.append(
+            {
+                **{"task": task, "method": method, **near, "worst": worst.error},
+                **{"worst_ratio": worst.ratio, "worst_start": worst.start},
+                **{"starts": weight * len(mine), "of": len(there)},
+            }
+        )
     return pd.DataFrame(lines)
 
 
@@ -184,9 +152,9 @@ def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
             continue
         limit, worst = TASKS[task].limit, auto.loc[auto.ratio.idxmax()]
         text = (
-            f"{title(preset, task)}, {count(auto)}: within {limit} times the best fixed lr's from "
-            f"{(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} times from "
-            f"the worst, {worst.start:g}"
+            f"{title(preset, task)}, {counted(auto.n)}: within {limit} times the best fixed lr's "
+            f"from {(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} times "
+            f"from the worst, {worst.start:g}"
         )
         if not prodigy.empty:
             as_good = (auto.error <= prodigy.error.item()).sum()
@@ -241,28 +209,27 @@ def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: A
     """
     tasks = [task for task in PRESETS[preset].tasks if (robust.task == task).any()]
     heads = ["", *(title(preset, task) for task in tasks), *(["Step"] if times else [])]
-    rows = []
-    for method in methods:
-        own = robust[robust.method == method].set_index("task")
-        if own.empty:
-            continue
-        cells = [LABELS[method]]
-        for task in tasks:
-            if task not in own.index:
-                cells.append("")
-                continue
-            line = own.loc[task]
-            if math.isnan(line.worst_ratio):
-                cells.append("-")
-                continue
-            decades = (f"{line[f'decades_{near}']:.1f}" for near in NEAR)
-            ratio = number(line.worst_ratio)
-            missing = f" ({line.starts} of {line.of} starts)" if line.starts < line.of else ""
-            cells.append(f"{' / '.join(decades)} / {ratio}{missing}")
-        if times:
-            cells.append(f"{times[method]:.2f}" if method in times else "")
-        rows.append(cells)
+    lines = {(line.task, line.method): line for _, line in robust.iterrows()}
+    rows = [
+        [
+            LABELS[method],
+            *(overview_cell(lines.get((task, method))) for task in tasks),
+            *([f"{times[method]:.2f}" if method in times else ""] if times else []),
+        ]
+        for method in methods
+        if (robust.method == method).any()
+    ]
     return pages.table(heads, "l" + "r" * (len(heads) - 1), rows)
+
+
+def overview_cell(line: Any) -> str:
+    if line is None:
+        return ""
+    if math.isnan(line.worst_ratio):
+        return "-"
+    decades = (f"{line[f'decades_{near}']:.1f}" for near in NEAR)
+    missing = f" ({line.starts} of {line.of} starts)" if line.starts < line.of else ""
+    return f"{' / '.join(decades)} / {number(line.worst_ratio)}{missing}"
 
 
 def ablated(robust: pd.DataFrame) -> pd.DataFrame:
@@ -282,42 +249,38 @@ OVERVIEW = (
 def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, times: Any) -> str:
     """Everything in words and numbers."""
     robust, said = robustness(table, preset), verdicts(table, preset)
-    missing = [
-        title(preset, task) for task in PRESETS[preset].tasks if not (table.task == task).any()
-    ]
-    lines = [
+    done = [task for task in PRESETS[preset].tasks if (table.task == task).any()]
+    missing = [title(preset, task) for task in PRESETS[preset].tasks if task not in done]
+    parts: list[Any] = [
         f"# Start anywhere, preset {preset}",
-        "",
-        *([reductions(preset), ""] if reductions(preset) else []),
-        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
+        reductions(preset),
+        f"Not run yet: {'; '.join(missing)}." if missing else "",
         f"![{CAPTION}](figure.png)",
-        "",
-        f"{CAPTION} {count(drawn(table, preset))}.",
-        "",
+        f"{CAPTION} {counted(drawn(table, preset).n)}.",
         "## Decades of robustness",
-        "",
         OVERVIEW
         + (f" *Step*: a whole training step of the MLP, by {REFERENCE}'s (foreach)." * bool(times))
         + " A dash: there is no fixed lr to compare with." * bool(robust.worst_ratio.isna().any()),
-        "",
-        *overview(robust, preset, MAIN, times),
-        "",
-        *(["Auto:", ""] if said else []),
-        *(f"- {verdict}" for verdict in said),
+        overview(robust, preset, MAIN, times),
+        "Auto:" if said else "",
+        [f"- {verdict}" for verdict in said],
     ]
     if robust.method.isin(ABLATION).any():
-        lines += ["", "## Auto without one of its parts", ""]
-        lines += overview(ablated(robust), preset, PARTS, None)
-    for task in PRESETS[preset].tasks:
-        own = table[table.task == task]
-        if not own.empty:
-            data = data_label(runs.data[runs.task == task].iloc[0])
-            lines += ["", f"## {title(preset, task)}, {data}: {TASKS[task].unit}", ""]
-            lines += [*remarks(own, preset, task, data), *matrix(own, preset, task)]
-    return "\n".join(lines) + "\n"
+        parts.append("## Auto without one of its parts")
+        parts.append(overview(ablated(robust), preset, PARTS, None))
+    for task in done:
+        own, data = table[table.task == task], data_label(runs.data[runs.task == task].iloc[0])
+        parts.append(f"## {title(preset, task)}, {data}: {TASKS[task].unit}")
+        parts += [remarks(own, preset, task, data), matrix(own, preset, task)]
+    return pages.page(*parts)
 
 
-def remarks(own: pd.DataFrame, preset: str, task: str, data: str) -> list[str]:
+def captions(folder: Path) -> dict[str, str]:
+    short = "Test error of the MLP on MNIST against the initial learning rate, by method"
+    return {"figure": CAPTION, "mlp": short}
+
+
+def remarks(own: pd.DataFrame, preset: str, task: str, data: str) -> str:
     best = best_fixed(own)
     found = []
     if best is not None:
@@ -330,7 +293,7 @@ def remarks(own: pd.DataFrame, preset: str, task: str, data: str) -> list[str]:
     if TASKS[task].metric == "objective" and data == "MNIST":
         least = json.loads(OPTIMUM.read_text())["objective"]
         found.append(f"The least objective that there is, by L-BFGS: {least:.6f}.")
-    return [" ".join(found), ""] if found else []
+    return " ".join(found)
 
 
 def some_fixed(own: pd.DataFrame, grid: Sequence[float]) -> str:
@@ -348,24 +311,18 @@ def some_fixed(own: pd.DataFrame, grid: Sequence[float]) -> str:
 def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
     """Errors by method and start, as lines of Markdown: mean ± standard deviation over seeds."""
     there = PRESETS[preset].tasks[task].starts
-    heads = ["", *(f"{start:g}" for start in there), "n"]
+    digits = 2 if TASKS[task].metric == "test_error" else 4
     rows = []
     for method in LABELS:
         mine = own[own.method == method]
         mine = mine if method in FREE else mine[mine.start.isin(there)]
-        if mine.empty:
-            continue
-        digits = 2 if TASKS[task].metric == "test_error" else 4
-        texts = {line.start: _text(line, digits) for line in mine.itertuples()}
-        if method in FREE:
-            (text,) = texts.values()
-            cells = [text] * len(there)
-        else:
-            cells = [texts.get(start, "") for start in there]
-        low, high = mine.n.min(), mine.n.max()
-        n = f"{low}" if low == high else f"{low} to {high}"
-        label = f"{'Auto ' * (method in ABLATION)}{LABELS[method]}"
-        rows.append([label, *cells, n])
+        if not mine.empty:
+            texts = {line.start: _text(line, digits) for line in mine.itertuples()}
+            free = _text(next(mine.itertuples()), digits) if method in FREE else ""
+            label = f"{'Auto ' * (method in ABLATION)}{LABELS[method]}"
+            cells = [texts.get(start, free) for start in there]
+            rows.append([label, *cells, counted(mine.n).removeprefix("n = ")])
+    heads = ["", *(f"{start:g}" for start in there), "n"]
     return pages.table(heads, "l" + "r" * (len(heads) - 1), rows)
 
 
@@ -376,12 +333,6 @@ def _text(line: Any, digits: int) -> str:
     sd = "" if math.isnan(line.sd) else f" ± {spread}"
     diverged = f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
     return f"{number(line.error, digits)}{sd}{diverged}"
-
-
-def count(table: pd.DataFrame) -> str:
-    numbers = {*table.n} or {0}
-    low, high = min(numbers), max(numbers)
-    return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 # The figure.
@@ -406,16 +357,12 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
     methods = [method for method in MAIN if (table.method == method).any()]
     columns = min(2, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(style.WIDTH, 1.1 + rows * (0.6 + 0.16 * len(methods))),
-        sharey=True,
-        squeeze=False,
-    )
+    height = 1.1 + rows * (0.6 + 0.16 * len(methods))
+    figure, axes = style.subplots(rows, columns, height, sharey=True, squeeze=False)
     for axis in axes.flat[len(tasks) :]:
         axis.set_axis_off()
-    colours = shades(len(EDGES) + 1)
+    shades = plt.get_cmap("cividis_r")(np.linspace(0.02, 1, len(EDGES) + 1))  # light is good
+    colours = [tuple(shade) for shade in shades]
     for axis, task in zip(axes.flat, tasks, strict=False):
         draw_task(axis, table[table.task == task], preset, task, methods, colours)
     axes[0, 0].set_yticks(range(len(methods)), [LABELS[method] for method in methods])
@@ -431,13 +378,9 @@ def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
         ncols=len(handles),
         title="times the best fixed lr's error",
     )
-    style.title(figure, f"Start anywhere, preset {preset}; {count(drawn(table, preset))}")
+    seeds = counted(drawn(table, preset).n)
+    style.title(figure, f"Start anywhere, preset {preset}; {seeds}")
     return figure
-
-
-def shades(number: int) -> list[Any]:
-    """From light, which is good, to dark."""
-    return [tuple(shade) for shade in plt.get_cmap("cividis_r")(np.linspace(0.02, 1, number))]
 
 
 def draw_task(
@@ -451,29 +394,24 @@ def draw_task(
     setting = PRESETS[preset].tasks[task]
     places = [math.log10(start) for start in setting.starts]
     width = (places[-1] - places[0]) / (len(places) - 1)
-    left = places[0] - width / 2
+    unknown: dict[str, Any] = {"edgecolor": "#bbbbbb", "hatch": "//////", "linewidth": 0}
     for y, method in enumerate(methods):
         mine = own[own.method == method]
         ratios = dict(zip(mine.start, mine.ratio, strict=True))
-        free = [*mine.ratio, None][0]
+        free = mine.ratio.iloc[0] if method in FREE and len(mine) else math.nan
         for start, place in zip(setting.starts, places, strict=True):
-            ratio = free if method in FREE else ratios.get(start)
             where = [(place - width / 2, width)], (y - 0.46, 0.92)
-            if ratio is None or math.isnan(ratio):
-                axis.broken_barh(
-                    *where, facecolor="white", edgecolor="#bbbbbb", hatch="//////", linewidth=0
-                )
+            if math.isnan(ratio := ratios.get(start, free)):
+                axis.broken_barh(*where, facecolor="white", **unknown)
             else:
                 colour = colours[int(np.searchsorted(EDGES, ratio))]
                 axis.broken_barh(*where, facecolor=colour, edgecolor=colour, linewidth=0.2)
     axis.grid(False)
-    axis.set_xlim(left, places[-1] + width / 2)
     ticks = range(math.ceil(places[0]), math.floor(places[-1]) + 1, 2)
     axis.set_xticks(list(ticks), [f"1e{tick}" for tick in ticks])
+    axis.set_xlim(places[0] - width / 2, places[-1] + width / 2)
     axis.tick_params(axis="y", length=0)
-    axis.tick_params(axis="x")
-    axis.set_title(title(preset, task))
-    axis.set_xlabel("initial learning rate")
+    axis.set(title=title(preset, task), xlabel="initial learning rate")
 
 
 SHORT = {
@@ -492,14 +430,11 @@ def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
         axis.fill_between(mine.start, mine.least, mine.most, color=colour, alpha=0.2, linewidth=0)
         axis.plot(mine.start, mine.error, color=colour, marker=marker, label=label)
     axis.set_ylim(0.8 * own.error.min(), 1.2 * own.error.max())
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    axis.set(xscale="log", yscale="log", xlabel="initial learning rate", ylabel=TASKS[task].unit)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("initial learning rate")
-    axis.set_ylabel(TASKS[task].unit)
-    axis.set_title(f"{title(preset, task)}; {count(own)}, mean and range")
+    axis.set_title(f"{title(preset, task)}; {counted(own.n)}, mean and range")
     figure.legend(loc="outside right center")
     return figure
 
@@ -510,40 +445,39 @@ def draw(folder: Path) -> list[Path]:
     Raises:
         ValueError: the records are damaged, of several settings, or of no method.
     """
-    preset = preset_of(folder)
-    order = {method: place for place, method in enumerate(LABELS)}
-    read = read_runs(folder / "records", functools.partial(cell_of, preset), lambda cell: cell.task)
-    read.sort(
-        key=lambda run: (
-            list(TASKS).index(run.cell.task),
-            order[run.cell.method],
-            run.cell.start or 0.0,
-            run.seed,
-        )
-    )
-    runs = run_table(read)
+    preset, tasks, methods = preset_of(folder), list(TASKS), list(LABELS)
+
+    def order(run: Run) -> tuple:
+        cell = run.cell
+        place = tasks.index(cell.task), methods.index(cell.method)
+        return (*place, cell.start or 0.0, run.seed)
+
+    found = read_runs(folder, functools.partial(cell_of, preset), lambda cell: cell.task)
+    found.sort(key=order)
+    runs = run_table(found)
     table = points(runs)
     timed = folder.parent / TIMES
     times = json.loads(timed.read_text())["relative"] if timed.exists() else None
-    paths = write_all(
-        folder,
-        {
-            "runs.csv": csv_of(runs, None),
-            "table.csv": csv_of(table),
-            "README.md": markdown(table, runs, preset, times),
-        },
-    )
-    made = {}
-    for task in dict.fromkeys(runs.task):
-        made[task] = provenance([run.summary for run in read if run.cell.task == task])
-        del made[task]["seconds_per_step"]
-        peers = {run.summary["provenance"].get("peer") for run in read if run.cell.task == task}
-        made[task]["peers"] = sorted(peers - {None})
-    write_json(folder / "runs.json", made)
+    texts = {
+        "runs.csv": csv_of(runs, None),
+        "table.csv": csv_of(table),
+        "README.md": markdown(table, runs, preset, times),
+    }
+    paths = write_all(folder, texts)
+    write_json(folder / "runs.json", {task: made(found, task) for task in runs.task.unique()})
     own = table[table.task == "mlp"]
     if set(SHORT) <= set(own.method):
         paths += style.save(curves(own, preset, "mlp"), folder / "mlp")
     return [*paths, folder / "runs.json", *style.save(figure(table, preset), folder / "figure")]
+
+
+def made(runs: Iterable[Run], task: str) -> dict[str, Any]:
+    """Where the numbers of a task come from."""
+    summaries = [run.summary for run in runs if run.cell.task == task]
+    peers = {summary["provenance"].get("peer") for summary in summaries} - {None}
+    found = {**provenance(summaries), "peers": sorted(peers)}
+    del found["seconds_per_step"]
+    return found
 
 
 def prose(folder: Path) -> dict[str, str]:
@@ -568,8 +502,8 @@ def prose(folder: Path) -> dict[str, str]:
         "line": " | ".join(line),
         "summary": (
             f"Auto starts anywhere between {auto.start.min():g} and {auto.start.max():g} "
-            f"({count(auto)}). From its worst start it ends, beside the best fixed lr of SGD, SGD "
-            f"with momentum and Adam, at an error of {', '.join(worst)}."
+            f"({counted(auto.n)}). From its worst start it ends, beside the best fixed lr of SGD, "
+            f"SGD with momentum and Adam, at an error of {', '.join(worst)}."
         ),
         "verdicts": "\n".join(verdict_list),
         "overview": "\n".join(overview(robust, preset, MAIN, None)),

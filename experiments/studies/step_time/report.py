@@ -6,6 +6,7 @@ import itertools
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -25,90 +26,74 @@ def bars(times: pd.DataFrame, compiling: pd.DataFrame) -> list[tuple[str, str, f
     def of(column: str, model: str, optimizer: str, family: str, height: int) -> float:
         return float(table.loc[(model, optimizer, family, height), column])
 
-    found: list[tuple[str, str, float, float]] = []
+    def step(model: str, ours: tuple[str, int], theirs: tuple[str, str, int]) -> float:
+        return of("step_us", model, "compiled", *ours) / of("step_us", model, *theirs)
 
-    def ratio(what: str, bar: float, model: str, ours: tuple, theirs: tuple) -> None:
-        value = of("step_us", model, *ours) / of("step_us", model, *theirs)
-        found.append((what, "≤", bar, value))
-
-    def faster(what: str, bar: float, model: str, family: str, height: int) -> None:
-        ours = of("whole_us", model, "compiled", family, height)
-        found.append((what, "≥", bar, of("whole_us", model, "published", family, height) / ours))
-
-    foreach, fused = "torch.optim foreach", "torch.optim fused"
-    momentum = ("compiled", "SGD momentum", 1)
-    ratio(
-        "`step()`, Adam / SGD, MLP, over torch Adam (foreach)",
-        1.0,
-        "mlp",
-        ("compiled", "Adam / SGD", 1),
-        (foreach, "Adam", 0),
-    )
-    for model, bar in (("mlp", 2.0), ("resnet20", 1.5)):
-        ratio(
-            f"`step()`, SGD(momentum) / SGD, {LABELS[model]}, over torch SGD(momentum) (foreach)",
-            bar,
-            model,
-            momentum,
-            (foreach, "SGD momentum", 0),
-        )
-    for model, bar in (("mlp", 1.06), ("resnet20", 1.005), ("char_rnn", 1.01)):
-        family = "Adam" if model == "char_rnn" else "SGD momentum"
+    def whole(model: str, family: str) -> float:
         ours, theirs = (model, "compiled", family, 1), (model, foreach, family, 0)
         more = of("inside_us", *ours) - of("inside_us", *theirs)
-        what = f"whole step, {tower_label(family, 1)}, {LABELS[model]}, over torch (foreach)"
-        found.append((what, "≤", bar, 1 + more / of("whole_us", *theirs)))
-    per_level = (
-        of("step_us", "mlp", "compiled", "Adam", 50) - of("step_us", "mlp", "compiled", "Adam", 10)
-    ) / 40
-    found.append(("each further level, tower of Adam, MLP, in µs", "≤", 10.0, per_level))
-    faster(
-        "whole step, tower of Adam of height 50, MLP, times faster than the published package",
-        15.0,
-        "mlp",
-        "Adam",
-        50,
-    )
-    faster(
-        "whole step, Adam / SGD, MLP, times faster than the published package",
-        2.0,
-        "mlp",
-        "Adam / SGD",
-        1,
-    )
-    faster(
-        "whole step, Adam / Adam, char-RNN, times faster than the published package",
-        2.5,
-        "char_rnn",
-        "Adam",
-        1,
-    )
-    extra = of("bytes_per_parameter", "transformer", "compiled", "Adam", 1) - 8
-    found.append(
-        ("25 M parameters, Adam / Adam: bytes per parameter beyond Adam's moments", "≤", 8.0, extra)
-    )
-    ratio(
-        "25 M parameters, `step()`, Adam / Adam, over torch Adam (fused)",
-        1.8,
-        "transformer",
-        ("compiled", "Adam", 1),
-        (fused, "Adam", 0),
-    )
-    for (family, height), bar, column in (
-        (("Adam", 1), 8.0, "cold_s"),
-        (("Adam", 1), 2.0, "warm_s"),
-        (("Adam", 50), 40.0, "cold_s"),
-    ):
-        how = "cold" if column == "cold_s" else "from the cache on disk"
-        found.append(
+        return 1 + more / of("whole_us", *theirs)
+
+    def faster(model: str, *stack: Any) -> float:
+        theirs = of("whole_us", model, "published", *stack)
+        return theirs / of("whole_us", model, "compiled", *stack)
+
+    foreach, momentum = "torch.optim foreach", ("SGD momentum", 1)
+    plain = (foreach, "SGD momentum", 0)
+    added = "`step()`, SGD(momentum) / SGD, {}, over torch SGD(momentum) (foreach)"
+    entire = "whole step, {}, {}, over torch (foreach)"
+    published = "whole step, {}, times faster than the published package"
+    heights = (of("step_us", "mlp", "compiled", "Adam", height) for height in (50, 10))
+    compiled = "seconds to compile {}, {}"
+    cold, warm = ("cold_s", "cold"), ("warm_s", "from the cache on disk")
+    return [
+        (
+            "`step()`, Adam / SGD, MLP, over torch Adam (foreach)",
+            *("≤", 1.0, step("mlp", ("Adam / SGD", 1), (foreach, "Adam", 0))),
+        ),
+        *(
+            (added.format(LABELS[model]), "≤", bar, step(model, momentum, plain))
+            for model, bar in (("mlp", 2.0), ("resnet20", 1.5))
+        ),
+        *(
             (
-                f"seconds to compile {tower_label(family, height)}, {how}",
-                "≤",
-                bar,
-                float(seconds.loc[(family, height), column]),
+                entire.format(tower_label(family, 1), LABELS[model]),
+                *("≤", bar, whole(model, family)),
             )
-        )
-    return found
+            for model, family, bar in (
+                ("mlp", "SGD momentum", 1.06),
+                ("resnet20", "SGD momentum", 1.005),
+                ("char_rnn", "Adam", 1.01),
+            )
+        ),
+        (
+            "each further level, tower of Adam, MLP, in µs",
+            *("≤", 10.0, (next(heights) - next(heights)) / 40),
+        ),
+        *(
+            (published.format(stack), "≥", bar, faster(*which))
+            for stack, bar, which in (
+                ("tower of Adam of height 50, MLP", 15.0, ("mlp", "Adam", 50)),
+                ("Adam / SGD, MLP", 2.0, ("mlp", "Adam / SGD", 1)),
+                ("Adam / Adam, char-RNN", 2.5, ("char_rnn", "Adam", 1)),
+            )
+        ),
+        (
+            "25 M parameters, Adam / Adam: bytes per parameter beyond Adam's moments",
+            *("≤", 8.0, of("bytes_per_parameter", "transformer", "compiled", "Adam", 1) - 8),
+        ),
+        (
+            "25 M parameters, `step()`, Adam / Adam, over torch Adam (fused)",
+            *("≤", 1.8, step("transformer", ("Adam", 1), ("torch.optim fused", "Adam", 0))),
+        ),
+        *(
+            (
+                compiled.format(tower_label("Adam", height), how),
+                *("≤", bar, float(seconds.loc[("Adam", height), column])),
+            )
+            for height, bar, (column, how) in ((1, 8.0, cold), (1, 2.0, warm), (50, 40.0, cold))
+        ),
+    ]
 
 
 def draw(folder: Path) -> list[Path]:
@@ -189,24 +174,19 @@ def draw_heights(times: pd.DataFrame) -> plt.Figure:
 
 def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
     """Time of a training step of one model against height, ours and the published package."""
-    looks = {"compiled": (style.OURS, "ours"), "published": (style.PAPER, "published")}
-    for (kind, look), (family, line) in itertools.product(
-        looks.items(), (("SGD", "--"), ("Adam", "-"))
-    ):
-        rows = times[
-            (times.model == model) & (times.optimizer == kind) & (times.family == family)
-        ].sort_values("height")
-        how, name = look
+    looks = {"compiled": ("ours", style.OURS), "published": ("published", style.PAPER)}
+    families = (("SGD", "--"), ("Adam", "-"))
+    for (kind, (name, look)), (family, line) in itertools.product(looks.items(), families):
+        own = (times.model == model) & (times.optimizer == kind) & (times.family == family)
+        rows = times[own].sort_values("height")
+        middle, low, high = (rows[f"whole_us{q}"] for q in ("", "_q25", "_q75"))
         axis.errorbar(
             rows.height,
-            rows.whole_us / 1000,
-            [
-                (rows.whole_us - rows.whole_us_q25) / 1000,
-                (rows.whole_us_q75 - rows.whole_us) / 1000,
-            ],
+            middle / 1000,
+            [(middle - low) / 1000, (high - middle) / 1000],
             linestyle=line,
             elinewidth=0.8,
-            **how,
+            **look,
             label=f"{name}, towers of {family}",
         )
     axis.set(ylim=(0, None), xlabel="height")
@@ -254,6 +234,13 @@ def draw_peers(times: pd.DataFrame) -> plt.Figure:
     axes[0][0].set_ylabel("step() alone")
     axes[1][0].set_ylabel("a whole training step")
     return figure
+
+
+def captions(folder: Path) -> dict[str, str]:
+    return {
+        "height": "Time of a training step against the height of the tower, by model",
+        "peers": "Time of a training step, ours beside other packages, by model",
+    }
 
 
 def claims(folder: Path) -> Iterator[Claim]:

@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 
 from experiments.data.catalog import label as data_label
-from experiments.studies import style
-from experiments.studies.pages import table, write_all
+from experiments.studies import pages, style
+from experiments.studies.pages import write_all
 from hyperopt import parse
 
 SMOOTH = 9  # steps over which losses are averaged; batches differ
@@ -51,6 +51,16 @@ class Surface:
         }
 
 
+def outlined(width: float) -> list[Any]:
+    return [effects.Stroke(linewidth=width, foreground="white"), effects.Normal()]
+
+
+def titled(figure: plt.Figure, axis: Any, words: str) -> plt.Figure:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    style.title(figure, f"The hyperoptimization surface\n{words}")
+    return figure
+
+
 def poster(surface: Surface, words: str) -> plt.Figure:
     """The surface in three dimensions: a thin line for each plain run, thick ones for towers."""
     figure = plt.figure(figsize=(style.WIDTH, 5.2))
@@ -83,7 +93,7 @@ def poster(surface: Surface, words: str) -> plt.Figure:
             markevery=[0],
             markersize=7,
             zorder=1000,
-            path_effects=[effects.Stroke(linewidth=4, foreground="white"), effects.Normal()],
+            path_effects=outlined(4),
             **look,
         )
     axis.set(
@@ -100,14 +110,12 @@ def poster(surface: Surface, words: str) -> plt.Figure:
         side.set_pane_color((1, 1, 1, 0))
     axis.view_init(elev=36, azim=-36)
     axis.set_box_aspect((1.25, 1.15, 0.8), zoom=0.98)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    style.title(figure, f"The hyperoptimization surface\n{words}")
-    return figure
+    return titled(figure, axis, words)
 
 
 def flat(surface: Surface, words: str) -> plt.Figure:
     """The same from above: loss as shades and contours, towers as paths."""
-    figure, axis = plt.subplots(figsize=(style.WIDTH, 3.6))
+    figure, axis = style.subplots(1, 1, 3.6)
     mesh = axis.pcolormesh(
         surface.steps,
         surface.lrs,
@@ -127,16 +135,14 @@ def flat(surface: Surface, words: str) -> plt.Figure:
             markevery=[0],
             markersize=6,
             clip_on=False,
-            path_effects=[effects.Stroke(linewidth=3.5, foreground="white"), effects.Normal()],
+            path_effects=outlined(3.5),
             **look,
         )
     axis.set(xlabel="training step", ylabel="step size", xlim=(1, surface.steps[-1]))
     axis.set_yticks(TICKS, [f"{10.0**tick:g}" for tick in TICKS])
     axis.grid(visible=False)
     figure.colorbar(mesh, label="training loss (nats)", pad=0.02)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    style.title(figure, f"The hyperoptimization surface\n{words}")
-    return figure
+    return titled(figure, axis, words)
 
 
 def setting(runs: pd.DataFrame) -> str:
@@ -148,24 +154,8 @@ def setting(runs: pd.DataFrame) -> str:
     )
 
 
-def markdown(runs: pd.DataFrame, surface: Surface) -> str:
+def markdown(folder: Path, runs: pd.DataFrame, surface: Surface) -> str:
     """Both figures with their caption, and where the towers' step sizes go, as Markdown."""
-    caption = (
-        f"{setting(runs)}. Thin lines, or shades: plain SGD at {len(surface.lrs)} step "
-        "sizes. Thick lines: towers that move theirs, from where the mark is."
-    )
-    lines = [
-        "# The hyperoptimization surface",
-        "",
-        "The paper's first version (arXiv 1909.13371v1), Figure 1.",
-        "",
-        f"![{caption}](figure.png)",
-        "",
-        "![The same from above](flat.png)",
-        "",
-        caption,
-        "",
-    ]
     errors = runs.set_index("stack").test_error
     plain = errors.drop(list(surface.towers))
     rows = [
@@ -173,8 +163,24 @@ def markdown(runs: pd.DataFrame, surface: Surface) -> str:
         for stack, (lr, _) in surface.towers.items()
     ]
     rows.append((f"`{plain.idxmin()}`, the best plain run", "", f"{plain.min():.2f}"))
-    lines += table(("Tower", "Step size at the end", "Test error (%)"), "lrr", rows)
-    return "\n".join(lines) + "\n"
+    texts = captions(folder)
+    return pages.page(
+        "# The hyperoptimization surface",
+        "The paper's first version (arXiv 1909.13371v1), Figure 1.",
+        *(f"![{text}]({name}.png)" for name, text in texts.items()),
+        texts["figure"],
+        pages.table(("Tower", "Step size at the end", "Test error (%)"), "lrr", rows),
+    )
+
+
+def captions(folder: Path) -> dict[str, str]:
+    runs = pd.read_csv(folder / "runs.csv")
+    text = (
+        f"{setting(runs)}. Thin lines, or shades: plain SGD at "
+        f"{(~runs['stack'].str.contains('/')).sum()} step sizes. Thick lines: towers that move "
+        "theirs, from where the mark is."
+    )
+    return {"figure": text, "flat": "The same from above"}
 
 
 def draw(folder: Path) -> list[Path]:
@@ -182,6 +188,6 @@ def draw(folder: Path) -> list[Path]:
     runs = pd.read_csv(folder / "runs.csv")
     surface = Surface(pd.read_csv(folder / "curves.csv"))
     words = setting(runs)
-    paths = write_all(folder, {"README.md": markdown(runs, surface)})
+    paths = write_all(folder, {"README.md": markdown(folder, runs, surface)})
     paths += style.save(poster(surface, words), folder / "figure")
     return paths + style.save(flat(surface, words), folder / "flat")

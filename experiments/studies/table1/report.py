@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,13 +18,6 @@ from experiments.studies.pages import csv_of, diverged, table, with_sd, write_al
 from experiments.studies.table1.runs import LEARNED, REFERENCE
 
 BLOCKS = {"a": "SGD", "b": "Adam", "c": "AdaGrad", "d": "RMSProp"}
-HEADS = (
-    *("Optimizer", "Kind", "Epochs", "Published", "Its code, rerun", "Ours", "n"),
-    *("Learned", "Agrees"),
-)
-OWN_HEADS = (
-    *("Tower", "Plain optimizer started at", "Ours", "n", "The paper's start", "Published"),
-)
 KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
 
 
@@ -36,32 +29,29 @@ def summarize(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     deviation or 0.3 points, whichever is larger; it stays empty for runs that are not in the
     published setting.
     """
-    lines = []
-    for name, own in runs.groupby("row", sort=False):
-        row = reference.loc[name]
-        error, sd = own.test_error.mean(), own.test_error.std(ddof=1)
-        line = {
-            "block": row.block,
-            "row": name,
-            "kind": row.kind,
-            "epochs": own.epochs.iloc[0],
-            "published_error": row.published_error,
-            "published_sd": row.published_sd,
-            "rerun_error": row.rerun_error,
-            "rerun_sd": row.rerun_sd,
-            "our_error": round(error, 4),
-            "our_sd": round(sd, 4),
-            "n": len(own),
-            "diverged": int(own.diverged.sum()),
-        }
-        for hyper in LEARNED:
-            line[f"learned_{hyper}"] = own[f"learned_{hyper}"].mean()
-            line[f"learned_{hyper}_sd"] = own[f"learned_{hyper}"].std(ddof=1)
-        if is_published_setting(runs, reference):
-            pooled = math.sqrt((row.published_sd**2 + sd**2) / 2)
-            line["agrees"] = bool(abs(error - row.published_error) <= max(2 * pooled, 0.3))
-        lines.append(line)
-    return pd.DataFrame(lines)
+    learned = [f"learned_{name}" for name in LEARNED]
+    columns: dict[str, Any] = {
+        "block": ("block", "first"),
+        "kind": ("kind", "first"),
+        "epochs": ("epochs", "first"),
+        "our_error": ("test_error", "mean"),
+        "our_sd": ("test_error", "std"),
+        "n": ("seed", "size"),
+        "diverged": ("diverged", "sum"),
+    }
+    for name in learned:
+        columns |= {name: (name, "mean"), f"{name}_sd": (name, "std")}
+    ours = runs.groupby("row", sort=False).agg(**columns)
+    both = ours.join(reference.drop(columns=["block", "kind", "epochs"])).reset_index()
+    if is_published_setting(runs, reference):
+        pooled = ((both.published_sd**2 + both.our_sd**2) / 2) ** 0.5
+        off = (both.our_error - both.published_error).abs()
+        both["agrees"] = off <= (2 * pooled).clip(lower=0.3)
+    names = ["block", "row", "kind", "epochs", "published_error", "published_sd", "rerun_error"]
+    names += ["rerun_sd", "our_error", "our_sd", "n", "diverged"]
+    names += [column for name in learned for column in (name, f"{name}_sd")]
+    names += ["agrees"] * ("agrees" in both)
+    return both.round({"our_error": 4, "our_sd": 4})[names]
 
 
 def is_published_setting(runs: pd.DataFrame, reference: pd.DataFrame) -> bool:
@@ -79,9 +69,8 @@ def setting(runs: pd.DataFrame, reference: pd.DataFrame) -> str:
     text = f"{data_label(runs.data.iloc[0])}, {seeds} seed{'s' * (seeds > 1)}"
     if is_published_setting(runs, reference):
         return text
-    epochs = sorted(runs.epochs.unique())
-    if len(epochs) == 1:
-        text += f", {epochs[0]} epochs"
+    epochs = runs.epochs.unique()
+    text += f", {epochs[0]} epochs" if len(epochs) == 1 else ""
     return text + "; a reduced setting, not comparable with the paper's"
 
 
@@ -99,100 +88,80 @@ def verdict(line: pd.Series) -> str:
     return {True: "yes", False: "no"}.get(line.get("agrees"), "")
 
 
+def published(line: pd.Series) -> str:
+    return with_sd(line.published_error, line.published_sd)
+
+
+def ours(line: pd.Series) -> str:
+    return with_sd(line.our_error, line.our_sd) + diverged(line)
+
+
 def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words: str) -> str:
     """The table, and the small one of the rows started from our own towers, as Markdown."""
-    lines = [
+    lines = [line for _, line in rows.iterrows()]
+    heads = ["Optimizer", "Kind", "Epochs", "Published", "Its code, rerun", "Ours", "n"]
+    cells = (
+        (
+            *(f"`{line.row}`", KINDS[line.kind], str(line.epochs), published(line)),
+            *(with_sd(line.rerun_error, line.rerun_sd), ours(line), str(line.n)),
+            *(learned_text(line), verdict(line)),
+        )
+        for line in lines
+    )
+    parts: list[Any] = [
         f"# Table 1: {words}",
-        "",
         "Test error in percent after the last epoch, mean ± standard deviation over seeds. "
         "*Published* is the paper, *its code, rerun* the published package on the same data. "
         "*Relearned* is the plain optimizer started at the hyperparameters that the tower above it "
         "learned in the paper. *Learned* are our towers' final values, in the same way. "
         "*Agrees*: ours is within twice the pooled standard deviation of the published mean, or "
         "0.3 points, whichever is larger.",
-        "",
-        *table(
-            HEADS,
-            "llrrrrrll",
-            (
-                (
-                    f"`{line.row}`",
-                    KINDS[line.kind],
-                    str(line.epochs),
-                    with_sd(line.published_error, line.published_sd),
-                    with_sd(line.rerun_error, line.rerun_sd),
-                    with_sd(line.our_error, line.our_sd) + diverged(line),
-                    str(line.n),
-                    learned_text(line),
-                    verdict(line),
-                )
-                for _, line in rows.iterrows()
-            ),
-        ),
+        table([*heads, "Learned", "Agrees"], "llrrrrrll", cells),
     ]
     if own is not None:
-        lines += [
-            "",
+        heads = ["Tower", "Plain optimizer started at", "Ours", "n", "The paper's start"]
+        cells = (
+            (f"`{o.tower}`", f"`{o.start}`", ours(o), str(o.n), f"`{o.row}`", published(o))
+            for _, o in own.iterrows()
+        )
+        parts += [
             f"## Relearned rows, started from what our towers learned: {own_words}",
-            "",
             "The plain optimizer started at the mean of our towers' final hyperparameters.",
-            "",
-            *table(
-                OWN_HEADS,
-                "llrrlr",
-                (
-                    (
-                        f"`{line.tower}`",
-                        f"`{line.start}`",
-                        with_sd(line.our_error, line.our_sd) + diverged(line),
-                        str(line.n),
-                        f"`{line.row}`",
-                        with_sd(line.published_error, line.published_sd),
-                    )
-                    for _, line in own.iterrows()
-                ),
-            ),
+            table([*heads, "Published"], "llrrlr", cells),
         ]
-        for tower, row in itertools.pairwise(rows.itertuples()):
-            if row.kind == "relearned" and row.row not in set(own.row):
-                lines += [
-                    "",
-                    f"`{tower.row}` is left out: no plain optimizer can start at the mean of what "
-                    f"our towers learned, {learned_text(rows.loc[tower.Index])}.",
-                ]
-    return "\n".join(lines) + "\n"
+        parts += [
+            f"`{tower.row}` is left out: no plain optimizer can start at the mean of what our "
+            f"towers learned, {learned_text(tower)}."
+            for tower, row in itertools.pairwise(lines)
+            if row.kind == "relearned" and row.row not in set(own.row)
+        ]
+    return pages.page(*parts)
 
 
 def latex(rows: pd.DataFrame, words: str) -> str:
     """The table for a paper."""
-    body = []
-    for block, own in rows.groupby("block", sort=False):
-        body.append(f"\\midrule % {BLOCKS[str(block)]}")
-        for _, line in own.iterrows():
-            cells = [
-                f"\\texttt{{{line.row}}}",
-                re.sub(r"beta(\d)", r"$\\beta_\1$", learned_text(line)),
-                with_sd(line.published_error, line.published_sd),
-                with_sd(line.our_error, line.our_sd) + diverged(line),
-                verdict(line),
-            ]
-            body.append(pages.latex_row(cells))
+    groups = (
+        (
+            BLOCKS[str(block)],
+            [
+                (f"`{line.row}`", learned_text(line), published(line), ours(line), verdict(line))
+                for _, line in own.iterrows()
+            ],
+        )
+        for block, own in rows.groupby("block", sort=False)
+    )
     heads = ("Optimizer", "Learned (ours)", "Published", "Ours", "Agrees")
     caption = f"Test error (\\%) of the MLP, published and ours. {words}"
-    return pages.latex(caption, "llrrl", heads, body)
+    return pages.latex(caption, "llrrl", heads, groups)
 
 
 def figure(table: pd.DataFrame, words: str) -> plt.Figure:
     """Published and ours side by side, a panel for each block."""
     blocks = list(table.groupby("block", sort=False))
-    fig, axes = plt.subplots(
-        len(blocks),
-        1,
-        figsize=(style.WIDTH, 0.6 + 0.2 * len(table)),
-        sharex=True,
-        squeeze=False,
-        gridspec_kw={"height_ratios": [len(rows) for _, rows in blocks]},
-    )
+    ratios = {"height_ratios": [len(rows) for _, rows in blocks]}
+    height = 0.6 + 0.2 * len(table)
+    shared: dict[str, Any] = {"sharex": True, "squeeze": False, "gridspec_kw": ratios}
+    fig, axes = style.subplots(len(blocks), 1, height, **shared)
     for axis, (block, rows) in zip(axes[:, 0], blocks, strict=True):
         places = range(len(rows))
         for offset, prefix, label, look in (
@@ -220,6 +189,10 @@ def figure(table: pd.DataFrame, words: str) -> plt.Figure:
     return fig
 
 
+def captions(folder: Path) -> dict[str, str]:
+    return {"figure": "Test error of the 32 rows of Table 1, the paper's beside ours"}
+
+
 def own_table(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     """`summarize`, with the tower of each row and the start that ours had."""
     rows, order = summarize(runs, reference), list(reference.index)
@@ -228,17 +201,21 @@ def own_table(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns=[c for c in rows.columns if c == "agrees" or "learned_" in c])
 
 
+def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
+    """The runs of a CSV, the table of them, and their setting in words."""
+    reference = pd.read_csv(REFERENCE).set_index("stack")
+    runs = pd.read_csv(path)
+    return runs, summarize(runs, reference), setting(runs, reference)
+
+
 def draw(folder: Path) -> list[Path]:
     """Draw Table 1 from the CSVs of its runs; returns what was written beside them."""
-    reference = pd.read_csv(REFERENCE).set_index("stack")
-    runs = pd.read_csv(folder / "runs.csv")
-    rows = summarize(runs, reference)
-    words = setting(runs, reference)
+    _, rows, words = read(folder / "runs.csv")
     texts = {"table.csv": csv_of(rows)}
     own, own_words = None, ""
     if (folder / "own_runs.csv").exists():
-        own_runs = pd.read_csv(folder / "own_runs.csv")
-        own, own_words = own_table(own_runs, reference), setting(own_runs, reference)
+        own_runs, _, own_words = read(folder / "own_runs.csv")
+        own = own_table(own_runs, pd.read_csv(REFERENCE).set_index("stack"))
         texts["own.csv"] = csv_of(own)
     texts["README.md"] = markdown(rows, own, words, own_words)
     texts["table.tex"] = latex(rows, words)
@@ -247,16 +224,15 @@ def draw(folder: Path) -> list[Path]:
 
 def claims(folder: Path) -> Iterator[Claim]:
     """A claim for each row of Table 1."""
-    runs = pd.read_csv(folder / "runs.csv")
-    reference = pd.read_csv(REFERENCE).set_index("stack")
-    for _, line in summarize(runs, reference).iterrows():
+    runs, rows, _ = read(folder / "runs.csv")
+    for _, line in rows.iterrows():
         own = runs[runs.row == line.row]
         yield Claim(
             data_label(own.data.iloc[0]),
             f"Table 1, {line.row}, {line.epochs} epochs",
             scale(bool(verdict(line))),
             "test error (%)",
-            with_sd(line.published_error, line.published_sd),
+            published(line),
             with_sd(line.our_error, line.our_sd),
             int(line.n),
             verdict(line),
@@ -275,21 +251,16 @@ SHOWN = (
 def prose(folder: Path) -> dict[str, str]:
     """Some rows of the table, and how many of all agree."""
     rows = pd.read_csv(folder / "table.csv").set_index("row")
+    shown = rows.loc[list(SHOWN)].iterrows()
     cells = (
-        (
-            f"`{name}`",
-            with_sd(line.published_error, line.published_sd),
-            with_sd(line.our_error, line.our_sd),
-        )
-        for name, line in rows.loc[list(SHOWN)].iterrows()
+        (f"`{name}`", published(line), with_sd(line.our_error, line.our_sd)) for name, line in shown
     )
     text = f"{rows.agrees.sum()} of the {len(rows)} rows of Table 1 agree with the paper."
     for name, line in rows[~rows.agrees.astype(bool)].iterrows():
-        rerun = with_sd(line.rerun_error, line.rerun_sd)
         text += (
-            f" `{name}` does not: {with_sd(line.our_error, line.our_sd)} here, "
-            f"{with_sd(line.published_error, line.published_sd)} in the paper. The published "
-            f"package gives {rerun} on the same data."
+            f" `{name}` does not: {with_sd(line.our_error, line.our_sd)} here, {published(line)} "
+            f"in the paper. The published package gives {with_sd(line.rerun_error, line.rerun_sd)} "
+            "on the same data."
         )
     best = rows.loc["Adam(0.001) / SGD(1e-5)"]
     line = (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from experiments.data.catalog import label
 from experiments.data.catalog import label as data_label
 from experiments.studies import pages
 from experiments.studies.claim import Claim, scale
@@ -54,53 +54,41 @@ def setting(runs: pd.DataFrame) -> str:
     )
 
 
-def accuracy_text(line: pd.Series) -> str:
+def ours(line: pd.Series) -> str:
     return with_sd(line.accuracy, line.sd) + diverged(line)
 
 
-def markdown(runs: pd.DataFrame, words: str) -> str:
-    lines = [
+def cells(rows: pd.DataFrame) -> list[tuple[str, ...]]:
+    return [
+        (
+            *(f"`{line.row}`", f"{line.published_accuracy:.2f}", ours(line)),
+            *(f"{line.published_ms_per_step:g}", f"{line.ms_per_step:.2f}"),
+        )
+        for _, line in rows.iterrows()
+    ]
+
+
+def markdown(rows: pd.DataFrame, words: str) -> str:
+    heads = ("Optimizer", "Published", "Ours", "Published time", "Our time")
+    parts: list[Any] = [
         f"# The first version's tables: {words}",
-        "",
         "Test accuracy in percent, mean ± standard deviation over seeds, beside that of arXiv "
         "1909.13371v1, which has one run of each. Plain rows below a tower start at what it "
         "learned in the paper. *Time* is ms of a whole training step: theirs on a 2.4 GHz laptop "
         "core, ours that of the fastest seed, of runs side by side on a machine that may have had "
         "more to do; what a step costs is measured in [results/step_time](../../step_time).",
     ]
-    heads = ("Optimizer", "Published", "Ours", "Published time", "Our time")
-    for number, rows in runs.groupby("table"):
-        cells = (
-            (
-                f"`{line.row}`",
-                f"{line.published_accuracy:.2f}",
-                accuracy_text(line),
-                f"{line.published_ms_per_step:g}",
-                f"{line.ms_per_step:.2f}",
-            )
-            for _, line in rows.iterrows()
-        )
-        lines += ["", f"## Table {number}", "", *table(heads, "lrrrr", cells)]
-    return "\n".join([*lines, "", TOO_MUCH]) + "\n"
+    for number, own in rows.groupby("table"):
+        parts += [f"## Table {number}", table(heads, "lrrrr", cells(own))]
+    return pages.page(*parts, TOO_MUCH)
 
 
-def latex(runs: pd.DataFrame, words: str) -> str:
+def latex(rows: pd.DataFrame, words: str) -> str:
     """The tables for a paper."""
-    body = []
-    for number, rows in runs.groupby("table"):
-        body.append(f"\\midrule % Table {number}")
-        for _, line in rows.iterrows():
-            cells = [
-                f"\\texttt{{{line.row}}}",
-                f"{line.published_accuracy:.2f}",
-                accuracy_text(line),
-                f"{line.published_ms_per_step:g}",
-                f"{line.ms_per_step:.2f}",
-            ]
-            body.append(pages.latex_row(cells))
+    groups = ((f"Table {number}", cells(own)) for number, own in rows.groupby("table"))
     caption = f"Test accuracy (\\%), published in the first version and ours. {words}"
     heads = ("Optimizer", "Published", "Ours", "ms", "ms, ours")
-    return pages.latex(caption, "lrrrr", heads, body)
+    return pages.latex(caption, "lrrrr", heads, groups)
 
 
 def draw(folder: Path) -> list[Path]:
@@ -122,12 +110,12 @@ def claims(folder: Path) -> Iterator[Claim]:
         own = runs[(runs.table == line.table) & (runs.row == line.row)]
         near = abs(line.accuracy - line.published_accuracy) <= max(2 * line.sd, 0.5)
         yield Claim(
-            label(own.data.iloc[0]),
+            data_label(own.data.iloc[0]),
             f"first version, Table {line.table}, {line.row}",
             scale(own.data.iloc[0] == "mnist"),
             "test accuracy (%)",
             f"{line.published_accuracy:g}",
-            accuracy_text(line),
+            ours(line),
             int(line.n),
             "yes" if near else "no",
             " ".join(own.hash) if "hash" in own else "",

@@ -1,7 +1,7 @@
 """Check on a GPU what a CPU cannot show, in at most ten minutes.
 
     make gpu-check
-    python -m scripts.gpu_check results=results data.root=data
+    python tests/gpu_check.py results=results data.root=data
 
 It runs the tests that need a GPU. It counts the synchronizations of a step, which must be 0. It
 captures a step in a CUDA graph and compares it with the same step outside of one. It times `step()`

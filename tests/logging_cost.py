@@ -1,7 +1,7 @@
 """What it costs to record a run: the CSVs of the store, and W&B offline.
 
-    python -m scripts.logging_cost
-    python -m scripts.logging_cost rounds=5 epochs=5 data=mnist
+    python tests/logging_cost.py
+    python tests/logging_cost.py rounds=5 epochs=5 data=mnist
 
 does runs of the MLP under Adam / SGD with either logger in turn. It prints the share of training
 time that recording takes, the median over rounds, and how long W&B takes to begin and to end a run.
