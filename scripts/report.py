@@ -17,7 +17,6 @@ import html
 import io
 import json
 import math
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -40,13 +39,6 @@ LIMIT = 2_990_000  # bytes of the page
 POINTS = 60  # at most, of a curve; all of them are in the files that the page links to
 STRIDES = (1, 2, 3, 4, 6, 10, 20, 60)
 WIDE, QUALITY = 1300, 72  # pixels of a figure's longer side, and its quality as WebP
-# Of figures that no page shows.
-CAPTIONS = {
-    "gallery/figure": "Paths of a tower, gradient descent, Adam and L-BFGS on four surfaces",
-    "robustness/mlp": "Test error of the MLP on MNIST against the initial learning rate, by method",
-    "step_time/peers": "Time of a training step, ours beside other packages, by model",
-}
-FIRST = ("table1", "figure2", "figure3", "char_rnn", "robustness", "surface", "gallery")
 ROWS = 400  # at most, of a table; what has more is linked
 PRINTED = 40  # of them, on paper; see report.html
 SHOWN, LONGEST = 1, 400  # hashes, or characters, of a cell that are shown without a click
@@ -60,27 +52,21 @@ class Options:
     store: str = "runs"
 
 
+COLUMNS = [
+    *("hash", "experiment", "model", "data", "stack", "schedule", "epochs", "seed"),
+    *("test_error", "test_perplexity", "train_loss", "diverged"),
+]
+
+
 @dataclass(frozen=True)
 class RunEntry:
-    """A run, with its curves by their names: steps and values of each, and where all of it is."""
+    """A run: its `COLUMNS`, its curves by their names, steps and values of each, and its source."""
 
-    hash: Any
-    experiment: Any
-    model: Any
-    data: Any
-    stack: Any
-    schedule: Any
-    epochs: Any
-    seed: Any
-    test_error: Any
-    test_perplexity: Any
-    train_loss: Any
-    diverged: Any
+    values: dict[str, Any]
     curves: dict[str, tuple[list[float], list[float | None]]]
     source: str
 
 
-COLUMNS = [f.name for f in fields(RunEntry) if f.name not in ("curves", "source")]
 # The field's names for the columns of tables.
 WORDS = {
     "test_error": "test error (%)",
@@ -112,16 +98,14 @@ def words(column: str) -> str:
     return WORDS.get(column, column.replace("_", " "))
 
 
-def found_in(results: Path) -> Iterator[tuple[Any, Path]]:
-    """Each study that a folder has results of, with its own folder there."""
-    for study in studies():
-        for folder in study.folders(results):
-            yield study, folder
-
-
 def claims(results: Path) -> list[Claim]:
     """What the paper claims, as far as a folder has runs for it."""
-    return [claim for study, folder in found_in(results) for claim in study.claims(folder)]
+    return [
+        claim
+        for study in studies()
+        for folder in study.folders(results)
+        for claim in study.claims(folder)
+    ]
 
 
 def name_of(path: Path, results: Path) -> str:
@@ -139,27 +123,23 @@ def run_entries(folder: Path, store: Path) -> list[RunEntry]:
         study = source.relative_to(folder).parts[0]
         for line in pd.read_csv(source).to_dict("records"):
             if isinstance(line.get("hash"), str):
-                stack = line.get("stack") or line.get("method") or line.get("row")
-                own = {
-                    name: line[name] for name in ("kind", "rule", "height", "lr") if name in line
-                }
-                told = ", ".join(
-                    f"{value}" if k == "kind" else f"{k} {value}" for k, value in own.items()
-                )
-                values = {name: line.get(name) for name in COLUMNS}
-                values |= {"experiment": study, "stack": stack or told}
+                values = {name: line.get(name) for name in COLUMNS} | {"experiment": study}
                 values["model"] = line.get("model.name") or line.get("task") or _model_of(study)
-                found[line["hash"]] = RunEntry(**values, curves={}, source=_link(source, folder))
+                stack = line.get("stack") or line.get("method") or line.get("row")
+                own = [f"{k} {line[k]}" for k in ("kind", "rule", "height", "lr") if k in line]
+                values["stack"] = stack or ", ".join(own).removeprefix("kind ")
+                found[line["hash"]] = RunEntry(values, {}, _link(source, folder))
     for source in sorted(folder.rglob("*.jsonl.gz")):
         study = source.relative_to(folder).parts[0]
-        for files in read_records(source).values():
+        for name, files in read_records(source).items():
             summary = json.loads(files["summary.json"])
-            _add(found, summary, files, study, _link(source, folder))
+            found[name] = _entry(summary, files, study, _link(source, folder))
     for summary in read_summaries(store):
         own_folder = store / summary["hash"]
         files = {path.name: path.read_text() for path in sorted(own_folder.glob("*.csv"))}
         study = summary["provenance"].get("made_by", {}).get("experiment")
-        _add(found, summary, files, study, own_folder.resolve().as_uri())
+        link = own_folder.resolve().as_uri()
+        found[summary["hash"]] = _entry(summary, files, study, link)
     return sorted(found.values(), key=lambda entry: not entry.curves)
 
 
@@ -176,19 +156,14 @@ def _model_of(study: str) -> str:
     return ""
 
 
-def _add(
-    found: dict[str, RunEntry],
-    summary: dict[str, Any],
-    files: dict[str, str],
-    study: str | None,
-    source: str,
-) -> None:
-    values = {name: summary.get(name) for name in COLUMNS}
+def _entry(
+    summary: dict[str, Any], files: dict[str, str], study: str | None, source: str
+) -> RunEntry:
+    values = {name: summary.get(name) for name in COLUMNS} | {"experiment": study}
     values["model"] = summary.get("model", {}).get("name")
     values["schedule"] = summary.get("schedule", {}).get("name", "constant")
     values["epochs"] = summary.get("trainer", {}).get("epochs")
-    values["experiment"] = study
-    found[summary["hash"]] = RunEntry(**values, curves=curves(files), source=source)
+    return RunEntry(values, curves(files), source)
 
 
 def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | None]]]:
@@ -237,10 +212,12 @@ def _packed(entries: Sequence[RunEntry], stride: int) -> str:
     """All runs, compressed, with each `stride`-th point of their curves."""
     data = {
         "columns": [words(name) for name in COLUMNS],
-        "runs": [[_plain(getattr(entry, name)) for name in COLUMNS] for entry in entries],
+        "runs": [[_plain(entry.values[name]) for name in COLUMNS] for entry in entries],
         "sources": [entry.source for entry in entries],
         "curves": {
-            entry.hash: {k: (x[::stride], y[::stride]) for k, (x, y) in entry.curves.items()}
+            entry.values["hash"]: {
+                k: (x[::stride], y[::stride]) for k, (x, y) in entry.curves.items()
+            }
             for entry in entries
             if entry.curves
         },
@@ -290,24 +267,21 @@ def _claims(found: Sequence[Claim]) -> Iterator[str]:
     yield "</details>"
 
 
-@functools.cache
-def _captions(folder: Path) -> dict[str, str]:
-    """What the pages of a folder say of their figures, by the figure's path."""
-    found: dict[str, str] = {}
-    for page in (*folder.rglob("README.md"), folder.parent / "README.md"):
-        for text, target in re.findall(
-            r"!\[(.*?)\]\((\S+?)\)", page.read_text() if page.exists() else ""
-        ):
-            path = (page.parent / target).resolve()
-            found.setdefault(str(path), text)
-            found.setdefault(str(path.with_suffix(".png")), text)
-    return found
+def captions(results: Path) -> dict[Path, str]:
+    """What the studies say of their figures, in the studies' order."""
+    found = {}
+    for study in sorted(studies(), key=lambda study: study.place):
+        for folder in study.folders(results) or [results / study.name]:
+            if any(folder.glob("*.png")):
+                texts = study.captions(folder)
+                found |= {folder / f"{name}.png": text for name, text in texts.items()}
+    return {path: text for path, text in found.items() if path.exists()}
 
 
 def _figures(folder: Path) -> Iterator[str]:
-    captions = _captions(folder)
-    paths = sorted(folder.rglob("*.png"), key=lambda path: _order(path, folder))
-    for path in paths:
+    texts = captions(folder)
+    others = {path: name_of(path, folder) for path in sorted(folder.rglob("*.png"))}
+    for path, text in (texts | {k: v for k, v in others.items() if k not in texts}).items():
         if path.parent.name.endswith("quick"):
             continue
         buffer = io.BytesIO()
@@ -316,28 +290,18 @@ def _figures(folder: Path) -> Iterator[str]:
             width, height = image.size
             image.convert("RGB").save(buffer, "WEBP", quality=QUALITY, method=6)
         picture = base64.b64encode(buffer.getvalue()).decode()
-        name = name_of(path, folder)
-        short = f"{path.relative_to(folder).parts[0]}/{path.stem}"
-        text = captions.get(str(path.resolve())) or CAPTIONS.get(short) or short
-        title = html.escape(text, quote=True)
+        name, title = html.escape(name_of(path, folder)), html.escape(text, quote=True)
         yield (
-            f'<figure data-name="{html.escape(name)}"><button class="open" aria-label="Enlarge: '
+            f'<figure data-name="{name}"><button class="open" aria-label="Enlarge: '
             f'{title}"><img alt="{title}" width="{width}" height="{height}" '
             f'src="data:image/webp;base64,{picture}"></button>'
             f"<figcaption>{html.escape(text)} "
-            f'<a href="{html.escape(_link(path, folder))}">{html.escape(name)}</a>'
-            "</figcaption></figure>"
+            f'<a href="{html.escape(_link(path, folder))}">{name}</a></figcaption></figure>'
         )
     yield (
         '<dialog id="large" aria-label="A figure, enlarged"><button>close</button><img alt="">'
         "</dialog>"
     )
-
-
-def _order(path: Path, folder: Path) -> tuple:
-    """The paper's own figures and tables first."""
-    study = path.relative_to(folder).parts[0]
-    return (FIRST.index(study) if study in FIRST else len(FIRST), path.as_posix())
 
 
 def _tables(folder: Path) -> Iterator[str]:

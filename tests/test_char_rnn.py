@@ -191,7 +191,7 @@ def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
     entries = report.run_entries(done / "results", done / "no-store")
     assert len(entries) == 18
     assert all("test_perplexity" in entry.curves for entry in entries)
-    towers = [entry for entry in entries if "/" in entry.stack]  # what stays is not drawn
+    towers = [entry for entry in entries if "/" in entry.values["stack"]]  # what stays is not drawn
     assert towers and all("0.lr" in entry.curves for entry in towers)
 
 

@@ -175,7 +175,7 @@ def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
     assert {(claim.n, len(claim.runs.split())) for claim in starts} == {(1, 2)}
     entries = report.run_entries(done / "results", done / "no-store")
     assert len(entries) == 20 and all(entry.curves for entry in entries)
-    towers = [entry for entry in entries if "/" in entry.stack]  # what stays is not drawn
+    towers = [entry for entry in entries if "/" in entry.values["stack"]]  # what stays is not drawn
     assert towers and all("hypergradient.0.momentum" in entry.curves for entry in towers)
 
 

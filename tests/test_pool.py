@@ -15,7 +15,7 @@ from experiments.config.resolve import resolve
 from experiments.config.schema import Config
 from experiments.execution.outcome import Outcome, describe, explain
 from experiments.execution.pool import _Pool, _Worker, run_all, structure
-from experiments.execution.progress import Silence
+from experiments.execution.progress import Display
 from experiments.training.trainer import train
 
 
@@ -73,7 +73,7 @@ def test_a_process_that_dies_takes_only_its_run_with_it(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_between_two_runs_is_replaced(tmp_path: Path) -> None:
     job = Outcome(config(tmp_path))
-    pool = _Pool([job], 1, Silence())
+    pool = _Pool([job], 1, Display(2, 0, show=False))
     pool.workers = [dead] = [_Worker(0)]
     dead.process.kill()
     dead.process.join()
@@ -140,7 +140,7 @@ def test_the_longest_run_goes_first_and_compiled_steps_are_kept(tmp_path: Path) 
         for stack, epochs in ((sgd, 1), (adam, 5), (sgd, 5), (adagrad, 5))
         for seed in (0, 1)
     ]
-    pool = _Pool(list(jobs), 2, Silence())
+    pool = _Pool(list(jobs), 2, Display(2, 0, show=False))
     pool.workers = [FakeWorker(), FakeWorker()]
     given = []
     for slot in (0, 1, 0, 1, 0, 1, 0, 1):

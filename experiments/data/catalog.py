@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-import pkgutil
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from experiments.data.source import Source
+from experiments.found import found
 
 
 @functools.lru_cache(maxsize=1)
 def sources() -> tuple[Source, ...]:
-    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    modules = (import_module(f"experiments.data.{name}") for name in names if name != "catalog")
-    return tuple(source for module in modules for source in getattr(module, "SOURCES", ()))
+    return tuple(source for each in found("experiments.data", "SOURCES") for source in each)
 
 
 def find(name: str) -> Source:

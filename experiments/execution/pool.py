@@ -17,7 +17,7 @@ from experiments.config.baselines import parse
 from experiments.config.identity import run_hash
 from experiments.config.schema import Config
 from experiments.execution.outcome import Outcome, explain
-from experiments.execution.progress import Display, make_display
+from experiments.execution.progress import Display
 from experiments.records.loggers.catalog import find
 from experiments.records.store import RunStore
 from experiments.training.trainer import Progress, train
@@ -56,12 +56,12 @@ def fill(outcomes: Sequence[Outcome], workers: int | None = None) -> None:
         show = all(outcome.config.progress for outcome in outcomes)
         size = workers or _side_by_side(waiting[0].config.device)
         find(waiting[0].config).prepare()
-        _Pool(waiting, size, make_display(len(outcomes), len(waiting), show)).run()
+        _Pool(waiting, size, Display(len(outcomes), len(outcomes) - len(waiting), show)).run()
 
 
 def run_one(config: Config) -> Outcome:
     """Do one run in this process."""
-    display = make_display(1, 1, config.progress)
+    display = Display(1, 0, config.progress)
     with display:
         display.started(0, config)
         outcome = Outcome(config, train(config, lambda progress: display.moved(0, progress)))

@@ -186,6 +186,10 @@ class Reported:
         """What README and docs say of a folder of results, by the names of the blocks."""
         return getattr(self.report, "prose", lambda folder: {})(folder)
 
+    def captions(self, folder: Path) -> dict[str, str]:
+        """What is said of each figure of a folder of results, by the figure's name."""
+        return getattr(self.report, "captions", lambda folder: {})(folder)
+
     def claims(self, folder: Path) -> Iterator[Any]:
         """What the paper claims of it, beside what a folder of results has found."""
         yield from getattr(self.report, "claims", lambda folder: ())(folder)
@@ -208,6 +212,7 @@ class Study(Reported):
         options: the dataclass of the command's options.
         settable: the keys of the runs' config that may be set.
         starts: the values of the option `start`.
+        place: of its figures on the page of all results.
     """
 
     name: str
@@ -219,6 +224,7 @@ class Study(Reported):
     options: type[Options] = Options
     settable: Sequence[str] = SETTABLE
     starts: Sequence[str] = ("scratch",)
+    place: int = 100
 
     def request(self, arguments: Sequence[str]) -> Request:
         """What a command line asks for.
@@ -299,6 +305,7 @@ class Measurement(Reported):
         main: its command.
         kept: the file in its folder from which its report can be drawn again, if there is one.
         presets: none, so far.
+        place: as a `Study` has it.
     """
 
     name: str
@@ -306,6 +313,7 @@ class Measurement(Reported):
     doc: str | None = None
     kept: str | None = None
     presets: Mapping[str, Any] = field(default_factory=dict)
+    place: int = 100
 
     def folders(self, results: Path) -> list[Path]:
         """Its own folder, where it can be drawn again from there."""

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-import pkgutil
 from collections.abc import Mapping
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from experiments.found import found
 from experiments.tasks.base import Measure
 
 
 @functools.lru_cache(maxsize=1)
 def tasks() -> tuple[Any, ...]:
-    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    modules = (import_module(f"experiments.tasks.{name}") for name in names if name != "catalog")
-    return tuple(module.TASK for module in modules if hasattr(module, "TASK"))
+    return tuple(found("experiments.tasks", "TASK"))
 
 
 def task_for(kind: str) -> Any:
     """The class of tasks for data of some kind."""
-    (found,) = (task for task in tasks() if kind in task.kinds)
-    return found
+    (one,) = (task for task in tasks() if kind in task.kinds)
+    return one
 
 
 def measure_of(metrics: Mapping[str, Any]) -> Measure:

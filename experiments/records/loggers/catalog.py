@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import functools
-import pkgutil
 import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from experiments.config.processes import is_first
 from experiments.config.schema import Config
+from experiments.found import found
 from experiments.records.loggers.logger import Logger, Row
 from experiments.records.store import RunDirectory
 
 
 @functools.lru_cache(maxsize=1)
 def loggers() -> dict[str, type[Logger]]:
-    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    folder = "experiments.records.loggers"
-    modules = [import_module(f"{folder}.{name}") for name in names if name != "catalog"]
-    return {k: v for module in modules for k, v in getattr(module, "LOGGERS", {}).items()}
+    every = found("experiments.records.loggers", "LOGGERS")
+    return {name: kind for each in every for name, kind in each.items()}
 
 
 class Several(Logger):
@@ -64,21 +61,21 @@ class Several(Logger):
         return cls(made)
 
     def log(self, rows: Sequence[Row]) -> None:
-        self._each(lambda logger: logger.log(rows))
+        self._each("log", rows)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._each(lambda logger: logger.finish(summary))
+        self._each("finish", summary)
 
     def fail(self) -> None:
-        self._each(lambda logger: logger.fail())
+        self._each("fail")
 
     def interrupt(self) -> None:
-        self._each(lambda logger: logger.interrupt())
+        self._each("interrupt")
 
-    def _each(self, do: Callable[[Logger], None]) -> None:
+    def _each(self, what: str, *arguments: Any) -> None:
         for logger in list(self.each):
             try:
-                do(logger)
+                getattr(logger, what)(*arguments)
             except Exception as error:
                 self.each.remove(logger)
                 _leave_out(type(logger), error)

@@ -160,4 +160,5 @@ STUDY = Study(
     options=CellOptions,
     settable=SETTABLE_WITH_RECORDS,
     starts=("scratch", "records"),
+    place=2,
 )

@@ -75,4 +75,4 @@ def line(tower: Tower, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-STUDY = Study("figure3", PRESETS, parts, __doc__, line)
+STUDY = Study("figure3", PRESETS, parts, __doc__, line, place=3)

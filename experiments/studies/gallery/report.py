@@ -100,3 +100,7 @@ def draw(walks: Walks, folder: Path) -> list[Path]:
     """Draw the figure and the animation into a folder; returns what was written."""
     write_bytes(folder / "animation.gif", animation(walks))
     return [folder / "animation.gif", *style.save(still(walks), folder / "figure")]
+
+
+def captions(folder: Path) -> dict[str, str]:
+    return {"figure": "Paths of a tower, gradient descent, Adam and L-BFGS on four surfaces"}

@@ -44,4 +44,4 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-STUDY = Measurement("gallery", main, __doc__)
+STUDY = Measurement("gallery", main, __doc__, place=7)

@@ -334,4 +334,5 @@ STUDY = Study(
     options=RobustnessOptions,
     settable=SETTABLE_WITH_RECORDS,
     starts=("scratch", "records"),
+    place=5,
 )

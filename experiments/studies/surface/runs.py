@@ -70,4 +70,4 @@ def curves(store: RunStore, summaries: Sequence[dict[str, Any]]) -> list[list[An
     return [["step", *columns], *map(list, lines)]
 
 
-STUDY = Study("surface", PRESETS, parts, __doc__, line)
+STUDY = Study("surface", PRESETS, parts, __doc__, line, place=6)
