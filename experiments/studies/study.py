@@ -72,6 +72,11 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """No options of a command."""
+
+
+@dataclass(frozen=True)
 class Options:
     """The options of a study's command; empty is the preset's own.
 

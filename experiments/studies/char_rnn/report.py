@@ -259,7 +259,8 @@ def prose(folder: Path) -> dict[str, str]:
     epochs = runs[0].summary["trainer"]["epochs"]
     reduced = "" if is_papers(runs) else f"reduced to {epochs} epochs: "
     found = "; ".join(
-        f"{of_cell('tower', lr)} (alone {of_cell('plain', lr)}) from lr {lr:g}" for lr in LRS
+        f"{said(tower)} (alone {said(plain)}) from lr {lr:g}"
+        for lr, (plain, tower) in PAIRS.items()
     )
     line = (
         "Character RNN, War and Peace",

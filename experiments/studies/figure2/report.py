@@ -377,15 +377,16 @@ def prose(folder: Path) -> dict[str, str]:
     cells = every.set_index(["kind", "lr", "momentum"])
     plain, tower = cells.loc["plain"].align(cells.loc["tower"], join="inner", axis=0)
     gain = plain.test_error - tower.test_error
+    lower, losses = (gain > 0).sum(), (tower.train_loss <= plain.train_loss).sum()
     start = gain.idxmax()
     farthest = (tower.learned_lr / tower.index.get_level_values("lr")).dropna().idxmin()
     text = (
         f"{setting(runs)} ({count(runs)}). He et al.'s schedule ends at a test error of "
         f"{cell_text(every, HE, 'test_error', 2)} %, the best tower at "
         f"{tower.test_error.min():.2f} %. The tower ends at a lower test error than the plain run "
-        f"from {(gain > 0).sum()} of {len(tower)} starts, and at no higher training loss from "
-        f"{(tower.train_loss <= plain.train_loss).sum()}. It gains most from lr {start[0]:g} "
-        f"and momentum {start[1]:g}: {tower.test_error[start]:.2f} % in place of "
+        f"from {lower} of {len(tower)} starts, and at no higher training loss from {losses}. It "
+        f"gains most from lr {start[0]:g} and momentum {start[1]:g}: "
+        f"{tower.test_error[start]:.2f} % in place of "
         f"{plain.test_error[start]:.2f} %. It lowers lr most from lr {farthest[0]:g} and momentum "
         f"{farthest[1]:g}, to {tower.learned_lr[farthest]:.2g}; He et al. lower theirs to a "
         "hundredth of the start."
@@ -399,7 +400,7 @@ def prose(folder: Path) -> dict[str, str]:
     line = (
         "Figure 2: ResNet-20, CIFAR-10",
         "towers end no higher than the same start held fixed; their lr decays like He et al.'s",
-        f"{reduced}a lower test error from {lower} of {len(both)} starts, a training loss no "
+        f"{reduced}a lower test error from {lower} of {len(tower)} starts, a training loss no "
         f"higher from {losses} ({count(runs)})",
     )
     return {"summary": text, "line": " | ".join(line)}

@@ -496,7 +496,7 @@ def prose(folder: Path) -> dict[str, str]:
         f"Any start: `Auto`, {auto.task.nunique()} tasks",
         "not in the paper",
         f"from all starts from {auto.start.min():g} to {auto.start.max():g}: at most "
-        f"{auto.ratio.max():.2f} times the error of the best fixed lr ({count(auto)})",
+        f"{auto.ratio.max():.2f} times the error of the best fixed lr ({counted(auto.n)})",
     )
     return {
         "line": " | ".join(line),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +22,11 @@ from experiments.data.images import Dataset
 from experiments.files import write_json
 from experiments.records.provenance import device_name
 from experiments.studies.robustness.report import MAIN, REFERENCE, TIMES
-from experiments.studies.robustness.runs import (
-    FREE,
-    Cell,
-)
+from experiments.studies.robustness.runs import FREE, Cell
 from experiments.studies.step_time.contenders import Plain
 from experiments.studies.step_time.contenders import setting as model_and_loss
 from experiments.studies.step_time.runs import rounds
+from experiments.studies.study import Nothing
 from experiments.tasks.classification import Classification
 from models.mlp import MLP
 
@@ -112,15 +109,10 @@ def overheads(counts: Mapping[str, int], compile: bool = True) -> dict[str, dict
     return shares
 
 
-@dataclass(frozen=True)
-class Options:
-    """There are none."""
-
-
 def main() -> int:
-    if asked_for_help(__doc__, Options):
+    if asked_for_help(__doc__, Nothing):
         return 0
-    split(sys.argv[1:], Options, ())
+    split(sys.argv[1:], Nothing, ())
     measured = {
         **measure(),
         "overheads_of_auto": overheads({"mlp": 500, "char_rnn": 60, "resnet20": 15}),

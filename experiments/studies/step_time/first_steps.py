@@ -8,18 +8,13 @@ none is compiled after the second step.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
+from torchvision.models import resnet18, resnet50
 
 from hyperopt import Auto, HyperOptimizer, kernel_count
 from models.mlp import MLP
@@ -41,30 +36,22 @@ def in_groups(model: nn.Module, count: int = 10) -> list[dict[str, Any]]:
     return [{"params": params[i::count], "weight_decay": i * 1e-3} for i in range(count)]
 
 
+def auto(model: nn.Module) -> Any:
+    return Auto(model.parameters(), compile=True)
+
+
 # What is made, how it is optimized, and whether each block is left out in half of the steps.
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], bool]] = {
-    "mlp": (MLP, lambda m: Auto(m.parameters(), compile=True), False),
-    "resnet18": (
-        torchvision.models.resnet18,
-        lambda m: Auto(m.parameters(), compile=True),
-        False,
-    ),
-    "resnet50": (
-        torchvision.models.resnet50,
-        lambda m: Auto(m.parameters(), compile=True),
-        False,
-    ),
+    "mlp": (MLP, auto, False),
+    "resnet18": (resnet18, auto, False),
+    "resnet50": (resnet50, auto, False),
     "lr per tensor": (
-        torchvision.models.resnet18,
+        resnet18,
         lambda m: HyperOptimizer(m.parameters(), TOWER, compile=True),
         False,
     ),
-    "ten param groups": (
-        torchvision.models.resnet18,
-        lambda m: Auto(in_groups(m), compile=True),
-        False,
-    ),
-    "stochastic depth": (blocks, lambda m: Auto(m.parameters(), compile=True), True),
+    "ten param groups": (resnet18, lambda m: Auto(in_groups(m), compile=True), False),
+    "stochastic depth": (blocks, auto, True),
 }
 
 
@@ -104,40 +91,18 @@ def parts(model: nn.Module, leaves_out: bool, generator: torch.Generator) -> Ite
             yield from block.parameters()
 
 
-def cold_and_warm(cases: Sequence[str]) -> list[dict[str, Any]]:
-    """`measure` for each case, in processes of their own: with an empty cache, then with it."""
-    rows = []
-    for case in cases:
-        print(f"first steps, {case} ...", flush=True)
-        with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-            command = [sys.executable, "-m", "experiments.studies", "step_time", "first-once", case]
-            cold, warm = (
-                json.loads(
-                    subprocess.run(
-                        command, env=environment, stdout=subprocess.PIPE, check=True, text=True
-                    ).stdout.splitlines()[-1]
-                )
-                for _ in range(2)
-            )
-        rows.append({**cold, "first_warm_s": warm["first_s"]})
-    return rows
-
-
 def table(rows: Sequence[Any]) -> list[str]:
     """The lines of the page."""
-    lines = [
+    return [
         f"The first of {STEPS} steps in a process of its own, with the import of the compiler.",
         "A kernel belongs to a rule and not to a size.",
         "",
         "| what | parameters | first step, cold | from the cache on disk | kernels "
         "| compiled after the second step |",
         "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        later = row.kernels - row.kernels_after_two_steps
-        lines.append(
+        *(
             f"| {row.case} | {row.parameters:,} | {row.first_s:.1f} s | {row.first_warm_s:.1f} s "
-            f"| {row.kernels} | {later} |"
-        )
-    return lines
+            f"| {row.kernels} | {row.kernels - row.kernels_after_two_steps} |"
+            for row in rows
+        ),
+    ]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.files import write_text
-from experiments.records.provenance import of_process
+from experiments.records.provenance import device_name, of_process
 from experiments.studies.step_time import first_steps, report
 from experiments.studies.step_time.contenders import LABELS, ROUNDS, Plain, contenders, tower
 from experiments.studies.study import Measurement
@@ -118,33 +117,27 @@ def measure(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def apart(*words: str, cache: str | None = None) -> Any:
+    """What this command finds in a process of its own, with a folder for compiled kernels."""
+    command = [sys.executable, "-m", "experiments.studies", "step_time", *words]
+    environment = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def compile_times(stacks: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
     """Seconds to compile a step for the MLP: with an empty cache, and from the cache on disk.
 
-    Each is measured in a process of its own, the import of the compiler included. The very first
-    compilation on a machine also finds out what the processor and the C++ compiler can do; that one
-    is made beforehand, and reported as height -1.
+    The very first compilation on a machine also finds out what the processor and the C++ compiler
+    can do; that one is made beforehand, and reported as height -1.
     """
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-
-        def run(family: str, height: int) -> float:
-            command = [
-                *(sys.executable, "-m", "experiments.studies", "step_time"),
-                *("compile", family, str(height)),
-            ]
-            output = subprocess.run(
-                command, env=environment, stdout=subprocess.PIPE, check=True, text=True
-            )
-            return round(float(output.stdout.split()[-1]), 2)
-
-        rows.append({"family": "SGD", "height": -1, "cold_s": run("SGD", 0)})
+        rows = [
+            {"family": "SGD", "height": -1, "cold_s": apart("compile", "SGD", "0", cache=cache)}
+        ]
         for family, height in stacks:
-            cold = run(family, height)
-            rows.append(
-                {"family": family, "height": height, "cold_s": cold, "warm_s": run(family, height)}
-            )
+            cold, warm = (apart("compile", family, str(height), cache=cache) for _ in range(2))
+            rows.append({"family": family, "height": height, "cold_s": cold, "warm_s": warm})
     return [{"model": "mlp", "optimizer": "compiled", **row} for row in rows]
 
 
@@ -155,7 +148,18 @@ def compile_once(family: str, height: int) -> float:
     entrant = Plain(model, None, optimizer)
     start = time.perf_counter()
     entrant.bare()
-    return time.perf_counter() - start
+    return round(time.perf_counter() - start, 2)
+
+
+def cold_and_warm(cases: Iterable[str]) -> list[dict[str, Any]]:
+    """The first steps of each case: with an empty cache, then with it."""
+    rows = []
+    for case in cases:
+        print(f"first steps, {case} ...", flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            cold, warm = (apart("first-once", case, cache=cache) for _ in range(2))
+        rows.append({**cold, "first_warm_s": warm["first_s"]})
+    return rows
 
 
 STACKS_TO_COMPILE = [("SGD", 1), ("Adam / SGD", 1), ("Adam", 1), ("SGD", 50), ("Adam", 50)]
@@ -163,51 +167,49 @@ STACKS_TO_COMPILE = [("SGD", 1), ("Adam / SGD", 1), ("Adam", 1), ("SGD", 50), ("
 
 def environment() -> str:
     """The processor, the threads and the versions, for captions."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), cpu)
-    where = of_process()
+    where, cpu = of_process(), device_name(torch.device("cpu"))
     commit = (where["commit"] or "unknown")[:10] + (" and changes" if where["dirty"] else "")
-    python = platform.python_version()
-    return f"{cpu}, one thread, torch {torch.__version__}, Python {python}, commit {commit}"
+    versions = f"torch {where['torch']}, Python {where['python']}"
+    return f"{cpu}, one thread, {versions}, commit {commit}"
+
+
+# What processes of their own find.
+INNER: dict[str, Callable[..., Any]] = {
+    "compile": lambda family, height: compile_once(family, int(height)),
+    "measure": measure,
+    "first-once": first_steps.measure,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
     if set(arguments) & {"-h", "--help"}:
         print(__doc__)
         return 0
-    if arguments[:1] == ["compile"]:
-        print(compile_once(arguments[1], int(arguments[2])))
+    if arguments and arguments[0] in INNER:
+        print(json.dumps(INNER[arguments[0]](*arguments[1:])))
         return 0
-    if arguments[:1] == ["measure"]:
-        print(json.dumps(measure(arguments[1])))
-        return 0
-    if arguments[:1] == ["first-once"]:
-        print(json.dumps(first_steps.measure(arguments[1])))
-        return 0
-    unknown = set(arguments) - {*LABELS, "compiling", "first"}
-    if unknown:
-        known = ", ".join([*LABELS, "compiling", "first"])
-        raise ValueError(f"there is no {unknown.pop()!r} to benchmark; there are {known}")
+    known = [*LABELS, "compiling", "first"]
+    if unknown := set(arguments) - {*known}:
+        raise ValueError(
+            f"there is no {unknown.pop()!r} to benchmark; there are {', '.join(known)}"
+        )
+    asked = arguments or known
     rows = []
-    for model in [name for name in LABELS if name in (arguments or LABELS)]:
+    for model in [name for name in LABELS if name in asked]:
         print(f"{LABELS[model]} ...", flush=True)
-        command = [sys.executable, "-m", "experiments.studies", "step_time", "measure", model]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-        rows += json.loads(output.splitlines()[-1])
+        rows += apart("measure", model)
     times, path = pd.DataFrame(rows), FOLDER / "times.csv"
     if arguments and path.exists():
         old = pd.read_csv(path)
         times = pd.concat([old[~old.model.isin(arguments)], times])
-    write_text(path, times.to_csv(index=False))
-    if not arguments or "compiling" in arguments:
+    found = {"times.csv": times}
+    if "compiling" in asked:
         print("compile times ...", flush=True)
-        seconds = pd.DataFrame(compile_times(STACKS_TO_COMPILE))
-        write_text(FOLDER / "compile.csv", seconds.to_csv(index=False))
-    if not arguments or "first" in arguments:
-        found = pd.DataFrame(first_steps.cold_and_warm([*first_steps.CASES]))
-        write_text(FOLDER / "first_steps.csv", found.to_csv(index=False))
+        found["compile.csv"] = pd.DataFrame(compile_times(STACKS_TO_COMPILE))
+    if "first" in asked:
+        found["first_steps.csv"] = pd.DataFrame(cold_and_warm(first_steps.CASES))
+    for name, table in found.items():
+        write_text(FOLDER / name, table.to_csv(index=False))
     write_text(FOLDER / "machine.txt", environment() + "\n")
     for path in report.draw(FOLDER):
         print(path)
