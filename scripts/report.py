@@ -269,7 +269,7 @@ def _claims(found: Sequence[Claim]) -> Iterator[str]:
 
 def captions(results: Path) -> dict[Path, str]:
     """What the studies say of their figures, in the studies' order."""
-    found = {}
+    found: dict[Path, str] = {}
     for study in sorted(studies(), key=lambda study: study.place):
         for folder in study.folders(results) or [results / study.name]:
             if any(folder.glob("*.png")):

@@ -192,8 +192,9 @@ class Faults:
                     continue
                 done += 1
                 break
-            else:
-                raise Harm(f"the sweep ended after {done} kills; give more epochs=")
+            else:  # as joblib's does when one of its workers has died
+                if self.finished(store) == self.runs:
+                    raise Harm(f"the sweep ended after {done} kills; give more epochs=")
             if done < kills:
                 process.communicate(timeout=PATIENCE)
         process.communicate(timeout=PATIENCE)

@@ -144,7 +144,7 @@ def done(lines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_towers_move_what_they_tune_and_nothing_else_moves(done: Path) -> None:
     moving = {"plain": [], "decay": ["0.lr"], "tower": ["0.lr"], "free": ["0.lr"]}
-    for run in read_runs(results_of(done) / "records", cell_of):
+    for run in read_runs(results_of(done)):
         moved = [name for name in run.values.columns[1:] if run.values[name].nunique() > 1]
         assert moved == moving.get(run.cell.kind, ["0.lr", "0.beta1", "0.beta2"]), run.cell
 
@@ -207,7 +207,7 @@ def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:
     }
     runs = [
         replace(run, summary={**run.summary, "test_perplexity": perplexity})
-        for run in read_runs(results_of(done) / "records", cell_of)
+        for run in read_runs(results_of(done))
         if (perplexity := by_hand.get((run.cell.kind, run.cell.lr)))
     ]
     said = verdicts(runs)

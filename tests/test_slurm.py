@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import slurm
+from gate import Gate
 
 from experiments.config.compose import compose
 from experiments.config.resolve import resolve
@@ -21,7 +22,7 @@ from experiments.records.tidy import tidy_csv
 from experiments.training.trainer import train
 
 FIXED = ("data=mnist-5k", "device=cpu", "trainer.compile=false", "trainer.compile_model=false")
-LENGTH = "trainer.epochs=60"
+LENGTH = "trainer.epochs=4"
 SWEEP = ("-m", "seed=0,1,2,3", "hydra/launcher=submitit_slurm", *FIXED, LENGTH)
 
 
@@ -35,14 +36,16 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def start(store: Path, environment: dict[str, str], *more: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.run", *SWEEP, f"store={store}", *more],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    """The sweep; what it says on standard error is in the file `said` beside the store."""
+    with open(store.with_name("said"), "w") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "experiments.run", *SWEEP, f"store={store}", *more],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
@@ -66,52 +69,66 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
 ) -> None:
     """One is cancelled, one requeued, one warned of its time limit, one killed."""
 
+    gate, store, said = Gate(tmp_path / "gate"), tmp_path / "store", tmp_path / "said"
+    environment = {**queue, **gate.environment}
+
     def ask(*command: str) -> str:
         done = subprocess.run(command, env=queue, capture_output=True, text=True, timeout=30)
         return done.stdout
 
-    def has_begun(seed: int) -> bool:
-        for path in tmp_path.glob("*/config.json"):
+    def run_of(seed: int) -> str:
+        for path in store.glob("*/config.json"):
             if json.loads(path.read_text())["seed"] == seed:
-                return (path.parent / "checkpoint.pt").exists()
-        return False
+                return path.parent.name
+        return ""
 
-    first = start(tmp_path, queue)
-    wait_for(lambda: has_begun(0) or first.poll() is not None)
+    def waits(seed: int) -> bool:
+        return bool(run_of(seed)) and gate.waits(run_of(seed))
+
+    first = start(store, environment)
+    wait_for(lambda: (waits(0) and waits(1)) or first.poll() is not None)
     names = ask("squeue", "--array", "--noheader", "--format=%i|%j")
     assert "1_3|sweep_SGD(0.01)_height_1_seed_3" in names
+    assert re.search(r"0 of 4 runs are finished, 2 pending, 2 running", said.read_text())
     ask("scancel", "1_0")
-    wait_for(lambda: has_begun(1))
     ask("scontrol", "requeue", "1_1")
-    wait_for(lambda: has_begun(2))
+    wait_for(lambda: not waits(1))
+    gate.open(run_of(1))
+    wait_for(lambda: waits(2) and waits(3))
     ask("scancel", "--signal=USR2", "1_2")
-    wait_for(lambda: has_begun(3))
     kill(b"SLURM_ARRAY_TASK_ID=3\0")
-    out, err = first.communicate(timeout=200)
+    wait_for(lambda: not waits(2))
+    gate.open(run_of(2))
+    out, _ = first.communicate(timeout=300)
+    err = said.read_text()
     assert first.returncode == 1
     assert re.search(r"^job 1_2: SGD\(0.01\) height 1, seed 2, log \S+err$", err, re.M)
     assert "1 run failed: it was cancelled (Slurm job 1_0: CANCELLED)" in err
     assert "1 run failed: its process failed (Slurm job 1_3: FAILED)" in err
     assert "4 runs: 2 finished, 2 failed, 0 not started.\n" in err
-    assert re.search(r"0 of 4 runs are finished, 2 pending, 2 running", err)
     assert "Traceback" not in err and "sacct" not in err
-    found = {path.parent.name for path in tmp_path.glob("*/summary.json")}
-    summaries = [RunStore(tmp_path).summary(name) or {} for name in found]
+    found = {path.parent.name for path in store.glob("*/summary.json")}
+    summaries = [RunStore(store).summary(name) or {} for name in found]
     assert sorted(summary["seed"] for summary in summaries) == [1, 2]
     assert all(summary["provenance"]["resumed"] for summary in summaries)
     assert "The tidy CSV of 2 runs is" in out
 
-    second = start(tmp_path, queue)  # only what is left is queued; then the command is stopped
-    wait_for(lambda: any(tmp_path.glob(".sweep/*/jobs.json")))
-    (noted,) = tmp_path.glob(".sweep/*/jobs.json")
+    (gate.folder / f"{run_of(3)}.waits").unlink()  # which it left when it was killed
+    second = start(store, environment)  # only what is left is queued; then the command is stopped
+    wait_for(lambda: waits(0) and waits(3))
+    (noted,) = store.glob(".sweep/*/jobs.json")
     queued = [job["id"] for job in json.loads(noted.read_text())]
-    time.sleep(0.5)
     second.send_signal(signal.SIGINT)
-    _, err = second.communicate(timeout=60)
+    second.communicate(timeout=60)
+    err = said.read_text()
     assert second.returncode == 130
     assert "2 jobs go on without this command" in err and f"scancel {' '.join(queued)}" in err
-    third = start(tmp_path, queue)
-    out, err = third.communicate(timeout=200)
+    third = start(store, environment)
+    wait_for(lambda: "do these runs already" in said.read_text() or third.poll() is not None)
+    for seed in (0, 3):
+        gate.open(run_of(seed))
+    out, _ = third.communicate(timeout=300)
+    err = said.read_text()
     assert third.returncode == 0, err
     assert "4 runs: 4 finished, 0 failed, 0 not started." in err
     assert f"2 jobs do these runs already: {', '.join(queued)}" in err
@@ -123,17 +140,18 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
     assert path.read_text() == tidy_csv([train(resolve(one, "mnist-5k")) for one in configs])
 
     bad = start(tmp_path / "other", queue, "hydra.launcher.partition=nope")
-    _, err = bad.communicate(timeout=60)
+    bad.communicate(timeout=60)
+    err = said.read_text()
     assert bad.returncode == 2 and err.count("\n") == 1
     assert err.startswith("error: Slurm took no job: ") and "artition" in err
 
 
 def test_without_slurm_there_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    process = start(tmp_path, {**os.environ, "PATH": str(tmp_path)})
-    _, err = process.communicate(timeout=120)
+    process = start(tmp_path / "store", {**os.environ, "PATH": str(tmp_path)})
+    process.communicate(timeout=120)
     assert process.returncode == 2
-    assert err == (
+    assert (tmp_path / "said").read_text() == (
         "error: Slurm took no job: there is no sbatch here; give the command on a machine of the "
         "cluster\n"
     )

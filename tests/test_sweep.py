@@ -32,7 +32,6 @@ from experiments.config.overrides import protect_notation
 from experiments.config.resolve import resolve
 from experiments.execution.pool import use_gpu
 from experiments.execution.sweep import hold
-from experiments.records import archive as records
 from experiments.records.store import RunDirectory
 from experiments.records.tidy import read_summaries, tidy, tidy_csv
 from experiments.studies.catalog import find, names
@@ -445,24 +444,6 @@ def test_a_folder_of_results_is_tried_before_anything_is_trained(
     with pytest.raises(OSError, match=told):
         part = Part([[("", config)]], configs=[config])
         train_and_list(part, path / "x" / "runs.csv", lambda cell, summary: {})
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["import", "{0}/none.jsonl.gz", "{0}"], "none.jsonl.gz; give the records that export has"),
-        (["export", "{0}/new.jsonl.gz", "{0}"], "there is no finished run in"),
-    ],
-)
-def test_records_of_nothing_get_one_line(
-    tmp_path: Path,
-    command: Command,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-    message: str,
-) -> None:
-    assert command(records.main, *(word.format(tmp_path) for word in words)) == 2
-    assert message in capsys.readouterr().err
 
 
 def entry_points() -> list[str]:

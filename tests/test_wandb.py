@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import struct
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import test_text
 import wandb
+from gate import Gate
 from wandb.proto import wandb_internal_pb2
 from wandb_server import KEY, Server, serve
 
@@ -266,18 +268,24 @@ def test_an_interrupted_run_goes_on_there(tmp_path: Path, server: Server) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_has_each_step_once(tmp_path: Path, server: Server, number: int) -> None:
+    """It is killed when the server has the rows of one epoch, and those of the next are made."""
+    gate = Gate(tmp_path / "gate", at=2)
+    store = tmp_path / "store"
     fixed = ("data=mnist-5k", "device=cpu", "trainer.record_every=5", "logger=wandb")
-    fast = ("trainer.epochs=300", "trainer.compile=false", "trainer.compile_model=false")
-    command = [sys.executable, "-m", "experiments.run", *fixed, *fast, f"store={tmp_path}"]
-    process = subprocess.Popen([*command, f"stack={STACK}", "progress=false"])
-    wait_for(lambda: any(len(server.steps(name)) > 3 for name in server.runs))
+    fast = ("trainer.epochs=4", "trainer.compile=false", "trainer.compile_model=false")
+    command = [sys.executable, "-m", "experiments.run", *fixed, *fast, f"store={store}"]
+    command += [f"stack={STACK}", "progress=false"]
+    process = subprocess.Popen(command, env={**os.environ, **gate.environment})
+    wait_for(lambda: any(len(server.steps(name)) == 5 for name in server.runs))
+    (folder,) = (path.parent for path in store.glob("*/config.json"))
+    wait_for(lambda: gate.waits(folder.name))
     process.send_signal(number)
     assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
-    (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
     assert not (folder / "summary.json").exists()
+    assert server.steps(folder.name)[:5] == [0, 5, 10, 15, 16]
     if number == signal.SIGTERM:
         assert server.runs[folder.name]["state"] in ("preempted", "crashed")
-    again = subprocess.run([*command, f"stack={STACK}", "progress=false"], timeout=300)
+    again = subprocess.run(command, timeout=300)
     assert again.returncode == 0 and read_note(RunDirectory(folder))["state"] == "finished"
     each_once(server, folder)
 

@@ -14,7 +14,7 @@ import hashlib
 import io
 import socket
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,14 +86,14 @@ class ImageSet(Source):
     Attributes:
         inputs: makes uint8 images into what a model reads.
         read: finds the arrays x_train, y_train, x_test and y_test, and says where; None if nowhere.
-        fetch: downloads them into a folder; whether they could be had.
+        online: whether torchvision can download them.
         stand_in: the name of what is used where they cannot be had.
         advice: what to put where, for who has not got them.
     """
 
     inputs: Callable[[Tensor], Tensor] = pixels
     read: Callable[[str, Path], Found | None] = lambda name, root: None
-    fetch: Callable[[str, Path], bool] = lambda name, root: False
+    online: bool = False
     stand_in: str | None = None
     advice: str = ""
 
@@ -116,7 +116,7 @@ class ImageSet(Source):
         try:
             return self.load(name, root).name
         except FileNotFoundError:
-            if download and self.fetch(name, Path(root)):
+            if download and self.online and _download(name, Path(root)):
                 return self.load(name, root).name
         if self.stand_in is not None:
             return self.stand_in
@@ -181,21 +181,11 @@ def _torchvision(name: str, root: Path, download: bool = False) -> Found | None:
 
 def _download(name: str, root: Path) -> bool:
     """Whether it could be had; torchvision's messages and progress bars are kept to itself."""
-    quiet = io.StringIO()
-    with (
-        _socket_timeout(DOWNLOAD_TIMEOUT),
-        contextlib.redirect_stdout(quiet),
-        contextlib.redirect_stderr(quiet),
-    ):
-        return _torchvision(name, root, download=True) is not None
-
-
-@contextlib.contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    before, quiet = socket.getdefaulttimeout(), io.StringIO()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        yield
+        with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            return _torchvision(name, root, download=True) is not None
     finally:
         socket.setdefaulttimeout(before)
 
@@ -226,12 +216,8 @@ def _read_in_order(name: str, root: Path) -> Found | None:
     return source, [*_sorted(*arrays[:2]), *_sorted(*arrays[2:])]
 
 
-def _fetch(name: str, root: Path) -> bool:
-    return _download(name, root)
-
-
 SOURCES = (
-    ImageSet("mnist", "MNIST", GREY, read=_read, fetch=_fetch, stand_in="mnist-5k"),
+    ImageSet("mnist", "MNIST", GREY, read=_read, online=True, stand_in="mnist-5k"),
     ImageSet(
         "mnist-5k",
         "MNIST-5k",
@@ -245,7 +231,7 @@ SOURCES = (
         COLOUR,
         inputs=normalised,
         read=_read_in_order,
-        fetch=_fetch,
+        online=True,
         advice="cifar10.npz (x_train, y_train, x_test, y_test as uint8, images as n x 32 x 32 x 3) "
         "or torchvision's cifar-10-batches-py",
     ),

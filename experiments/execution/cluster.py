@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import OmegaConf, open_dict
+from hydra.core.utils import JobReturn
+from omegaconf import open_dict
 
 from experiments.cli import Terminated
 from experiments.config.identity import run_hash
 from experiments.config.resolve import resolve_all
 from experiments.config.schema import Config, to_config
-from experiments.execution.outcome import Outcome, here, objective
+from experiments.execution.outcome import Outcome, here, note_of, read_note, returned
 from experiments.files import write_json
 from experiments.records.store import RunStore
 
@@ -105,11 +105,7 @@ def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> lis
     (folder / JOBS).unlink(missing_ok=True)
     for note in folder.glob("job-*.json"):
         note.unlink()
-    done = []
-    for outcome, one in zip(outcomes, overrides, strict=True):
-        done.append(JobReturn(overrides=one, status=JobStatus.COMPLETED))
-        done[-1].return_value = objective(outcome) if outcome.summary else None
-    return done
+    return returned(outcomes, overrides)
 
 
 def is_live(folder: Path) -> bool:
@@ -293,17 +289,12 @@ class _Watch:
 def _read_note(job: Job, outcome: Outcome) -> bool:
     """Whether a job has left the note of its end; what it says is in the outcome then."""
     try:
-        note = json.loads(Path(job.folder, f"job-{job.number:06d}.json").read_text())
+        noted = read_note(note_of(Path(job.folder), job.number))
     except (OSError, ValueError):
         return False
-    if note["error"] is None and note["hash"] is None:
+    if noted.summary is None and noted.error is None:
         return False
-    outcome.error = note["error"]
-    if note["hash"] is not None:
-        outcome.config = to_config(OmegaConf.merge(OmegaConf.structured(Config), note["config"]))
-        outcome.summary = RunStore(outcome.config.store).summary(note["hash"])
-        if outcome.summary is None:
-            outcome.error = "its summary is gone"
+    outcome.config, outcome.summary, outcome.error = noted.config, noted.summary, noted.error
     return True
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
 from experiments.config.command import command_of
-from experiments.config.schema import Config
+from experiments.config.schema import Config, to_config
 from experiments.data.catalog import label
+from experiments.files import write_json
+from experiments.records.store import RunStore
 from experiments.tasks.catalog import headline
 
 
@@ -38,6 +45,42 @@ def objective(outcome: Outcome) -> float:
     assert outcome.summary is not None
     loss = outcome.summary["train_loss"]
     return math.inf if outcome.summary["diverged"] or loss is None else loss
+
+
+def returned(outcomes: Sequence[Outcome], overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
+    """What Hydra's sweeper is told of jobs; None of one that failed."""
+    done = []
+    for outcome, job in zip(outcomes, overrides, strict=True):
+        done.append(JobReturn(overrides=job, status=JobStatus.COMPLETED))
+        done[-1].return_value = objective(outcome) if outcome.summary else None
+    return done
+
+
+def note_of(folder: Path, number: int) -> Path:
+    """Where a job of a sweep leaves what became of it."""
+    return folder / f"job-{number:06d}.json"
+
+
+def leave_note(path: Path, outcome: Outcome) -> None:
+    name = outcome.summary and outcome.summary["hash"]
+    note = {"config": asdict(outcome.config), "hash": name, "error": outcome.error}
+    write_json(path, {**note, "started": outcome.started})
+
+
+def read_note(path: Path) -> Outcome:
+    """What became of a job.
+
+    Raises:
+        OSError, ValueError: it has left no note, or a part of one.
+    """
+    note = json.loads(path.read_text())
+    config = to_config(OmegaConf.merge(OmegaConf.structured(Config), note["config"]))
+    outcome = Outcome(config, error=note["error"], started=note["started"])
+    if note["hash"] is not None:
+        outcome.summary = RunStore(config.store).summary(note["hash"])
+        if outcome.summary is None:
+            outcome.error = "its summary is gone"
+    return outcome
 
 
 def describe(outcome: Outcome) -> str:

@@ -20,15 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from experiments.cli import Terminated
 from experiments.config.resolve import resolve_all
@@ -40,13 +39,16 @@ from experiments.execution.outcome import (
     describe,
     explain,
     here,
+    leave_note,
+    note_of,
     objective,
+    read_note,
     report_failures,
+    returned,
 )
 from experiments.execution.pool import fill, use_gpu
-from experiments.files import named, write_json, write_text
+from experiments.files import named, write_text
 from experiments.records.loggers.catalog import find
-from experiments.records.store import RunStore
 from experiments.records.tidy import tidy_csv
 from experiments.training.trainer import train
 
@@ -128,9 +130,9 @@ def job(composed: DictConfig) -> float | None:
         single.append(config)
         return None
     folder, number = Path(hydra.sweep.dir), hydra.job.num
-    release = hold(folder)
+    release, note = hold(folder), note_of(folder, number)
     outcome = Outcome(config, started=True)
-    _leave_note(folder, number, outcome)
+    leave_note(note, outcome)
     try:
         (config,) = resolve_all([config])
         use_gpu(number)
@@ -140,7 +142,7 @@ def job(composed: DictConfig) -> float | None:
     except Exception as error:
         outcome = Outcome(config, error=explain(error))
     finally:
-        _leave_note(folder, number, outcome)
+        leave_note(note, outcome)
         release()
     return objective(outcome) if outcome.summary else None
 
@@ -157,35 +159,14 @@ def launch(composed: Sequence[DictConfig]) -> list[JobReturn]:
     outcomes = [Outcome(config) for config in configs]
     here.extend(outcomes)
     fill(outcomes, configs[0].workers)
-    done = []
-    for outcome, job in zip(outcomes, overrides, strict=True):
-        found = objective(outcome) if outcome.summary else None
-        done.append(JobReturn(overrides=job, status=JobStatus.COMPLETED))
-        done[-1].return_value = found
-    return done
-
-
-def _leave_note(folder: Path, number: int, outcome: Outcome) -> None:
-    name = outcome.summary and outcome.summary["hash"]
-    note = {"config": asdict(outcome.config), "hash": name, "error": outcome.error}
-    note["started"] = outcome.started
-    write_json(folder / f"job-{number:06d}.json", note)
+    return returned(outcomes, overrides)
 
 
 def outcomes_of(folder: Path) -> list[Outcome]:
     """What became of the jobs of a sweep, in their order, each run once."""
-    found = {str(o.summary["hash"] if o.summary else k): o for k, o in enumerate(here)}
-    for path in sorted(folder.glob("job-*.json")):
-        note = json.loads(path.read_text())
-        config = to_config(OmegaConf.merge(OmegaConf.structured(Config), note["config"]))
-        if note["error"] is not None:
-            found[path.name] = Outcome(config, error=note["error"])
-        elif note["hash"] is None:
-            found[path.name] = Outcome(config, started=note["started"])
-        else:
-            name = note["hash"]
-            summary = RunStore(config.store).summary(name)
-            found[name] = Outcome(config, summary, None if summary else "its summary is gone")
+    named = [(str(k), outcome) for k, outcome in enumerate(here)]
+    named += [(path.name, read_note(path)) for path in sorted(folder.glob("job-*.json"))]
+    found = {str(o.summary["hash"]) if o.summary else name: o for name, o in named}
     return list(found.values())
 
 

@@ -1,12 +1,6 @@
 """Finished runs in one compact file, so that a long experiment can go on on another machine.
 
-    python -m experiments.records.archive export more.jsonl.gz runs
-    python -m experiments.records.archive import results/figure2/cpu/records runs
-
-The first puts every finished run of the store `runs` into the file, beside what the file has
-already; the second puts the runs of a file, or of all files of a folder, into the store, where they
-count as finished. A file has a line of JSON for each run: its hash, and the text of each of its
-files.
+A file has a line of JSON for each run: its hash, and the text of each of its files.
 
 A study reads all files of its folder of records. New runs are added as a new file, so that git
 stores each file once.
@@ -17,13 +11,11 @@ from __future__ import annotations
 import gzip
 import json
 import secrets
-import sys
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import guarded
 from experiments.config.identity import identity_hash
 from experiments.files import locked, write_bytes, write_text
 from experiments.records.store import RunStore
@@ -92,11 +84,7 @@ def export_runs(store: RunStore, hashes: Iterable[str], path: Path) -> int:
 
 
 def import_runs(path: Path, store: RunStore) -> int:
-    """Put the runs of a file into a store, where those that are not finished become so.
-
-    Returns:
-        how many became so.
-    """
+    """Put the runs of a file into a store as finished; returns how many were not."""
     new = 0
     for name, files in read_records(path).items():
         with store.claim(name) as directory:
@@ -108,24 +96,3 @@ def import_runs(path: Path, store: RunStore) -> int:
             (directory.path / "checkpoint.pt").unlink(missing_ok=True)
             new += 1
     return new
-
-
-def main() -> int:
-    if len(sys.argv) != 4 or sys.argv[1] not in ("export", "import"):
-        print(__doc__)
-        return 0 if set(sys.argv[1:]) & {"-h", "--help"} else 2
-    path, store = Path(sys.argv[2]), RunStore(sys.argv[3])
-    if sys.argv[1] == "import":
-        if not path.exists():
-            raise ValueError(f"there is no {path}; give the records that export has written")
-        print(f"{import_runs(path, store)} runs are new in {store.root}")
-    else:
-        finished = [run.parent.name for run in store.root.glob("*/summary.json")]
-        if not finished:
-            raise ValueError(f"there is no finished run in {store.root}; give the store of some")
-        print(f"{export_runs(store, finished, path)} runs are in {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(guarded(main))

@@ -120,14 +120,14 @@ def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words
     ]
     if own is not None:
         heads = ["Tower", "Plain optimizer started at", "Ours", "n", "The paper's start"]
-        cells = (
+        rows_of_own = (
             (f"`{o.tower}`", f"`{o.start}`", ours(o), str(o.n), f"`{o.row}`", published(o))
             for _, o in own.iterrows()
         )
         parts += [
             f"## Relearned rows, started from what our towers learned: {own_words}",
             "The plain optimizer started at the mean of our towers' final hyperparameters.",
-            table([*heads, "Published"], "llrrlr", cells),
+            table([*heads, "Published"], "llrrlr", rows_of_own),
         ]
         parts += [
             f"`{tower.row}` is left out: no plain optimizer can start at the mean of what our "
