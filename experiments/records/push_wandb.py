@@ -56,7 +56,8 @@ def push(directory: RunDirectory, project: str | None) -> bool:
         rows(directory.path / f"{name}.csv")
         for name in ("curves", "hyperparameters", "hypergradients")
     )
-    logger.log(history(0, curves, values, hypergradients, made.get("times", [])))
+    times = made.get("times", [])
+    logger.log(history(summary["stack"], 0, curves, values, hypergradients, times))
     logger.finish(summary)
     if is_there(directory) and not offline():  # which would be there twice if they were synced
         for folder in offline_files(directory):

@@ -383,6 +383,7 @@ class _Run:
             return [dict(zip(("step", *names), row, strict=True)) for row in rows if row[0] > start]
 
         return history(
+            self.config.stack.notation or "",
             start,
             [dict(zip(self._curve_names(), row, strict=True)) for row in self._curve_rows(epoch)],
             named(self._recorded(), self.trajectory),

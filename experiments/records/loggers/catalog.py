@@ -88,7 +88,7 @@ def _leave_out(kind: type[Logger], error: Exception) -> None:
 
 
 def find(config: Config) -> type[Logger]:
-    """The class of loggers that a config names; of several, separated by commas, one for all.
+    """One class for the loggers that a config names, separated by commas.
 
     Raises:
         ValueError: an unknown name.
@@ -97,19 +97,10 @@ def find(config: Config) -> type[Logger]:
     for name in names:
         if name not in loggers():
             raise ValueError(f"logger.name={name!r} is not one of {', '.join(loggers())}")
-    if len(names) == 1:
-        return loggers()[names[0]]
-    return _several([loggers()[name] for name in dict.fromkeys(names)])
-
-
-def _several(kinds: Sequence[type[Logger]]) -> type[Several]:
-    return type("Several", (Several,), {"kinds": tuple(kinds)})
+    kinds = tuple(loggers()[name] for name in dict.fromkeys(names))
+    return type("Several", (Several,), {"kinds": kinds})
 
 
 def make_logger(config: Config, directory: RunDirectory) -> Logger:
     """The logger of a run; it does nothing in processes that do not keep the run's records."""
-    if not is_first():
-        return Logger()
-    kind = find(config)
-    several = kind if issubclass(kind, Several) else _several([kind])
-    return several.of(config, directory)
+    return find(config).of(config, directory) if is_first() else Logger()

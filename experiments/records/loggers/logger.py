@@ -82,13 +82,14 @@ def initial(stack: str, first: Row) -> Row:
 
 
 def history(
+    stack: str,
     start: float,
     curves: Sequence[Row],
     values: Sequence[Row],
     hypergradients: Sequence[Row],
     times: Sequence[float],
 ) -> list[Row]:
-    """The rows that are logged: one for each record of the hyperparameters.
+    """The rows that are logged: one for each record of the hyperparameters, and that of step 0.
 
     An epoch's last one has its loss and error too.
 
@@ -101,6 +102,7 @@ def history(
     """
     gradients = {row["step"]: row for row in hypergradients}
     rows = []
+    begins = start == 0
     for k, end in enumerate(curves):
         for row in values:
             if start < row["step"] <= end["step"]:
@@ -110,4 +112,4 @@ def history(
                     new["time"] = times[k] + share * (times[k + 1] - times[k])
                 rows.append({**new, **end} if row["step"] == end["step"] else new)
         start = end["step"]
-    return rows
+    return [initial(stack, rows[0]), *rows] if rows and begins else rows

@@ -15,7 +15,7 @@ from typing import Any
 from experiments.config.identity import identity
 from experiments.config.schema import Config
 from experiments.files import locked
-from experiments.records.loggers.logger import Logger, Row, initial, results
+from experiments.records.loggers.logger import Logger, Row, results
 from experiments.records.store import RunDirectory
 
 PROJECT = "hyperopt"
@@ -33,7 +33,6 @@ class MLflowLogger(Logger):
         except ImportError:
             raise ValueError("logger=mlflow needs: pip install mlflow") from None
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of its tables
-        self.stack = settings["stack"]
         store = directory.path.parent
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.resolve()}/mlflow.db"
         with locked(Path(store)):  # the first run of a sweep makes the database
@@ -62,8 +61,6 @@ class MLflowLogger(Logger):
     def log(self, rows: Sequence[Row]) -> None:
         from mlflow.entities import Metric
 
-        if rows and self.last < 0:
-            rows = [initial(self.stack, rows[0]), *rows]
         for row in rows:
             step = int(row["step"])
             if step > self.last:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.config.identity import identity
 from experiments.config.schema import Config
-from experiments.records.loggers.logger import Logger, Row, initial, results
+from experiments.records.loggers.logger import Logger, Row, results
 from experiments.records.store import RunDirectory
 
 FOLDER = "tensorboard"  # in the run's directory
@@ -23,8 +23,6 @@ class TensorBoardLogger(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ValueError("logger=tensorboard needs: pip install tensorboard") from None
-        self.stack = settings["stack"]
-        self.begun = False
         shutil.rmtree(directory.path / FOLDER, ignore_errors=True)
         self.writer = SummaryWriter(directory.path / FOLDER)
         self.writer.add_text("config", f"```\n{json.dumps(settings, indent=2)}\n```")
@@ -34,9 +32,6 @@ class TensorBoardLogger(Logger):
         return cls(directory, identity(config))
 
     def log(self, rows: Sequence[Row]) -> None:
-        if rows and not self.begun:
-            rows = [initial(self.stack, rows[0]), *rows]
-            self.begun = True
         for row in rows:
             for name, value in row.items():
                 if name not in ("step", "time"):

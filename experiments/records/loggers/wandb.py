@@ -33,7 +33,7 @@ from experiments.config.baselines import parse
 from experiments.config.identity import identity, identity_hash
 from experiments.config.schema import Config
 from experiments.files import locked, write_json
-from experiments.records.loggers.logger import Logger, Row, initial, made_by, results
+from experiments.records.loggers.logger import Logger, Row, made_by, results
 from experiments.records.store import RunDirectory
 
 NOTE = "wandb.json"
@@ -75,11 +75,9 @@ class WandbLogger(Logger):
     ) -> None:
         self.directory = directory
         self.described = describe(directory.hash, settings, made_by)
-        self.stack = settings["stack"]
         self.project = project or os.environ.get("WANDB_PROJECT") or PROJECT
         self.offline = offline()
         self.rows: list[Row] = []
-        self.begun = False
         self.queue: queue.Queue[Any] = queue.Queue()
         self.thread = threading.Thread(target=self._send, daemon=True)
         if not self.offline:
@@ -165,16 +163,16 @@ class WandbLogger(Logger):
             self._note(state="running", run=f"{run.entity}/{run.project}/{run.id}")
             there, last = run.starting_step, -1  # what the server has is left out
             while not isinstance(item := self.queue.get(), tuple):
-                rows = self._with_start(item)
-                last = max([last, *(int(row["step"]) for row in rows)])
-                self._log(run, [row for row in rows if row["step"] >= there])
+                last = max([last, *(int(row["step"]) for row in item)])
+                self._log(run, [row for row in item if row["step"] >= there])
             state, summary = item
             if summary is not None:
                 run.summary.update({metric(k): v for k, v in results(summary).items()})
             if state == "interrupted":
                 run.mark_preempting()
             run.finish(exit_code=0 if state == "finished" else 1)
-            self._note(state=state if has(self._read()["run"], last) else "incomplete")
+            complete = has(read_note(self.directory)["run"], last)
+            self._note(state=state if complete else "incomplete")
         except Exception as error:
             _abandon(run)
             self._note(state="incomplete")
@@ -204,24 +202,14 @@ class WandbLogger(Logger):
             ),
         )
 
-    def _with_start(self, rows: Sequence[Row]) -> list[Row]:
-        """The rows, after that of step 0 where the first of the run are among them."""
-        if self.begun or not rows:
-            return list(rows)
-        self.begun = True
-        return [initial(self.stack, rows[0]), *rows]
-
     def _log(self, run: Any, rows: Sequence[Row]) -> None:
-        for row in self._with_start(rows) if self.offline else rows:
+        for row in rows:
             told = {"_timestamp": row["time"]} if "time" in row else {}
             told |= {metric(name): value for name, value in row.items() if name != "time"}
             run.log(told, step=int(row["step"]))
 
-    def _read(self) -> dict[str, Any]:
-        return read_note(self.directory)
-
     def _note(self, **news: Any) -> None:
-        write_json(self.directory.path / NOTE, self._read() | news)
+        write_json(self.directory.path / NOTE, read_note(self.directory) | news)
 
     def _complain(self, error: Exception) -> None:
         reason = str(error).partition("\n")[0]
