@@ -11,6 +11,7 @@ holds. What the runs found goes to `results/STUDY/PRESET/`, and from there the r
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -136,6 +137,12 @@ class Part:
     def cells(self) -> list[Any]:
         return [cell for batch in self.batches for cell, _ in batch]
 
+    def resolve(self) -> list[list[Config]]:
+        """Resolve the configs of all batches; returns them by batch."""
+        self.configs = resolve_all([config for batch in self.batches for _, config in batch])
+        resolved = iter(self.configs)
+        return [[next(resolved) for _ in batch] for batch in self.batches]
+
 
 def each_seed(
     request: Request, base: Config, cells: Iterable[tuple[Any, str, str]]
@@ -252,19 +259,12 @@ class Study(Reported):
         request, good = self.request(arguments), True
         self.say_what_moved(request)
         for part in self.parts(request):
-            asked = [[config for _, config in batch] for batch in part.batches]
-            resolved = iter(resolve_all([config for batch in asked for config in batch]))
-            batches = [[next(resolved) for _ in batch] for batch in asked]
-            part.configs = [config for batch in batches for config in batch]
+            batches = part.resolve()
             request.folder = self.folder(request, part.configs)
             if self.line is None:
-                name = request.name
-                good = train_and_archive(
-                    batches,
-                    request.folder / "records" / request.archive,
-                    request.options.start,
-                    lambda run, name=name: self.part_of(name, run),  # type: ignore[misc]
-                )
+                archive = request.folder / "records" / request.archive
+                part_of = functools.partial(self.part_of, request.name)
+                good = train_and_archive(batches, archive, request.options.start, part_of)
             else:
                 good = train_and_list(part, request.folder / f"{part.name}.csv", self.line)
             if not good:
@@ -278,10 +278,8 @@ class Study(Reported):
     def say_what_moved(self, request: Request) -> None:
         """One line on standard error where records lie as an earlier version kept them."""
         results = Path(request.options.results)
-        old, new = (
-            results / f"{self.name}_{request.name}.jsonl.gz",
-            results / self.name / request.name,
-        )
+        old = results / f"{self.name}_{request.name}.jsonl.gz"
+        new = results / self.name / request.name
         if old.exists():
             print(
                 f"{old} is of an earlier layout; to use it: "
@@ -344,10 +342,8 @@ def check_setting(
             for key in keys
         )
 
-    known: dict[Any, dict[str, Any]] = {}
-    for files in read_records(records).values():
-        run = json.loads(files["config.json"])
-        known.setdefault(part_of(run), setting(run))
+    recorded = (json.loads(files["config.json"]) for files in read_records(records).values())
+    known = {part_of(run): setting(run) for run in recorded}
     for run in map(identity, configs):
         new = setting(run)
         old = known.get(part_of(run), new)
