@@ -23,6 +23,7 @@ from experiments.training.trainer import train
 
 FIXED = ("data=mnist-5k", "device=cpu", "trainer.compile=false", "trainer.compile_model=false")
 LENGTH = "trainer.epochs=4"
+LONG = "trainer.epochs=2000"
 SWEEP = ("-m", "seed=0,1,2,3", "hydra/launcher=submitit_slurm", *FIXED, LENGTH)
 
 
@@ -48,7 +49,7 @@ def start(store: Path, environment: dict[str, str], *more: str) -> "subprocess.P
         )
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     last = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < last, "it took too long"
@@ -61,6 +62,16 @@ def kill(mark: bytes) -> None:
         with suppress(OSError):
             if mark in path.read_bytes() and b"_submit" in (path.parent / "cmdline").read_bytes():
                 os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def alive(folder: Path) -> bool:
+    """Whether a job of a gate still runs."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            mark, line = path.read_bytes(), (path.parent / "cmdline").read_bytes()
+            if f"GATE={folder}\0".encode() in mark and b"_submit" in line:
+                return True
+    return False
 
 
 @pytest.mark.slow
@@ -119,7 +130,7 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
     (noted,) = store.glob(".sweep/*/jobs.json")
     queued = [job["id"] for job in json.loads(noted.read_text())]
     second.send_signal(signal.SIGINT)
-    second.communicate(timeout=60)
+    second.communicate(timeout=300)
     err = said.read_text()
     assert second.returncode == 130
     assert "2 jobs go on without this command" in err and f"scancel {' '.join(queued)}" in err
@@ -140,16 +151,56 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
     assert path.read_text() == tidy_csv([train(resolve(one, "mnist-5k")) for one in configs])
 
     bad = start(tmp_path / "other", queue, "hydra.launcher.partition=nope")
-    bad.communicate(timeout=60)
+    bad.communicate(timeout=300)
     err = said.read_text()
     assert bad.returncode == 2 and err.count("\n") == 1
     assert err.startswith("error: Slurm took no job: ") and "artition" in err
 
 
+@pytest.mark.slow
+def test_a_time_limit_a_lost_node_and_too_little_memory(
+    tmp_path: Path, queue: dict[str, str]
+) -> None:
+    """Runs go on after Slurm's own time limit and after a node's failure; memory is named."""
+    gate, store, said = Gate(tmp_path / "gate"), tmp_path / "store", tmp_path / "said"
+    environment = {**queue, **gate.environment}
+
+    def node(state: str) -> None:
+        name = subprocess.run(
+            ["sinfo", "-h", "-o", "%n"], env=queue, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        words = [f"NodeName={name}", f"State={state}", "Reason=test"]
+        subprocess.run(["scontrol", "update", *words], env=queue, check=True)
+
+    def waiting() -> list[Path]:
+        return list(gate.folder.glob("*.waits"))
+
+    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30")
+    sweep = start(store, environment, "seed=0,1", *limits)
+    wait_for(lambda: len(waiting()) == 2 or sweep.poll() is not None)
+    wait_for(lambda: not waiting(), 180)  # Slurm warns of the limit
+    wait_for(lambda: len(waiting()) == 2)  # the jobs were queued again
+    node("DOWN")
+    for path in waiting():
+        wait_for(lambda: not alive(gate.folder))
+        path.unlink(missing_ok=True)
+        gate.open(path.stem)
+    node("RESUME")
+    sweep.communicate(timeout=400)
+    assert sweep.returncode == 0, said.read_text()
+    resumed = [json.loads(path.read_text())["provenance"] for path in store.glob("*/summary.json")]
+    assert [made["resumed"] for made in resumed] == [2, 2]
+
+    small = start(tmp_path / "other", queue, "seed=0", "hydra.launcher.mem_gb=0.2", LONG)
+    small.communicate(timeout=300)
+    assert small.returncode == 1 and "Slurm job" in said.read_text()
+    assert "it ran out of memory" in said.read_text()
+
+
 def test_without_slurm_there_is_one_line(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     process = start(tmp_path / "store", {**os.environ, "PATH": str(tmp_path)})
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     assert process.returncode == 2
     assert (tmp_path / "said").read_text() == (
         "error: Slurm took no job: there is no sbatch here; give the command on a machine of the "

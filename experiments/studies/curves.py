@@ -50,11 +50,11 @@ class Run:
 
 
 def read_runs(
-    folder: Path,
+    records: Path,
     cell_of: Callable[[dict[str, Any]], Any],
     part_of: Callable[[Any], Any] = lambda cell: None,
 ) -> list[Run]:
-    """The runs in the records of a folder of results.
+    """The runs in a file of records, or in all files of a folder.
 
     Args:
         cell_of: the cell of a summary.
@@ -65,7 +65,7 @@ def read_runs(
     """
     runs: list[Run] = []
     settings: dict[Any, set[str]] = {}
-    for files in read_records(folder / "records").values():
+    for files in read_records(records).values():
         summary = json.loads(files["summary.json"])
         cell = cell_of(summary)
         settings.setdefault(part_of(cell), set()).add(json.dumps(setting(summary), sort_keys=True))
@@ -76,8 +76,8 @@ def read_runs(
     for found in settings.values():
         if len(found) > 1:
             raise ValueError(
-                f"{folder / 'records'} holds runs of several settings, "
-                f"{' and '.join(sorted(found))}; give results= another folder for one of them"
+                f"{records} holds runs of several settings, {' and '.join(sorted(found))}; give "
+                "results= another folder for one of them"
             )
     return runs
 

@@ -51,7 +51,7 @@ def read_runs(folder: Path) -> list[Run]:
         ValueError: the records are damaged, or of several settings.
     """
     order = list(KINDS)
-    runs = curves.read_runs(folder, cell_of)
+    runs = curves.read_runs(folder / "records", cell_of)
     return sorted(runs, key=lambda run: (order.index(run.cell.kind), run.cell.lr, run.seed))
 
 

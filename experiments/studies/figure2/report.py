@@ -63,7 +63,7 @@ def read_figure2(folder: Path) -> list[Run]:
     checksum = hashlib.sha256(replayed.read_bytes()).hexdigest() if replayed.exists() else None
     runs = [
         run
-        for run in read_runs(folder, cell_of)
+        for run in read_runs(folder / "records", cell_of)
         if run.cell.kind != "replay" or run.summary["schedule"]["file"] == checksum
     ]
     return sorted(runs, key=lambda run: (run.cell.lr, run.cell.momentum, run.cell.kind, run.seed))

@@ -452,7 +452,8 @@ def draw(folder: Path) -> list[Path]:
         place = tasks.index(cell.task), methods.index(cell.method)
         return (*place, cell.start or 0.0, run.seed)
 
-    found = read_runs(folder, functools.partial(cell_of, preset), lambda cell: cell.task)
+    cells = functools.partial(cell_of, preset)
+    found = read_runs(folder / "records", cells, lambda cell: cell.task)
     found.sort(key=order)
     runs = run_table(found)
     table = points(runs)
