@@ -95,7 +95,7 @@ def test_a_book_that_is_too_short_is_refused_in_one_line() -> None:
 
 @needs_book
 def test_the_parts_of_the_book_are_the_documented_ones() -> None:
-    whole = corpus.load(corpus.NAME, WHOLE.parent)
+    whole = corpus.BOOK.load(corpus.NAME, WHOLE.parent)
     assert (whole.sha256, len(whole.text), whole.name) == (SHA256, LENGTH, corpus.NAME)
     assert "".join(sorted(set(whole.text))) == "".join(sorted(CHARACTERS))
     assert whole.text.startswith(corpus.OPENING)
@@ -421,9 +421,9 @@ def test_gutenbergs_header_and_licence_are_stripped(
     page = f"{HEADER}\r\n{body}\r\n{LICENCE}".encode("utf-8-sig")
     asked = answer(page, monkeypatch)
     root = tmp_path / "new"
-    assert corpus.resolve(corpus.NAME, root, download=True) == corpus.NAME
-    assert corpus.load(corpus.NAME, root).text == body
-    assert corpus.resolve(corpus.NAME, root, download=True) == corpus.NAME
+    assert corpus.BOOK.resolve(corpus.NAME, root, download=True) == corpus.NAME
+    assert corpus.BOOK.load(corpus.NAME, root).text == body
+    assert corpus.BOOK.resolve(corpus.NAME, root, download=True) == corpus.NAME
     assert asked == [corpus.URL]
 
 
@@ -438,13 +438,13 @@ def test_another_edition_goes_by_another_name_and_it_is_said_what_differs(
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     for words in ("has 600 characters, not 3,196,211", "begins 'to be", "lacks", "NOT comparable"):
         assert words in said
-    assert corpus.load(name, tmp_path).label == f"War and Peace (edition {name[-8:]})"
+    assert corpus.BOOK.load(name, tmp_path).label == f"War and Peace (edition {name[-8:]})"
     (tmp_path / corpus.FILE).write_text(TINY + "!")
     for other in (name, corpus.NAME):
         with pytest.raises(
             ValueError, match=r"is War and Peace \(edition \w+\), not War and Peace"
         ):
-            corpus.load(other, tmp_path)
+            corpus.BOOK.load(other, tmp_path)
     with pytest.raises(ValueError, match=r"is War and Peace \(edition \w+\), not War and Peace"):
         resolve_all([replace(wanted, data=replace(wanted.data, name=name))])
 
@@ -456,7 +456,7 @@ def test_without_the_book_it_is_said_where_to_put_it(
     asked = answer(page.encode(), monkeypatch)
     for download in (False, True):
         with pytest.raises(ValueError) as caught:
-            corpus.resolve(corpus.NAME, tmp_path, download)
+            corpus.BOOK.resolve(corpus.NAME, tmp_path, download)
         said = str(caught.value)
         assert ("could not be downloaded" in said) == download == bool(asked)
         assert f"put {corpus.FILE}" in said and "HYPEROPT_DATA" in said and "\n" not in said
@@ -473,4 +473,4 @@ def test_without_the_book_it_is_said_where_to_put_it(
 def test_a_damaged_book_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / corpus.FILE).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        corpus.resolve(corpus.NAME, tmp_path, False)
+        corpus.BOOK.resolve(corpus.NAME, tmp_path, False)

@@ -75,47 +75,6 @@ def label(name: str) -> str:
     return f"{LABEL} (edition {edition})" if edition else LABEL
 
 
-def resolve(name: str, root: str | Path, download: bool) -> str:
-    """The name of the edition that a run asking for `name` gets, downloaded if need be.
-
-    Raises:
-        ValueError: it cannot be had, is not the edition that `name` says, or is damaged.
-    """
-    root = Path(root)
-    found = _read(root)
-    if found is None and download and _download(root / FILE):
-        found = _read(root)
-    if found is None:
-        raise ValueError(
-            f"{LABEL} is not under {str(root)!r}"
-            f"{' and it could not be downloaded' if download else ''}; put {FILE} (its text in "
-            "UTF-8) there, or set data.root or HYPEROPT_DATA to the folder that has it"
-        )
-    return found.name if name == NAME else _checked(found, name, root).name
-
-
-def load(name: str, root: str | Path) -> Book:
-    """The edition `name`, from the disk.
-
-    Raises:
-        FileNotFoundError: there is none under `root`.
-        ValueError: it is another edition, or damaged.
-    """
-    found = _read(Path(root))
-    if found is None:
-        raise FileNotFoundError(f"there is no {FILE} under {root}")
-    return _checked(found, name, root)
-
-
-def _checked(found: Book, name: str, root: str | Path) -> Book:
-    if found.name != name:
-        raise ValueError(
-            f"{FILE} under {root} is {found.label}, not {label(name)}; put that one there, or set "
-            "data.root to the folder that has it"
-        )
-    return found
-
-
 def _read(root: Path) -> Book | None:
     path = root / FILE
     if not path.is_file():
@@ -169,13 +128,30 @@ class Corpus(Source):
         return name == self.name
 
     def load(self, name: str, root: str | Path) -> Book:
-        return load(name, root)
+        found = _read(Path(root))
+        if found is None:
+            raise FileNotFoundError(f"there is no {FILE} under {root}")
+        if found.name != name:
+            raise ValueError(
+                f"{FILE} under {root} is {found.label}, not {label(name)}; put that one there, or "
+                "set data.root to the folder that has it"
+            )
+        return found
 
     def resolve(self, name: str, root: str | Path, download: bool) -> str:
-        return resolve(name, root, download)
+        found = _read(Path(root))
+        if found is None and download and _download(Path(root, FILE)):
+            found = _read(Path(root))
+        if found is None:
+            raise ValueError(
+                f"{LABEL} is not under {str(root)!r}"
+                f"{' and it could not be downloaded' if download else ''}; put {FILE} (its text in "
+                "UTF-8) there, or set data.root or HYPEROPT_DATA to the folder that has it"
+            )
+        return found.name if name == self.name else self.load(name, root).name
 
     def warning(self, found: str, root: str | Path, download: bool) -> str:
-        differences = "; ".join(load(found, root).differences())
+        differences = "; ".join(self.load(found, root).differences())
         return (
             f"The book under {root!r} is another edition than that of the results in this "
             f"repository: {differences}.\n"
@@ -184,4 +160,5 @@ class Corpus(Source):
         )
 
 
-SOURCES = (Corpus(NAME, LABEL, TEXT),)
+BOOK = Corpus(NAME, LABEL, TEXT)
+SOURCES = (BOOK,)
