@@ -38,6 +38,8 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 def start(store: Path, environment: dict[str, str], *more: str) -> "subprocess.Popen[str]":
     """The sweep; what it says on standard error is in the file `said` beside the store."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(store.with_name("said"), "w") as said:
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.run", *SWEEP, f"store={store}", *more],
