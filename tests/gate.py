@@ -48,6 +48,9 @@ class Gate:
     def waits(self, name: str) -> bool:
         return (self.folder / f"{name}.waits").exists()
 
+    def waiting(self) -> list[str]:
+        return [path.stem for path in self.folder.glob("*.waits")]
+
     def open(self, name: str) -> None:
         """Let a run go, now and later."""
         (self.folder / f"{name}.open").touch()
