@@ -15,6 +15,9 @@ TASKS ?=
 METHODS ?=
 LRS ?=
 ARGS ?=
+# FAST=1: what shows soon that the library works here.
+FAST ?=
+FAST_TESTS := -m 'not slow and not compiler' tests/test_algorithm.py tests/test_notation.py tests/test_identity.py
 # TORCH=oldest works in a .venv-oldest with the oldest torch that pyproject.toml allows.
 TORCH ?=
 
@@ -57,8 +60,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(OTHER_PYTHON)
 	@$(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[experiments,dev,frameworks,peers,scaleout]'
 	@touch $@
 
-test: lint ## lint, then run the tests (TORCH=oldest: with the oldest torch that is allowed)
-	@$(PY) -m pytest -n $(or $(WORKERS),2) --dist worksteal $(ARGS)
+test: $(if $(FAST),setup,lint) ## lint, then run the tests (FAST=1: the main ones alone; TORCH=oldest: with the oldest torch)
+	@$(PY) -m pytest -n $(or $(WORKERS),2) --dist worksteal $(if $(FAST),$(FAST_TESTS)) $(ARGS)
 
 lint: setup ## check style (ruff) and types (mypy)
 	@$(PY) -m ruff check --quiet .

@@ -7,8 +7,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and f
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 torch.set_num_threads(1)
+STARTED = time.time()
 
 
 class Digits(NamedTuple):
@@ -62,6 +64,39 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+# How long the tests take, and how to run one of them.
+
+DURATION = "hyperopt/seconds_of_all_tests"  # in pytest's cache
+
+
+def runs_all(config: pytest.Config) -> bool:
+    chosen = config.option.keyword or config.option.markexpr
+    return config.args_source is pytest.Config.ArgsSource.TESTPATHS and not chosen
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if not runs_all(config):
+        return "A part of the tests. All of them: make test"
+    fast = "The main ones alone: make test FAST=1"
+    seconds = config.cache.get(DURATION, None) if config.cache else None
+    if seconds is None:
+        return f"All tests; this checkout has not timed them yet. {fast}"
+    return f"All tests; the last time they took {seconds / 60:.0f} minutes here. {fast}"
+
+
+def pytest_terminal_summary(
+    terminalreporter: Any, exitstatus: int | pytest.ExitCode, config: pytest.Config
+) -> None:
+    stats = terminalreporter.stats
+    if config.cache and exitstatus == pytest.ExitCode.OK and runs_all(config):
+        config.cache.set(DURATION, time.time() - STARTED)
+    for report in (stats.get("failed", []) + stats.get("error", []))[:1]:
+        python = os.path.relpath(sys.prefix) + "/bin/python" if os.name != "nt" else "python"
+        terminalreporter.write_line(
+            f"To run one of these again: {python} -m pytest '{report.nodeid}'"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

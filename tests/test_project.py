@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     # An outer `make test PYTHON=...` must not reach the inner one.
     choices = ("PYTHON", "PRESET", "WORKERS", "LOGGER", "START", "SEEDS", "TASKS", "METHODS")
-    ours = ("MAKE", "MFLAGS", "ARGS", *choices)
+    ours = ("MAKE", "MFLAGS", "ARGS", "FAST", *choices)
     env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(
         ["make", *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
@@ -72,6 +72,36 @@ def test_choices_reach_the_command() -> None:
     choices = ("PRESET=paper", "WORKERS=3", "START=records", "SEEDS=0,1")
     command = " ".join(make("-n", "reproduce-figure2", *choices).stdout.split())
     assert "experiments.studies figure2 preset=paper workers=3 start=records seeds=0,1" in command
+
+
+def test_fast_tests_are_chosen() -> None:
+    command = make("-n", "test", "FAST=1").stdout
+    files = re.findall(r"tests/test_\w+\.py", command)
+    assert files and all((ROOT / file).is_file() for file in files)
+    assert "mypy" not in command and "not slow" in command
+    assert "mypy" in make("-n", "test").stdout and "not slow" not in make("-n", "test").stdout
+
+
+def test_the_tests_say_how_long_they_take_and_how_to_run_one(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = .\n")
+    test = tmp_path / "test_one.py"
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pytest", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+
+    test.write_text("def test_it(): assert 1 == 2\n")
+    failed = run()
+    assert "this checkout has not timed them yet" in failed
+    (command,) = re.findall(r"^To run one of these again: \S+ -m pytest '(.+)'$", failed, re.M)
+    assert command == "test_one.py::test_it"
+    assert "1 failed" in run(command)
+
+    test.write_text("def test_it(): pass\n")
+    assert "has not timed them yet" in run()
+    assert "the last time they took 0 minutes" in run()
+    assert "A part of the tests" in run(command)
 
 
 @pytest.fixture

@@ -47,4 +47,5 @@ def test_actionlint() -> None:
 def test_the_changelog_has_the_version() -> None:
     (version,) = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
-    assert headings[0] == "Unreleased" and version in headings
+    assert headings[:2] == ["Unreleased", version]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
