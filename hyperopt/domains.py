@@ -1,8 +1,8 @@
 """Domains: how the raw value that a level moves becomes the hyperparameter that a rule uses.
 
-A hyperparameter h lives as a raw value r, which the level above moves freely, and h = T(r). The
-unit-interval and square domains are those of the paper's own code; log is the usual choice for a
-step size that may have to change by orders of magnitude.
+A hyperparameter h lives as a raw value r, and h = T(r). The level above moves r freely. The unit
+and square domains are those of the paper's own code. Log is the usual choice for a step size that
+may have to change by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Domain:
         name: what the notation calls it, as in ``Adam(0.001)[lr: log]``.
         value: T, elementwise on a tensor of raw values of any shape.
         raw: the inverse of T for one number.
-        low, high: T's image is the open interval (low, high), except ``square``, which has its 0.
-        reach: how far from 0 a raw value may be moved; further out T would round to the border of
-            its image, or h or its square would overflow.
+        low, high: T's image is the open interval (low, high); that of ``square`` has 0 too.
+        reach: the largest absolute raw value. Beyond it T would round to the border of its image,
+            or h or its square would overflow.
 
     Raises:
-        ValueError: the name of one of the domains below.
+        ValueError: one of the domains below has this name.
     """
 
     name: str
@@ -69,8 +69,8 @@ def domain(name: str) -> Domain:
     """The domain of that name.
 
     Raises:
-        ValueError: there is none; the module that makes it has not been imported.
+        ValueError: there is no such domain; the module that makes it was not imported.
     """
     if name not in DOMAINS:
-        raise ValueError(f"there is no domain {name!r}; import what makes it first")
+        raise ValueError(f"there is no domain {name!r}; import the module that makes it first")
     return DOMAINS[name]

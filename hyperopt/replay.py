@@ -64,11 +64,11 @@ class Schedule:
                 raise ValueError(f"{name} has {len(each)} values for {len(self._steps)} steps")
 
     def append(self, optimizer: HyperOptimizer) -> None:
-        """Keep what the optimizer's last step was made with; nothing waits for the device.
+        """Keep the values that the optimizer's last step used. Nothing waits for the device.
 
         Raises:
-            TypeError: it is no `HyperOptimizer`.
-            ValueError: it has other hyperparameters than at earlier steps.
+            TypeError: the optimizer is not a `HyperOptimizer`.
+            ValueError: its hyperparameters are not those of the earlier steps.
         """
         if not isinstance(optimizer, HyperOptimizer):
             kind = type(optimizer).__name__
@@ -120,7 +120,7 @@ class Schedule:
         """Write JSON if the path ends in .json, otherwise CSV with one line for each step.
 
         Raises:
-            ValueError: it has no steps.
+            ValueError: the schedule has no steps.
         """
         if not self.steps:
             raise ValueError(
@@ -142,7 +142,7 @@ class Schedule:
         """The inverse of `save`.
 
         Raises:
-            ValueError: a file that is not there, or is no schedule.
+            ValueError: the file does not exist, or holds no schedule.
         """
         try:
             if Path(path).suffix == ".json":
@@ -175,8 +175,9 @@ def _lowest(names: Sequence[str]) -> dict[str, int]:
 class Replay:
     """Sets the hyperparameters of a plain optimizer, ours or one of ``torch.optim``, by a schedule.
 
-    The first step's are set at once; ``step()``, after each step of the optimizer, sets the next
-    one's. A hyperparameter that the optimizer lacks is ignored if it was 0 throughout.
+    It sets the values of the first step at once. Call ``step()`` after each step of the optimizer:
+    it sets the values of the next step. A hyperparameter that the optimizer lacks is ignored if it
+    was 0 throughout.
 
     Raises:
         ValueError: a schedule without steps, or a hyperparameter that the optimizer does not have,
@@ -194,7 +195,7 @@ class Replay:
         self.step()
 
     def step(self) -> None:
-        """Set what the optimizer's next step is made with."""
+        """Set the values for the optimizer's next step."""
         self.last_step += 1
         values = self.schedule.at(self.last_step)
         for name, targets in self._targets.items():

@@ -20,8 +20,8 @@ is 0 and not tuned costs nothing.
 The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
 its variants, and the constants in which the paper's own package
 (``gradient-descent-the-ultimate-optimizer`` 1.0) differs. The domains of lr, of SGD's momentum and
-of the betas are the paper's. All other domains keep a hyperparameter legal wherever it is moved;
-one that is 0 must be given a value before it can be tuned.
+of the betas are the paper's. All other domains keep a hyperparameter legal wherever the level above
+moves it. Before you tune a hyperparameter that is 0 by default, give it a value.
 """
 
 from __future__ import annotations

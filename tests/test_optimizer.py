@@ -726,7 +726,7 @@ def test_a_domain_of_ones_own_is_known_by_its_name():
         assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(0.5)
     finally:
         DOMAINS.pop("soft", None)
-    with refused(ValueError, "no domain 'soft'", "import what makes it"):
+    with refused(ValueError, "no domain 'soft'", "import the module that makes it"):
         copy.deepcopy(soft)
     with refused(ValueError, "there is a domain 'log' already"):
         Domain("log", torch.exp, math.log)
