@@ -65,12 +65,13 @@ def kill(mark: bytes) -> None:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
-def alive(folder: Path) -> bool:
-    """Whether a job of a gate still runs."""
+def alive(queue: dict[str, str]) -> bool:
+    """Whether Slurm still has a job on its node."""
+    mark = f"SLURM_CONF={queue['SLURM_CONF']}\0".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            mark, line = path.read_bytes(), (path.parent / "cmdline").read_bytes()
-            if f"GATE={folder}\0".encode() in mark and b"_submit" in line:
+            name = (path.parent / "cmdline").read_bytes()
+            if b"slurmstepd" in name and mark in path.read_bytes():
                 return True
     return False
 
@@ -176,9 +177,10 @@ def test_runs_go_on_after_their_node_has_failed(tmp_path: Path, queue: dict[str,
 
     sweep = start(store, {**queue, **gate.environment}, "seed=0,1")
     wait_for(lambda: len(gate.waiting()) == 2 or sweep.poll() is not None)
+    names = gate.waiting()
     node("DOWN")
-    wait_for(lambda: not alive(gate.folder))
-    for name in gate.waiting():
+    wait_for(lambda: not alive(queue))
+    for name in names:
         gate.open(name)
     node("RESUME")
     sweep.communicate(timeout=600)
@@ -188,16 +190,22 @@ def test_runs_go_on_after_their_node_has_failed(tmp_path: Path, queue: dict[str,
 
 @pytest.mark.slow
 def test_a_run_goes_on_after_its_time_limit(tmp_path: Path, queue: dict[str, str]) -> None:
-    gate, store = Gate(tmp_path / "gate"), tmp_path / "store"
-    limit = ("hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30")
-    sweep = start(store, {**queue, **gate.environment}, "seed=0", *limit)
+    """Slurm ends it, says why, and the same command does the rest."""
+    gate, store, said = Gate(tmp_path / "gate"), tmp_path / "store", tmp_path / "said"
+    environment = {**queue, **gate.environment}
+    sweep = start(store, environment, "seed=0")
     wait_for(lambda: gate.waiting() or sweep.poll() is not None)
     (name,) = gate.waiting()
-    wait_for(lambda: not gate.waits(name))  # Slurm has warned it
-    gate.open(name)
+    (job,) = re.findall(r"^job (\S+):", said.read_text(), re.M)
+    limit = ["scontrol", "update", f"JobId={job}", "TimeLimit=1"]
+    subprocess.run(limit, env=queue, check=True)
     sweep.communicate(timeout=600)
-    assert sweep.returncode == 0, (tmp_path / "said").read_text()
-    assert min(resumed(store)) >= 1
+    failure = f"1 run failed: it reached its time limit (Slurm job {job}: TIMEOUT"
+    assert sweep.returncode == 1 and failure in said.read_text()
+    gate.open(name)
+    again = start(store, environment, "seed=0")
+    again.communicate(timeout=600)
+    assert again.returncode == 0 and resumed(store) == [1]
 
 
 @pytest.mark.slow

@@ -304,5 +304,8 @@ def _why(job: Job, state: str, reason: str) -> str:
         command = ["sacct", "-X", "--noheader", "--parsable2", "--format=State", "--jobs", job.id]
         state = _call(command).strip().partition(" ")[0] or GONE
     words = ENDED.get(state, "Slurm has forgotten it")
+    with suppress(OSError):  # a Slurm without control groups calls this a failure
+        if state == "FAILED" and "memory limit" in Path(job.log).read_text():
+            words = ENDED["OUT_OF_MEMORY"]
     more = f", {reason}" if reason not in ("", "None", "NonZeroExitCode") else ""
     return f"{words} (Slurm job {job.id}: {state}{more}); log {job.log}"
