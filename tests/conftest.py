@@ -80,7 +80,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     if not runs_all(config):
         return "A part of the tests. All of them: make test"
     fast = "The main ones alone: make test FAST=1"
-    seconds = config.cache.get(DURATION, None) if config.cache else None
+    cache = getattr(config, "cache", None)  # which -p no:cacheprovider leaves out
+    seconds = cache.get(DURATION, None) if cache else None
     if seconds is None:
         return f"All tests; this checkout has not timed them yet. {fast}"
     return f"All tests; the last time they took {seconds / 60:.0f} minutes here. {fast}"
@@ -90,8 +91,9 @@ def pytest_terminal_summary(
     terminalreporter: Any, exitstatus: int | pytest.ExitCode, config: pytest.Config
 ) -> None:
     stats = terminalreporter.stats
-    if config.cache and exitstatus == pytest.ExitCode.OK and runs_all(config):
-        config.cache.set(DURATION, time.time() - STARTED)
+    cache = getattr(config, "cache", None)
+    if cache and exitstatus == pytest.ExitCode.OK and runs_all(config):
+        cache.set(DURATION, time.time() - STARTED)
     for report in (stats.get("failed", []) + stats.get("error", []))[:1]:
         python = os.path.relpath(sys.prefix) + "/bin/python" if os.name != "nt" else "python"
         terminalreporter.write_line(
