@@ -236,6 +236,41 @@ def test_a_resumed_run_is_the_same_through_a_distributed_checkpoint(stack, tmp_p
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("make", [lambda p: HyperOptimizer(p, STACKS[2]), torch.optim.Adam])
+def test_a_distributed_checkpoint_has_what_others_keep_too(make, tmp_path):
+    """Of each parameter and each group; torch takes no other keys of a state."""
+
+    def start(number: float, word: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 2)
+        optimizer = make([{"params": net.parameters(), "lr_scale": number, "kind": word}])
+        for _ in range(2):
+            net.zero_grad()
+            net(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+        for p in net.parameters():
+            optimizer.state[p]["slow"] = torch.full_like(p, number)
+            optimizer.state[p]["count"] = torch.tensor(number)
+        return net, optimizer
+
+    net, optimizer = start(0.75, "wanted")
+    checkpoint.save(
+        dict(zip(("net", "optimizer"), get_state_dict(net, optimizer), strict=True)),
+        checkpoint_id=tmp_path,
+        no_dist=True,
+    )
+    fresh, other = start(0.25, "lost")
+    saved = dict(zip(("net", "optimizer"), get_state_dict(fresh, other), strict=True))
+    checkpoint.load(saved, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(fresh, other, model_state_dict=saved["net"], optim_state_dict=saved["optimizer"])
+    assert other.param_groups[0]["lr_scale"] == 0.75
+    assert other.param_groups[0]["kind"] == "wanted"
+    for p in fresh.parameters():
+        assert torch.equal(other.state[p]["slow"], torch.full_like(p, 0.75))
+        assert float(other.state[p]["count"]) == 0.75
+
+
 def test_to_ask_for_the_state_before_the_first_step_changes_nothing():
     net, optimizer = make(STACKS[2], "groups", False)
     net[2].bias.requires_grad_(False)

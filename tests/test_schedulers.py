@@ -536,3 +536,27 @@ def test_a_step_size_that_is_set_as_a_tensor():
     same_weights(model, peer, rtol=1e-10)
     train_by([s.StepLR(optimizer, 1)], model, optimizer, range(2))
     assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(0.0025)
+
+
+def test_a_state_of_version_0_1_with_a_scheduler_goes_on_as_it_was():
+    """There, a scheduler that did nothing was the only one that a tuned lr allowed."""
+    model, optimizer = made("Adam(0.05) / SGD(0.01)")
+    train(model, optimizer, range(4))
+    state = optimizer.state_dict()
+    (group,) = state["param_groups"]
+    for name in ("lr_base", "lr_factor"):
+        group.pop(name, None)
+    for name in ("format", "steps_made"):
+        group["tower"].pop(name)
+    for part in ("fixed", "last_fixed"):
+        group["tower"]["levels"][0][part].pop("lr_factor")
+    group["initial_lr"] = 0.05
+    twin, other = made("Adam(0.05) / SGD(0.01)")
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(state)
+    values = other.hyperparameters()[0]
+    assert values["lr"] == optimizer.hyperparameters()[0]["lr"] != 0.05
+    assert values.get("effective_lr", values["lr"]) == pytest.approx(values["lr"], rel=1e-12)
+    for one in ((model, optimizer), (twin, other)):
+        train(*one, range(4, 8))
+    same_weights(model, twin, rtol=1e-9)
