@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import hyperopt
-from hyperopt import RULES, Hyper, HyperOptimizer, Rule, Stack
+from hyperopt import RULES, Hyper, HyperOptimizer, Rule, Stack, split_matrices
 
 
 class Baseline(Rule, known=False):
@@ -136,10 +136,17 @@ class BaselineOptimizer:
 
 
 def make_optimizer(
-    model: nn.Module, notation: str, compile: bool
+    model: nn.Module, notation: str, compile: bool, matrices: str | None = None
 ) -> HyperOptimizer | BaselineOptimizer:
-    """What moves the parameters of a model as a config's notation says."""
+    """What moves the parameters of a model as a config's notation says.
+
+    Args:
+        matrices: the notation of the stack of the hidden matrices, if they have one of their own.
+    """
     stack = parse(notation)
+    if matrices is not None:
+        groups = zip(split_matrices(model), (parse(matrices), stack), strict=True)
+        return HyperOptimizer([{"params": p, "stack": s} for p, s in groups], compile=compile)
     if isinstance(stack.levels[0], Baseline):
         return BaselineOptimizer(model.parameters(), stack)
     return HyperOptimizer(model.named_parameters(), stack, compile=compile)

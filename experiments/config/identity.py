@@ -34,6 +34,8 @@ def identity(config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "device": config.device,
     }
+    if config.stack.matrices is not None:
+        found["matrices"] = config.stack.matrices
     for name in ("augment", "validation"):
         if getattr(config.data, name):
             found[name] = True

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from experiments.config import processes
-from experiments.config.baselines import parse
+from experiments.config.baselines import Baseline, parse
 from experiments.config.lr_schedules import check_schedule
 from experiments.config.schema import PRECISIONS, Config, StackConfig, TrainerConfig
 from experiments.data import catalog
@@ -74,8 +74,8 @@ def resolve(config: Config, data: str) -> Config:
         )
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be 0 or more")
-    stack = notation(config.stack)
-    check_schedule(config.schedule, parse(stack))
+    stack = StackConfig(notation(config.stack), matrices(config))
+    check_schedule(config.schedule, parse(stack.notation or ""))
     if config.precision not in PRECISIONS:
         raise ValueError(
             f"precision={config.precision!r} is not known; give {' or '.join(PRECISIONS)}"
@@ -86,7 +86,7 @@ def resolve(config: Config, data: str) -> Config:
     return replace(
         config,
         trainer=trainer,
-        stack=StackConfig(notation=stack),
+        stack=stack,
         data=replace(config.data, name=data),
         device=device_kind(config.device),
     )
@@ -131,6 +131,22 @@ def notation(stack: StackConfig) -> str:
     if stack.height < 0:
         raise ValueError(f"stack.height={stack.height} must be 0 (a plain optimizer) or more")
     return str(parse(" / ".join([f"{stack.rule}({stack.lr!r})"] * (stack.height + 1))))
+
+
+def matrices(config: Config) -> str | None:
+    """The canonical notation of the stack of the hidden matrices, if they have one of their own.
+
+    Raises:
+        ValueError: a schedule, or a peer: neither knows param groups of different stacks.
+    """
+    if config.stack.matrices is None:
+        return None
+    for text in (config.stack.matrices, config.stack.notation):
+        if isinstance(parse(text or "").levels[0], Baseline):
+            raise ValueError(f"stack.matrices is for stacks of this project, and {text} is a peer")
+    if config.schedule.name != "constant":
+        raise ValueError(f"schedule {config.schedule.name} does not know stack.matrices")
+    return str(parse(config.stack.matrices))
 
 
 def _trainer_of_processes(config: Config, task: Any) -> TrainerConfig:

@@ -42,6 +42,7 @@ class StackConfig:
     """Either the notation of a stack, or a rule, a height and an lr that all its levels share."""
 
     notation: str | None = None  # or that of a peer; see experiments/config/baselines.py
+    matrices: str | None = None  # that of the hidden matrices; see hyperopt.split_matrices
     rule: str | None = None
     height: int | None = None
     lr: float | None = None

@@ -132,8 +132,8 @@ class LanguageModel:
         def run(characters: Tensor, following: Tensor) -> Tensor:
             model.zero_grad()
             with torch.autocast(characters.device.type, torch.bfloat16, enabled=autocast):
-                output, (hidden, cell) = model(characters, self.hidden)
-            self.hidden = hidden.detach(), cell.detach()
+                output, state = model(characters, self.hidden)
+            self.hidden = state and (state[0].detach(), state[1].detach())
             loss = F.nll_loss(output.float().flatten(0, 1), following.flatten())
             (loss * self.sequence_length).backward()
             return loss.detach()

@@ -138,7 +138,10 @@ class _Run:
         self.model.to(self.device).to(memory_format=torch.channels_last)
         trainer = self.config.trainer
         self.optimizer = make_optimizer(
-            self.model, self.config.stack.notation or "", trainer.compile
+            self.model,
+            self.config.stack.notation or "",
+            trainer.compile,
+            self.config.stack.matrices,
         )
         self.shares = distributed.Shares(self.model)
         self.gradient = self.task.gradient(

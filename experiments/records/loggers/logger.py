@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def initial(stack: str, first: Row) -> Row:
     levels = parse(stack).levels
     for name in first:
         level, _, hyper = name.partition(".")
+        if re.search(r"\[\d+\]$", name):  # of a param group with a stack of its own
+            continue
         if level.isdigit() and int(level) < len(levels):
             value = levels[int(level)].values.get(hyper.partition("[")[0])
             if isinstance(value, (int, float)):
