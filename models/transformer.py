@@ -1,6 +1,6 @@
 """A small character-level transformer: causal, pre-norm, with tied embeddings.
 
-4 layers of width 128 and 4 heads have 823,296 parameters beside the embeddings. Matrices start
+4 layers of width 128 and 4 heads have 788,736 parameters beside the embeddings. Matrices start
 normal with deviation 0.02, those that write to the residual stream with less (Radford et al. 2019).
 """
 
@@ -40,7 +40,7 @@ class Transformer(nn.Module):
 
     Args:
         vocabulary: the number of distinct characters.
-        hidden: the width; 32 for each head.
+        hidden: the width. There is a head for each 32 of it, or one if that leaves a rest.
         layers: blocks on top of each other.
         context: the longest time.
     """
@@ -52,7 +52,8 @@ class Transformer(nn.Module):
         self.vocabulary = vocabulary
         self.characters = nn.Embedding(vocabulary, hidden)
         self.places = nn.Embedding(context, hidden)
-        self.blocks = nn.Sequential(*(Block(hidden, max(1, hidden // 32)) for _ in range(layers)))
+        heads = 1 if hidden % 32 else hidden // 32
+        self.blocks = nn.Sequential(*(Block(hidden, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(hidden)
         self.head = nn.Linear(hidden, vocabulary, bias=False)
         self.head.weight = self.characters.weight
@@ -62,7 +63,16 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * layers) if outward else 1))
 
     def forward(self, characters: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """The log-probabilities; nothing is carried from one call to the next."""
+        """The log-probabilities; nothing is carried from one call to the next.
+
+        Raises:
+            ValueError: more time than the context.
+        """
+        if characters.shape[1] > self.places.num_embeddings:
+            raise ValueError(
+                f"the transformer reads {self.places.num_embeddings} characters at a time, not "
+                f"{characters.shape[1]}; lower trainer.sequence_length"
+            )
         time = torch.arange(characters.shape[1], device=characters.device)
         x = self.characters(characters) + self.places(time)
         return F.log_softmax(self.head(self.norm(self.blocks(x))), dim=-1), None

@@ -87,3 +87,18 @@ def test_char_rnn_starts_as_char_rnn_does():
         bias = biases[f"bias_ih_l{layer}"] + biases[f"bias_hh_l{layer}"]
         assert (bias[128:256] == 1).all() and (bias[:128].abs() <= 0.16).all()
     assert 0.07 < dict(model.lstm.named_parameters())["weight_hh_l0"].abs().max() <= 0.08
+
+
+def test_the_transformer_reads_only_what_came_before():
+    torch.manual_seed(0)
+    model = MODELS["transformer"].make(82)
+    assert sum(p.numel() for p in model.parameters()) == 788_736 + (82 + 256) * 128
+    characters = torch.randint(82, (2, 9))
+    changed = characters.clone()
+    changed[:, 5:] = torch.randint(82, (2, 4))
+    before, after = model(characters)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+    torch.testing.assert_close(before.exp().sum(-1), torch.ones(2, 9))
+    with pytest.raises(ValueError, match="reads 256 characters at a time, not 257"):
+        model(torch.zeros(1, 257, dtype=torch.int64))

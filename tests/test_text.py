@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from experiments import summarise
 from experiments.config.compose import compose
-from experiments.config.identity import run_hash
+from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve, resolve_all
 from experiments.config.schema import Config
 from experiments.data import corpus
@@ -254,6 +254,24 @@ def test_a_run_records_losses_perplexity_and_bits_of_every_epoch(
     assert summary["model"] == {"name": "char_rnn", "hidden": 5, "layers": 2}
 
 
+MIXED = ("model=transformer", "model.hidden=8", "model.layers=1", "stack=AdamW(0.01) / SGD(1e-6)")
+
+
+def test_a_transformer_whose_matrices_have_a_stack_of_their_own(tiny: Path, tmp_path: Path) -> None:
+    muon = "stack.matrices=Muon(0.02, bfloat16=False)[lr: log] / SGD(0.1, normalize=True)"
+    asked = config(tiny, tmp_path, *MIXED, muon)
+    summary = train(asked)
+    plain = config(tiny, tmp_path, *MIXED)
+    assert summary["hash"] == run_hash(asked) != run_hash(plain)
+    assert "matrices" not in identity(plain)
+    assert summary["matrices"] == muon.partition("=")[2]
+    learned = summary["hyperparameters"][0]
+    assert learned["lr[0]"] != 0.02 and learned["lr[1]"] != 0.01
+    assert summary["test_loss"] < math.log(len(set(TINY)))
+    lines = (tmp_path / summary["hash"] / "hyperparameters.csv").read_text().splitlines()
+    assert {"0.lr[0]", "0.lr[1]", "1.lr[0]", "1.lr[1]"} <= set(lines[0].split(","))
+
+
 def test_runs_on_texts_and_on_images_are_summarised_together(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,6 +383,9 @@ def test_a_run_that_diverges_is_a_result(tiny: Path, tmp_path: Path) -> None:
     [
         (["model=mlp"], "model.name='mlp' does not read text; give model=char_rnn"),
         (["data=mnist-5k"], "model.name='char_rnn' does not read grey images"),
+        (["stack.matrices=Muon(x)"], "expected '=' after x, found ')' (column 7"),
+        (["stack.matrices=Muon(0.1)", "stack=Prodigy(1.0)"], "Prodigy(1.0) is a peer"),
+        (["stack.matrices=Muon(0.1)", "schedule=linear"], "linear does not know stack.matrices"),
         (["trainer.sequence_length=null"], "trainer.sequence_length=None must be 1 or more for"),
         (["model.hidden=0"], "model.hidden=0 must be 1 or more for text"),
         (

@@ -34,7 +34,7 @@ def protect_notation(arguments: Sequence[str]) -> list[str]:
             names = ",".join(name.strip() for name in several[1].split(","))
             protected += ["logger=csv", f'logger.name="{names}"']
             continue
-        if key not in ("stack", "stack.notation") or "(" not in value:
+        if key not in ("stack", "stack.notation", "stack.matrices") or "(" not in value:
             protected.append(RENAMED.get(argument, argument))
             continue
         stacks, depth = [""], 0
@@ -45,7 +45,10 @@ def protect_notation(arguments: Sequence[str]) -> list[str]:
             else:
                 stacks[-1] += character
         quoted = [stack if stack[:1] in ("'", '"') else f'"{stack.strip()}"' for stack in stacks]
-        protected += ["stack=notation", f"stack.notation={','.join(quoted)}"]
+        if key == "stack.matrices":
+            protected.append(f"{key}={','.join(quoted)}")
+        else:
+            protected += ["stack=notation", f"stack.notation={','.join(quoted)}"]
     return protected
 
 
