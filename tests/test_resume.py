@@ -261,7 +261,9 @@ def test_a_distributed_checkpoint_has_what_others_keep_too(make, tmp_path):
         no_dist=True,
     )
     fresh, other = start(0.25, "lost")
-    saved = dict(zip(("net", "optimizer"), get_state_dict(fresh, other), strict=True))
+    saved: dict[str, Any] = dict(
+        zip(("net", "optimizer"), get_state_dict(fresh, other), strict=True)
+    )
     checkpoint.load(saved, checkpoint_id=tmp_path, no_dist=True)
     set_state_dict(fresh, other, model_state_dict=saved["net"], optim_state_dict=saved["optimizer"])
     assert other.param_groups[0]["lr_scale"] == 0.75
