@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from hyperopt import HyperOptimizer
+from hyperopt import HyperOptimizer, split_matrices
 from hyperopt._engine.torch_private import local
 
 STEPS = 9
@@ -47,7 +47,26 @@ def train(
     return seen
 
 
+def matrices_in_parallel(rank: int, whole: Net) -> None:
+    """A stack for the matrices and one for the rest: two processes are as one."""
+
+    def mixed(model: nn.Module) -> HyperOptimizer:
+        stacks = "Muon(0.02, bfloat16=False)[lr: log] / SGD(0.1)", "Adam(0.01) / SGD(1e-4)"
+        groups = zip(split_matrices(model), stacks, strict=True)
+        return HyperOptimizer([{"params": p, "stack": s} for p, s in groups], compile=False)
+
+    alone, model = copy.deepcopy(whole), copy.deepcopy(whole)
+    shared = nn.parallel.DistributedDataParallel(model)
+    one, both = mixed(alone), mixed(model)
+    expected = train(alone, one, range(5), slice(None), fails=False)
+    seen = train(shared, both, range(5), slice(rank, None, 2), fails=False)
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-9)
+    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def data_parallel(rank: int, whole: Net, folder: Path) -> tuple[list[Tensor], list[Tensor]]:
+    matrices_in_parallel(rank, whole)
     model = nn.parallel.DistributedDataParallel(whole, gradient_as_bucket_view=True)
     optimizer = HyperOptimizer(model.parameters(), TALL, compile=False)
     seen = train(model, optimizer, range(STEPS), slice(rank, None, 2))
@@ -103,6 +122,8 @@ def fully_sharded(rank: int, whole: Net, folder: Path) -> tuple[list[Tensor], li
 
     with pytest.raises(ValueError, match="divided over processes in another way than others"):
         HyperOptimizer([*fresh.parameters(), nn.Parameter(torch.zeros(3))], TALL)
+    with pytest.raises(ValueError, match="Muon needs whole parameters, and one is divided"):
+        HyperOptimizer([p for p in fresh.parameters() if p.ndim == 2], "Muon(0.1)")
     hidden = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(TypeError, match="FullyShardedDataParallel"):
         HyperOptimizer(hidden.parameters(), TALL)
