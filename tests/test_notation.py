@@ -15,10 +15,15 @@ from hyperopt.domains import LOG
 @st.composite
 def rules(draw, below: Rule | None, second: bool = False) -> Rule:
     """Any rule; above another, perhaps with a value for each hyperparameter that it moves."""
-    cls = RULES[draw(st.sampled_from(sorted(RULES)))]
+    # Above the lowest level, only rules that need no shapes.
+    cls = RULES[
+        draw(st.sampled_from([n for n in sorted(RULES) if not below or RULES[n].elementwise]))
+    ]
     subset = None
+    # A value below 0, as Adafactor's beta2_decay, is at home in the real domain alone.
+    positive = sorted(name for name, hyper in cls.hypers.items() if hyper.high > 1e-300)
     if draw(st.booleans()):
-        names = draw(st.lists(st.sampled_from(sorted(cls.hypers)), unique=True))
+        names = draw(st.lists(st.sampled_from(positive), unique=True))
         subset = {name: draw(st.sampled_from([None, *sorted(DOMAINS)])) for name in names}
 
     def number(name: str, zero: bool = False) -> float:
@@ -35,12 +40,13 @@ def rules(draw, below: Rule | None, second: bool = False) -> Rule:
             return {target: number(name, zero) for target in below.tuned}
         return number(name, zero)
 
-    given_names = draw(st.lists(st.sampled_from(sorted(cls.hypers)), unique=True))
+    given_names = draw(st.lists(st.sampled_from(positive), unique=True))
     arguments = {name: value(name) for name in given_names}
     if subset is not None:
         # What is tuned must lie in the domain; a default of 0 is in none but the real one.
         arguments |= {name: number(name) for name in subset if name not in arguments}
     kinds = {bool: st.booleans(), int: st.integers(1, 10**9), float: st.floats(0, 1e300)}
+    kinds[tuple] = st.tuples(*[st.floats(-10, 10)] * 3)  # ns_coefficients
     moved = {} if below is None else below.tuned
     barred = set(vars(Rule)) if below is None else {"horizon", "trust"} if not second else set()
     if "lr" not in moved or moved["lr"].domain is not LOG:
@@ -49,7 +55,8 @@ def rules(draw, below: Rule | None, second: bool = False) -> Rule:
         arguments["trust"] = draw(st.floats(1e-300, 1e300))
     for name, option in cls.options.items():
         if name not in barred and draw(st.booleans()):
-            arguments[name] = draw(kinds[type(option.default)])
+            texts = st.sampled_from(option.choices) if option.choices else None
+            arguments[name] = draw(texts or kinds[type(option.default)])
     if "horizon" in arguments:
         arguments["horizon"] += 1
     rule = cls(**arguments)
