@@ -55,8 +55,9 @@ def rules(draw, below: Rule | None, second: bool = False) -> Rule:
         arguments["trust"] = draw(st.floats(1e-300, 1e300))
     for name, option in cls.options.items():
         if name not in barred and draw(st.booleans()):
-            texts = st.sampled_from(option.choices) if option.choices else None
-            arguments[name] = draw(texts or kinds[type(option.default)])
+            words = option.choices
+            own = st.sampled_from(words) if words else kinds[type(option.default)]
+            arguments[name] = draw(own)
     if "horizon" in arguments:
         arguments["horizon"] += 1
     rule = cls(**arguments)
