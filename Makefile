@@ -5,7 +5,8 @@
 # An interpreter for .venv, 3.10 or later; without PYTHON= an existing .venv keeps the one it has.
 PYTHON ?= python3
 # Passed on: PRESET=quick, WORKERS=4, LOGGER=wandb, START=own, SEEDS=0,1, and to the robustness
-# benchmark TASKS=mlp, METHODS=Auto,Adam and LRS=1e-3,10; ARGS= goes to pytest as it is.
+# benchmark and the suite TASKS=mlp, METHODS=Auto,Adam and LRS=1e-3,10; ARGS= goes to pytest as it
+# is.
 PRESET ?=
 WORKERS ?=
 LOGGER ?=
@@ -43,7 +44,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format reproduce reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report docs clean other-python
+.PHONY: help setup test lint format reproduce reproduce-table1 reproduce-figure2 reproduce-figure3 reproduce-char-rnn reproduce-robustness reproduce-suite reproduce-v1 check-figure3 figures gallery tables benchmark gpu-check report docs clean other-python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z0-9-]*:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -88,6 +89,10 @@ reproduce-char-rnn: setup ## train the character RNN from all starts and draw it
 
 reproduce-robustness: setup ## train from many initial lrs, beside the learning-rate-free (PRESET=cpu or paper)
 	@$(PY) -m experiments.studies robustness $(TABLE_OPTIONS) \
+		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS)) $(if $(LRS),lrs=$(LRS))
+
+reproduce-suite: setup ## train many small tasks of other kinds, Auto beside tuned optimizers (PRESET=cpu or paper)
+	@$(PY) -m experiments.studies suite $(TABLE_OPTIONS) \
 		$(if $(TASKS),tasks=$(TASKS)) $(if $(METHODS),methods=$(METHODS)) $(if $(LRS),lrs=$(LRS))
 
 reproduce-v1: setup ## train all runs of the tables of the paper's first version and draw them

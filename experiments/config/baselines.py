@@ -14,13 +14,23 @@ packages. All that is not said here is at their default, which is what their aut
     Prodigy            Mishchenko and Defazio 2024, lr 1 "for all networks", as its README has it.
     DAdaptAdam         D-Adaptation (Defazio and Mishchenko 2023), lr 1, as its README has it.
     DAdaptSGD          the same for SGD, without momentum.
+    ProdigyPlusScheduleFree
+                       the package prodigy-plus-schedule-free, lr 1.
+    MomoAdam           MoMo-Adam (Schaipp et al. 2023), lr 0.01, the most that it takes.
+    Mechanic           Cutkosky et al. 2023, around AdamW, lr 1; its README calls that arbitrary.
+    Trac               TRAC (Muppidi et al. 2024), around Adam, lr 1e-3, as its README has it.
+    CoordinateDoWG     DoWG (Khaled et al. 2023) by the package dowg, each coordinate for itself.
 
-The last three estimate a distance d, from d0 = 1e-6 on, and step with lr * d: they have no lr to
-start from.
+A run of MomoAdam, Mechanic or Trac that is cut short starts again from its beginning: their
+state_dict lacks a part of what they keep. GeN is not here since it needs batches within a step.
+
+Prodigy and D-Adaptation estimate a distance d, from d0 = 1e-6 on, and step with lr * d: they have
+no lr to start from.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -37,7 +47,10 @@ from hyperopt import RULES, Hyper, HyperOptimizer, Rule, Stack, split_matrices
 class Baseline(Rule, known=False):
     """An optimizer class of another package, by the class's name."""
 
-    package: ClassVar[str]
+    package: ClassVar[str]  # that is imported
+    distribution: ClassVar[str] = ""  # its name on PyPI, where it is another one
+    resumable: ClassVar[bool] = True  # whether its state_dict has all of its state
+    needs_loss: ClassVar[bool] = False  # whether its step reads the loss
     lr = Hyper(1.0, tuned=False)
 
     def make(self, params: Iterable[nn.Parameter]) -> Any:
@@ -47,12 +60,16 @@ class Baseline(Rule, known=False):
             ValueError: the package is not installed.
         """
         try:
-            kind = getattr(import_module(self.package), self.name)
+            module = import_module(self.package)
         except ModuleNotFoundError:
             raise ValueError(
                 f"{self} needs the package {self.package}; pip install '.[peers]'"
             ) from None
-        return kind(params, lr=self.lr)
+        return self.kind(module)(params, lr=self.lr)
+
+    def kind(self, module: Any) -> Callable[..., Any]:
+        """The optimizer's class, from the package."""
+        return getattr(module, self.name)
 
 
 class AdamWScheduleFree(Baseline, known=False):
@@ -72,9 +89,42 @@ class DAdaptSGD(Baseline, known=False):
     package = "dadaptation"
 
 
-BASELINES: dict[str, type[Baseline]] = {
-    kind.__name__: kind for kind in (AdamWScheduleFree, Prodigy, DAdaptAdam, DAdaptSGD)
-}
+class ProdigyPlusScheduleFree(Baseline, known=False):
+    package, distribution = "prodigyplus", "prodigy-plus-schedule-free"
+
+
+class MomoAdam(Baseline, known=False):
+    package, distribution = "momo", "momo-opt"
+    resumable, needs_loss = False, True
+    lr = Hyper(0.01, tuned=False)
+
+
+class Mechanic(Baseline, known=False):
+    package, distribution = "mechanic_pytorch", "mechanic-pytorch"
+    resumable = False
+
+    def kind(self, module: Any) -> Callable[..., Any]:
+        return module.mechanize(torch.optim.AdamW)
+
+
+class Trac(Baseline, known=False):
+    package, distribution = "trac_optimizer.trac", "trac-optimizer"
+    resumable = False
+    lr = Hyper(0.001, tuned=False)
+
+    def kind(self, module: Any) -> Callable[..., Any]:
+        return module.start_trac(os.devnull, torch.optim.Adam)  # its log
+
+
+class CoordinateDoWG(Baseline, known=False):
+    package = "dowg"
+
+
+KINDS = (
+    *(AdamWScheduleFree, Prodigy, DAdaptAdam, DAdaptSGD, ProdigyPlusScheduleFree),
+    *(MomoAdam, Mechanic, Trac, CoordinateDoWG),
+)
+BASELINES: dict[str, type[Baseline]] = {kind.__name__: kind for kind in KINDS}
 
 
 def parse(notation: str) -> Stack:
@@ -106,13 +156,38 @@ class BaselineOptimizer:
         self.stack = stack
         (peer,) = stack.levels
         assert isinstance(peer, Baseline)
-        self.version = f"{peer.package} {version(peer.package)}"
+        self.peer = peer
+        name = peer.distribution or peer.package
+        self.version = f"{name} {version(name)}"
         self.optimizer = peer.make(params)
         if hasattr(self.optimizer, "train"):
             self.optimizer.train()
         self.step: Callable[[], Any] = self.optimizer.step
-        self.state_dict: Callable[[], dict[str, Any]] = self.optimizer.state_dict
-        self.load_state_dict: Callable[[dict[str, Any]], None] = self.optimizer.load_state_dict
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict() if self.peer.resumable else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave.
+
+        Raises:
+            ValueError: that is not all that the peer keeps.
+        """
+        if not self.peer.resumable:
+            raise ValueError(f"{self.peer} cannot go on from a checkpoint")
+        self.optimizer.load_state_dict(state)
+
+    def watch(self, gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The same function of a batch; where the peer needs the loss, its step is told."""
+        if not self.peer.needs_loss:
+            return gradient
+
+        def watched(*batch: Tensor) -> Tensor:
+            loss = gradient(*batch)
+            self.step = lambda: self.optimizer.step(loss=loss)
+            return loss
+
+        return watched
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

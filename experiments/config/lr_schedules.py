@@ -11,6 +11,7 @@ schedule's own `epochs`.
     exponential   times `factor` at the end of each of `epochs` epochs from the `after`-th on
                   (Karpathy's char-rnn)
     cosine        from 1 down to `final` along half a cosine (Loshchilov and Hutter 2017)
+    warmup_cosine the same after a linear increase from 0 over the share `warmup` of the run
     replay        the values in `file`, a CSV with a column `step`, which counts from 1, and one for
                   each hyperparameter; between two lines on the line between their values
 """
@@ -39,6 +40,7 @@ class ScheduleConfig:
     milestones: list[float] | None = None
     final: float | None = None
     until: float | None = None
+    warmup: float | None = None
     epochs: int | None = None
     after: int | None = None
     file: str | None = None  # in a run's identity, its checksum stands for it
@@ -56,8 +58,15 @@ def _exponential(step: int, steps: int, factor: float, epochs: int, after: int) 
     return factor ** max(0, step * epochs // steps - after + 1)
 
 
-def _cosine(step: int, steps: int, final: float) -> float:
+def _cosine(step: float, steps: float, final: float) -> float:
     return final + (1 - final) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _warmup_cosine(step: int, steps: int, final: float, warmup: float) -> float:
+    first = warmup * steps
+    if step < first:
+        return (step + 1) / (first + 1)
+    return _cosine(step - first, steps - first, final)
 
 
 FACTORS: dict[str, tuple[Callable[..., float], tuple[str, ...]]] = {
@@ -65,6 +74,7 @@ FACTORS: dict[str, tuple[Callable[..., float], tuple[str, ...]]] = {
     "linear": (_linear, ("final", "until")),
     "exponential": (_exponential, ("factor", "epochs", "after")),
     "cosine": (_cosine, ("final",)),
+    "warmup_cosine": (_warmup_cosine, ("final", "warmup")),
 }
 LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "factor": (lambda value: 0 <= value < math.inf, "a number from 0 up"),
@@ -74,6 +84,7 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "final": (lambda value: 0 <= value < math.inf, "a share of the lr, from 0 up"),
     "until": (lambda share: 0 < share <= 1, "a share of the run, above 0 and at most 1"),
+    "warmup": (lambda share: 0 <= share < 1, "a share of the run, from 0 and below 1"),
     "epochs": (lambda count: count >= 1, "1 or more"),
     "after": (lambda count: count >= 1, "1 or more"),
     "file": (bool, "the name of a file"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Kinds of data.
-GREY, COLOUR, TEXT = "grey images", "colour images", "text"
+GREY, COLOUR, TEXT, PROBLEM = "grey images", "colour images", "text", "a small problem"
 
 
 @dataclass(frozen=True)

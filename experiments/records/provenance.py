@@ -72,7 +72,9 @@ def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         steps.setdefault(summary["stack"], []).append(summary["provenance"]["seconds_per_step"])
     return {
         "data": ", ".join(sorted({label(summary["data"]) for summary in summaries})),
-        "data_sha256": ", ".join(sorted({summary["data_sha256"] for summary in summaries})),
+        "data_sha256": ", ".join(
+            sorted({summary["data_sha256"] or "none" for summary in summaries})
+        ),
         "runs": len(summaries),
         "steps": sum(summary["steps"] for summary in summaries),
         **{key: values(key) for key in keys},

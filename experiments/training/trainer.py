@@ -147,6 +147,8 @@ class _Run:
         self.gradient = self.task.gradient(
             self.shares.model, trainer.compile_model, self.config.precision == "bf16"
         )
+        if isinstance(self.optimizer, BaselineOptimizer):
+            self.gradient = self.optimizer.watch(self.gradient)
         start = self.optimizer.hyperparameters()[0]
         self.schedule = make_schedule(self.config.schedule, start, self.steps)
         # A schedule scales an lr that is tuned: see `HyperOptimizer`.

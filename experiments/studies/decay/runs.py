@@ -1,0 +1,139 @@
+"""Auto alone, and under a linear decay to zero, on the tasks of the robustness benchmark.
+
+    python -m experiments.studies decay preset=cpu
+    python -m experiments.studies decay preset=paper start=records
+
+A schedule multiplies the lr that Auto learns: the rule uses the learned lr times a factor that goes
+from 1 to 0 along the run. `cpu` is for one core and an hour: its character RNN and ResNet-20 are
+shorter, and have one start.
+
+Runs that are finished in the store are not done again; with `start=records` nor are those whose
+records are in the results already.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from experiments.config.compose import compose
+from experiments.config.schema import Config, StackConfig
+from experiments.studies.robustness.runs import TASKS
+from experiments.studies.stacks import auto
+from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
+
+STARTS = (1e-5, 1e-2)  # the default, and one that is near what is learned
+DECAYS = {"none": (), "linear": ("schedule=linear", "schedule.final=0")}
+
+
+@dataclass(frozen=True)
+class DecayPreset(Preset):
+    """How much is done: the overrides of each task, and the tasks that have one start alone."""
+
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    one_start: tuple[str, ...] = ()
+
+
+EPOCHS = {"mlp": ("trainer.epochs=5",), "softmax": ("trainer.epochs=5",)}
+PRESETS = {
+    "cpu": DecayPreset(
+        ("device=cpu",),
+        tasks={
+            **EPOCHS,
+            "char_rnn": ("trainer.epochs=1", "trainer.steps=400"),
+            "resnet": ("trainer.epochs=1", "trainer.steps=100"),
+        },
+        one_start=("char_rnn", "resnet"),
+    ),
+    "paper": DecayPreset(
+        tasks={
+            **EPOCHS,
+            "mlp30": ("trainer.epochs=30",),
+            "char_rnn": ("trainer.epochs=3",),
+            "resnet": ("trainer.epochs=2", "trainer.steps=null"),
+        },
+    ),
+    "quick": DecayPreset(
+        ("device=cpu", "trainer.compile=false"), (0,), {"mlp": ("trainer.epochs=1",)}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table, but for its seeds.
+
+    Attributes:
+        task: a key of `TASKS`.
+        decay: a key of `DECAYS`.
+        start: the initial lr.
+    """
+
+    task: str
+    decay: str
+    start: float
+
+    @property
+    def label(self) -> str:
+        return f"Auto from {self.start:g}, decay {self.decay}, {self.task}"
+
+
+@functools.lru_cache
+def task_config(preset: str, task: str, decay: str, *overrides: str) -> Config:
+    """The config that the runs of a task have in common."""
+    own = (*PRESETS[preset].tasks[task], *DECAYS[decay])
+    named = f"experiment={TASKS[task].experiment}"
+    return compose([named, "trainer.record_every=100", *own, *overrides])
+
+
+def cell_of(preset: str, summary: dict[str, Any]) -> Cell:
+    """The cell that a run belongs to."""
+    decay = "linear" if "schedule" in summary else "none"
+    start = next(start for start in STARTS if auto(start) == summary["stack"])
+    for task in PRESETS[preset].tasks:
+        config = task_config(preset, task, decay)
+        if (config.model.name, config.trainer.epochs) == (
+            summary["model"]["name"],
+            summary["trainer"]["epochs"],
+        ):
+            return Cell(task, decay, start)
+    raise ValueError(f"run {summary['hash']} is of no task of the preset {preset}")
+
+
+def parts(request: Request) -> Iterator[Part]:
+    """All runs, those of one task after those of another."""
+    batches = []
+    for task in request.preset.tasks:
+        starts = STARTS[: 1 if task in request.preset.one_start else None]
+        cells = [Cell(task, decay, start) for decay in DECAYS for start in starts]
+        batches.append(
+            [
+                (
+                    cell,
+                    replace(
+                        task_config(request.name, task, cell.decay, *request.overrides),
+                        stack=StackConfig(auto(cell.start)),
+                        experiment="decay",
+                        seed=seed,
+                        row=cell.label,
+                    ),
+                )
+                for cell in cells
+                for seed in request.seeds
+            ]
+        )
+    yield Part(batches)
+
+
+STUDY = Study(
+    "decay",
+    PRESETS,
+    parts,
+    __doc__,
+    part_of=lambda preset, run: cell_of(preset, run).task,
+    options=Options,
+    settable=SETTABLE_WITH_RECORDS,
+    starts=("scratch", "records"),
+)
