@@ -28,6 +28,13 @@ from hyperopt import RULES
 from models.mlp import MLP
 
 STACKS = ["AdamWScheduleFree(0.01)", "Prodigy()", "DAdaptAdam()", "DAdaptSGD()"]
+# Those of the suite, and whether a run of theirs goes on after a cut.
+SUITE = {
+    "ProdigyPlusScheduleFree()": True,
+    "MomoAdam()": False,
+    "Mechanic()": False,
+    "Trac()": False,
+}
 
 
 def by_hand(kind: type, lr: float, digits: Dataset) -> tuple[float, float]:
@@ -77,6 +84,41 @@ def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(tmp_path: Path, stack: st
     again = train(broken)
     assert result(again) == result(whole)
     assert curves(tmp_path / "broken", again) == curves(tmp_path / "whole", whole)
+
+
+@pytest.mark.parametrize("stack", SUITE)
+def test_a_peer_of_the_suite_goes_on_or_starts_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stack: str
+) -> None:
+    peer = parse(stack).levels[0]
+    assert isinstance(peer, baselines.Baseline)
+    pytest.importorskip(peer.package)
+    overrides = f"stack={stack}", "trainer.epochs=1", "trainer.checkpoint_every=7"
+    whole = train(config(tmp_path / "whole", *overrides))
+    broken = config(tmp_path / "broken", *overrides)
+    with pytest.raises(Cut):
+        train(broken, cut_at(10))
+    again = train(broken)
+    assert result(again) == result(whole)
+    assert again["provenance"]["resumed"] == SUITE[stack]
+    assert ("cannot go on from a checkpoint" in capsys.readouterr().err) != SUITE[stack]
+
+
+def test_a_peer_that_needs_the_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("momo")
+    weight = nn.Linear(1, 1, bias=False)
+    optimizer = make_optimizer(weight, "MomoAdam()", compile=False)
+    assert isinstance(optimizer, baselines.BaselineOptimizer)
+
+    def gradient(x: Tensor) -> Tensor:
+        weight.weight.grad = torch.ones(1, 1)
+        return x.sum()
+
+    told = []
+    monkeypatch.setattr(optimizer.optimizer, "step", lambda loss: told.append(float(loss)))
+    optimizer.watch(gradient)(torch.tensor([2.0]))
+    optimizer.step()
+    assert told == [2.0]
 
 
 def test_what_a_run_records_can_be_read_as_any_other(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_the_halves_are_apart_and_all_methods_have_their_package_s_class() -> No
     assert named - {"Auto", "Adam", "AdamW"} == BASELINES.keys() - {"DAdaptSGD"}
     runs = planned(STUDY, "preset=paper", "tasks=vae")
     grid, starts = len(PRESETS["paper"].grid), 4
-    assert len(runs) == 3 * (len(TUNED) * grid + 3 * starts + 8)
+    assert len(runs) == 3 * (len(TUNED) * grid + 3 * starts + 7)
     few = planned(STUDY, "preset=cpu", "tasks=vae", "methods=Auto,Adam,MoMo", "lrs=0.01,0.003")
     assert [(cell.method, cell.start) for cell, _ in few] == [
         *(("Auto", 0.01), ("Adam", 0.003162), ("Adam", 0.01), ("MoMo", None))

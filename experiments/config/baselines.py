@@ -19,10 +19,11 @@ packages. All that is not said here is at their default, which is what their aut
     MomoAdam           MoMo-Adam (Schaipp et al. 2023), lr 0.01, the most that it takes.
     Mechanic           Cutkosky et al. 2023, around AdamW, lr 1; its README calls that arbitrary.
     Trac               TRAC (Muppidi et al. 2024), around Adam, lr 1e-3, as its README has it.
-    CoordinateDoWG     DoWG (Khaled et al. 2023) by the package dowg, each coordinate for itself.
 
 A run of MomoAdam, Mechanic or Trac that is cut short starts again from its beginning: their
-state_dict lacks a part of what they keep. GeN is not here since it needs batches within a step.
+state_dict lacks a part of what they keep. GeN is not here since it needs batches within a step, nor
+is DoWG: the package of that name keeps its starting point by reference, so that it never sees a
+distance from it.
 
 Prodigy and D-Adaptation estimate a distance d, from d0 = 1e-6 on, and step with lr * d: they have
 no lr to start from.
@@ -116,13 +117,9 @@ class Trac(Baseline, known=False):
         return module.start_trac(os.devnull, torch.optim.Adam)  # its log
 
 
-class CoordinateDoWG(Baseline, known=False):
-    package = "dowg"
-
-
 KINDS = (
     *(AdamWScheduleFree, Prodigy, DAdaptAdam, DAdaptSGD, ProdigyPlusScheduleFree),
-    *(MomoAdam, Mechanic, Trac, CoordinateDoWG),
+    *(MomoAdam, Mechanic, Trac),
 )
 BASELINES: dict[str, type[Baseline]] = {kind.__name__: kind for kind in KINDS}
 

@@ -13,7 +13,7 @@ robustness benchmark. Settings of Auto may be chosen on the tasks of `CHOOSING` 
     AdamW-cosine    AdamW with a warm-up of a twentieth of the run and a cosine to zero
     ScheduleFree    Schedule-Free AdamW
     Adam-2          the paper's tower of Adam, height 2, from the lrs of Auto
-    Prodigy, Prodigy-cosine, ProdigyPlus, MoMo, Mechanic, TRAC, DoWG, DAdaptAdam
+    Prodigy, Prodigy-cosine, ProdigyPlus, MoMo, Mechanic, TRAC, DAdaptAdam
                     experiments/config/baselines.py; no lr is given
 
 Runs that are finished in the store are not done again; with `start=records` nor are those whose
@@ -95,7 +95,6 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MoMo": ("MomoAdam()", ()),
     "Mechanic": ("Mechanic()", ()),
     "TRAC": ("Trac()", ()),
-    "DoWG": ("CoordinateDoWG()", ()),
     "DAdaptAdam": ("DAdaptAdam()", ()),
     "Adam-2": (tower("Adam", 2, "{lr}"), ()),
 }
