@@ -46,9 +46,11 @@ def draw(folder: Path) -> list[Path]:
         )
     )
     runs = pd.DataFrame(lines)
+    missing = [title(preset, task) for task in tasks if not (runs.task == task).any()]
     text = [
         f"# Auto under a linear decay, preset {preset}",
         "",
+        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
         *compared(runs, preset),
         "",
         f"Data: {', '.join(label(name) for name in dict.fromkeys(runs.data))}. Mean ± standard "
