@@ -81,10 +81,14 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
     return found.assign(factor=found.final / least, ratio=found.final / found.task.map(adam))
 
 
+def compared(found: pd.DataFrame) -> pd.DataFrame:
+    """The lines of the tasks that have the reference."""
+    return found[found.task.isin(found.task[found.method == REFERENCE])]
+
+
 def ratios(found: pd.DataFrame, preset: str, tasks: tuple[str, ...]) -> list[str]:
     """The table of final values relative to the best fixed Adam, of the tasks that have it."""
-    compared = set(found.task[found.method == REFERENCE])
-    there = [task for task in tasks if task in compared]
+    there = [task for task in tasks if (compared(found).task == task).any()]
     rows = []
     for method in METHODS:
         own = found[found.method == method].set_index("task")
@@ -207,7 +211,7 @@ def draw(folder: Path) -> list[Path]:
         "",
         "![The share of tasks within a factor of the best](profile.png)",
         "",
-        *within(found),
+        *within(compared(found)),
         "",
         "## On the way",
         "",
@@ -223,7 +227,7 @@ def draw(folder: Path) -> list[Path]:
         "README.md": "\n".join(text) + "\n",
     }
     paths = [*write_all(folder, texts), folder / "runs.json"]
-    return [*paths, *style.save(profile(found), folder / "profile")]
+    return [*paths, *style.save(profile(compared(found)), folder / "profile")]
 
 
 def prose(folder: Path) -> dict[str, str]:
@@ -232,6 +236,6 @@ def prose(folder: Path) -> dict[str, str]:
     return {
         "choosing": "\n".join(ratios(found, preset, CHOOSING)),
         "reporting": "\n".join(ratios(found, preset, REPORTING)),
-        "profile": "\n".join(within(found)),
+        "profile": "\n".join(within(compared(found))),
         "reduced": reduced(preset),
     }
