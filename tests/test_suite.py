@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -122,12 +123,12 @@ def test_the_cart_pole_is_gymnasium_s() -> None:
 
 def test_the_change_comes_at_half_time() -> None:
     problem = Change(None)
-    model = problem.model().eval()
+    model: Any = problem.model().eval()
     model.step += problem.steps // 2
     before = problem.evaluate(model)
     model.step += 1
     assert problem.evaluate(model) != before
-    first = F.mse_loss(model(problem.x), problem.teachers[0](problem.x)).item()  # type: ignore
+    first = F.mse_loss(model(problem.x), problem.teachers[0](problem.x)).item()
     assert before == first
 
 

@@ -91,7 +91,7 @@ class Sines(nn.Module):
         self.frequency = frequency
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         for k, layer in enumerate(self.layers):
-            n = layer.in_features
+            n: Any = layer.in_features
             bound = 1 / n if k == 0 else math.sqrt(6 / n) / frequency
             nn.init.uniform_(layer.weight, -bound, bound)  # type: ignore[arg-type]
 
@@ -154,8 +154,8 @@ class Finetune(Classified):
         return model
 
     def model(self) -> nn.Module:
-        model = copy.deepcopy(self.pretrained)
-        model[-1] = nn.Linear(64, 5)  # type: ignore[index]
+        model: Any = copy.deepcopy(self.pretrained)
+        model[-1] = nn.Linear(64, 5)
         return model
 
 
