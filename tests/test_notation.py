@@ -1,6 +1,7 @@
 """Notation: both ways for any stack, and one clear line for what is none."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,11 @@ def rules(draw, below: Rule | None, second: bool = False) -> Rule:
     if subset is not None:
         # What is tuned must lie in the domain; a default of 0 is in none but the real one.
         arguments |= {name: number(name) for name in subset if name not in arguments}
-    kinds = {bool: st.booleans(), int: st.integers(1, 10**9), float: st.floats(0, 1e300)}
+    kinds: dict[type, st.SearchStrategy[Any]] = {
+        bool: st.booleans(),
+        int: st.integers(1, 10**9),
+        float: st.floats(0, 1e300),
+    }
     kinds[tuple] = st.tuples(*[st.floats(-10, 10)] * 3)  # ns_coefficients
     moved = {} if below is None else below.tuned
     barred = set(vars(Rule)) if below is None else {"horizon", "trust"} if not second else set()
