@@ -61,8 +61,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) $(OTHER_PYTHON)
 	@$(PY) -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[experiments,dev,frameworks,peers,scaleout]'
 	@touch $@
 
-test: $(if $(FAST),setup,lint) ## lint, then run the tests (FAST=1: the main ones alone; TORCH=oldest: with the oldest torch)
-	@$(PY) -m pytest -n $(or $(WORKERS),2) --dist worksteal $(if $(FAST),$(FAST_TESTS)) $(ARGS)
+test: $(if $(FAST),setup,lint) ## lint, then run the tests (FAST=1: the main ones alone; LONG=1: also those that take minutes; TORCH=oldest: with the oldest torch)
+	@$(if $(LONG),LONG=1) $(PY) -m pytest -n $(or $(WORKERS),2) --dist worksteal $(if $(FAST),$(FAST_TESTS)) $(ARGS)
 
 lint: setup ## check style (ruff) and types (mypy)
 	@$(PY) -m ruff check --quiet .

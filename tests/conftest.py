@@ -106,6 +106,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "long": None if os.environ.get("LONG") else "takes minutes: make test LONG=1",
         "compiler": None if shutil.which(compiler) else f"needs a C++ compiler ({compiler})",
     }
     for item in items:

@@ -633,7 +633,7 @@ def train(stack):
         model(torch.ones(4, 10)).square().mean().backward()
         optimizer.step()
     print(f"{optimizer.compiled}\\n", end="", flush=True)
-stacks = ["SGD(0.01)", "Adam(0.001) / SGD(1e-5)", "SGD(0.02)", "AdaGrad(0.01) / SGD(1e-5)"]
+stacks = ["SGD(0.01)", "Adam(0.001) / SGD(1e-5)"]
 threads = [threading.Thread(target=train, args=(stack,)) for stack in stacks]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
@@ -648,7 +648,7 @@ threads = [threading.Thread(target=train, args=(stack,)) for stack in stacks]
     ]
     for process in both:
         output, errors = process.communicate(timeout=300)
-        assert output.split() == ["True"] * 4, errors
+        assert output.split() == ["True"] * 2, errors
         assert "could not be compiled" not in errors
 
 

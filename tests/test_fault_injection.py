@@ -19,7 +19,7 @@ from experiments.training.trainer import train
 SHORT = ("trainer.epochs=2", "trainer.compile=false", "trainer.compile_model=false", "device=cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
 def test_a_sweep_that_is_killed_ends_with_the_same_csv(tmp_path: Path) -> None:
     faults = Faults(tmp_path, runs=4, epochs=10)

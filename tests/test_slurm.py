@@ -165,7 +165,7 @@ def resumed(store: Path) -> list[int]:
     return [summary["provenance"]["resumed"] for summary in summaries]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_go_on_after_their_node_has_failed(tmp_path: Path, queue: dict[str, str]) -> None:
     gate, store = Gate(tmp_path / "gate"), tmp_path / "store"
 
@@ -188,7 +188,7 @@ def test_runs_go_on_after_their_node_has_failed(tmp_path: Path, queue: dict[str,
     assert resumed(store) == [1, 1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_after_its_time_limit(tmp_path: Path, queue: dict[str, str]) -> None:
     """Slurm ends it, says why, and the same command does the rest."""
     gate, store, said = Gate(tmp_path / "gate"), tmp_path / "store", tmp_path / "said"
@@ -208,7 +208,7 @@ def test_a_run_goes_on_after_its_time_limit(tmp_path: Path, queue: dict[str, str
     assert again.returncode == 0 and resumed(store) == [1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_that_needs_more_memory_than_it_has_says_so(
     tmp_path: Path, queue: dict[str, str]
 ) -> None:

@@ -106,6 +106,10 @@ def cell_text(one: pd.Series, most: int) -> str:
     return text if one.starts == most else f"{text} ({one.starts} of {most} starts)"
 
 
+def captions(folder: Path) -> dict[str, str]:
+    return {"profile": "The share of tasks within a factor of the best"}
+
+
 def profile(found: pd.DataFrame) -> plt.Figure:
     """The performance profiles of all methods."""
     figure, axis = plt.subplots(figsize=(style.WIDTH, 3.2))
@@ -209,7 +213,7 @@ def draw(folder: Path) -> list[Path]:
         "",
         "On how many tasks a method ends within a factor of the best of all.",
         "",
-        "![The share of tasks within a factor of the best](profile.png)",
+        f"![{captions(Path())['profile']}](profile.png)",
         "",
         *within(compared(found)),
         "",
