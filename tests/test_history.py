@@ -3,11 +3,13 @@
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,14 @@ def watched(stack: str = STACK, steps: int = 6, **own: Any) -> tuple[HyperOptimi
     history = History(optimizer, **own)
     train(model, optimizer, steps)
     return optimizer, history
+
+
+@pytest.fixture(autouse=True)
+def plain_style() -> Iterator[None]:
+    """Without the style of the studies, which other tests load."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def test_it_keeps_what_snapshots_say() -> None:
