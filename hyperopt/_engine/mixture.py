@@ -78,13 +78,13 @@ class Mixture:
 
     def add_group(self, own: frozenset[str]) -> None:
         group, engine = self.groups[-1], self.engines[self._numbers[-1]]
-        engine.groups.append(group)
+        trained = [p for each in self.groups for p in each["params"] if p.requires_grad]
         try:
-            engine.add_group(own)
-            devices = {engine.device for engine in self.engines if engine.groups}
-            if len(devices) > 1:
+            if len(devices := {p.device for p in trained}) > 1:
                 found = " and on ".join(sorted(map(str, devices)))
                 raise ValueError(f"parameters on {found}; make one optimizer for each device")
+            engine.groups.append(group)
+            engine.add_group(own)
         except (TypeError, ValueError):
             self.groups.pop()
             raise
