@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,25 @@ from hyperopt import Auto, Rule
 # A level of each rule, with the published package's constants.
 LEVELS = {"SGD": "SGD({lr})", "Adam": "Adam({lr}, v0=1e-8)"}
 STARTS = tuple(float(f"{10 ** (k / 2):.4g}") for k in range(-16, 5))  # 1e-8 to 1e2
+
+
+@dataclass(frozen=True)
+class MethodCell:
+    """One number of a study of methods from several lrs, but for its seeds.
+
+    Attributes:
+        task, method: their names in the study.
+        start: the initial lr; None where the method has none.
+    """
+
+    task: str
+    method: str
+    start: float | None
+
+    @property
+    def label(self) -> str:
+        start = "" if self.start is None else f" from {self.start:g}"
+        return f"{self.method}{start}, {self.task}"
 
 
 def tower(rule: str, height: int, lr: float | str) -> str:

@@ -43,7 +43,7 @@ from experiments.cli import choose
 from experiments.config.baselines import parse
 from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
-from experiments.studies.stacks import STARTS, auto, tower
+from experiments.studies.stacks import STARTS, MethodCell, auto, tower
 from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
 from hyperopt import Adam
 
@@ -180,24 +180,8 @@ WAVES = (
 METHODS = tuple(method for wave in WAVES for method in wave)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One point of a curve, but for its seeds.
-
-    Attributes:
-        task: a key of `TASKS`.
-        method: one of `METHODS`.
-        start: the initial lr; None where the method has none.
-    """
-
-    task: str
-    method: str
-    start: float | None
-
-    @property
-    def label(self) -> str:
-        start = "" if self.start is None else f" from {self.start:g}"
-        return f"{self.method}{start}, {self.task}"
+class Cell(MethodCell):
+    """One point of a curve: of a task in `TASKS` and a method in `METHODS`."""
 
     @property
     def stack(self) -> str:

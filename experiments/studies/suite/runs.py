@@ -31,7 +31,7 @@ from experiments.cli import choose
 from experiments.config.baselines import parse
 from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
-from experiments.studies.stacks import STARTS, auto, tower
+from experiments.studies.stacks import STARTS, MethodCell, auto, tower
 from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
 
 
@@ -82,7 +82,7 @@ AUTO_STARTS = (1e-8, 1e-5, 1e-2, 10.0)
 LINEAR = ("schedule=linear", "schedule.final=0")
 TUNED = ("Adam", "AdamW-cosine", "ScheduleFree")  # of their lrs, the best one counts
 
-# Each with its schedule; what has no {lr} has no start.
+# The stack and the overrides of each. A stack without {lr} has no start.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Auto": ("Auto", ()),
     "Adam": ("Adam({lr})", ()),
@@ -125,23 +125,8 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number, but for its seeds.
-
-    Attributes:
-        task, method: keys of `TASKS` and `METHODS`.
-        start: the initial lr; None where the method has none.
-    """
-
-    task: str
-    method: str
-    start: float | None
-
-    @property
-    def label(self) -> str:
-        start = "" if self.start is None else f" from {self.start:g}"
-        return f"{self.method}{start}, {self.task}"
+class Cell(MethodCell):
+    """One number: of a task in `TASKS` and a method in `METHODS`."""
 
     @property
     def stack(self) -> str:
