@@ -13,7 +13,18 @@ from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from experiments.data.catalog import label as data_label
 from experiments.studies import curves, pages, style
-from experiments.studies.char_rnn.runs import BETAS, DECAY, FREE, KINDS, LRS, ONCE, Cell, cell_of
+from experiments.studies.char_rnn.runs import (
+    BETAS,
+    CELLS,
+    DECAY,
+    FREE,
+    KINDS,
+    LRS,
+    ONCE,
+    PRESETS,
+    Cell,
+    cell_of,
+)
 from experiments.studies.claim import Claim, scale
 from experiments.studies.curves import (
     Run,
@@ -123,6 +134,15 @@ def verdicts(runs: list[Run]) -> list[str]:
     return lines
 
 
+def missing(runs: list[Run], preset: str) -> list[str]:
+    """The names of the cells that have no run yet, as a sentence."""
+    known = PRESETS.get(preset.partition("-")[0])
+    wanted = (*CELLS, *known.once) if known else ()
+    there = {run.cell for run in runs}
+    labels = [cell.label for cell in wanted if cell not in there]
+    return [f"Not run yet: {'; '.join(labels)}."] if labels else []
+
+
 def rows(runs: list[Run], cells: pd.DataFrame) -> list[list[str]]:
     """The cells of the table, in words."""
     found = []
@@ -147,6 +167,7 @@ def markdown(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
         "seeds. The test part is the last twentieth of each of 50 streams; the training loss is "
         "the mean over the last epoch. *Learned* are the final values, mean over seeds.",
         pages.table([*heads, "Learned", "n"], "lrrrrrlr", rows(runs, cells)),
+        *missing(runs, preset),
         *verdicts(runs),
         f"The stacks: {'; '.join(stacks)}. Why most towers stop to tune, and how their hyper-step "
         "size was chosen, is in `configs/experiment/char_rnn_tower.yaml`.",
