@@ -1,7 +1,7 @@
 """The small problems of the suite: what each is made from.
 
 A problem makes its own numbers, from fixed seeds, out of nothing or out of another data set: see
-`experiments/tasks/problems.py`. What it is made from is loaded here.
+`experiments/tasks/problems.py`. This module loads their data.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def compare(
 ) -> dict[Any, tuple[float, float]]:
     """The means of a metric over the seeds that both cells of a pair have.
 
-    A pair of which both have diverged, or have no common seed, is left out.
+    It leaves out a pair if both diverged, or if they share no seed.
     """
     found = {}
     for key, pair in pairs.items():

@@ -29,7 +29,7 @@ QUARTERS = 4  # of a run; each is an epoch, at whose end the test is made
 
 
 class Problem:
-    """What the problems share: a training set, of which batches are drawn at random.
+    """What the problems share: a training set, and batches that are drawn from it at random.
 
     Attributes:
         steps: of a whole run.

@@ -88,7 +88,7 @@ def compared(runs: pd.DataFrame, preset: str) -> list[str]:
 
 
 def title(preset: str, task: str) -> str:
-    """As in "MLP, 5 epochs"; what is shorter than in the preset `paper` is named as reduced."""
+    """As in "MLP, 5 epochs", with "(reduced)" if it is shorter than in the preset `paper`."""
     trainer = task_config(preset, task, "none").trainer
     length = f"{trainer.epochs} epoch{'s' * (trainer.epochs != 1)}"
     if trainer.steps is not None and trainer.epochs == 1:

@@ -69,8 +69,8 @@ PARTS = ["Auto", *ABLATION]
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A line for each run.
 
-    `error` is what it is judged by: a loss that diverged is infinite, an error in percent that of
-    the last weights.
+    `error` is the metric of its task. A loss that diverged counts as infinite. A test error is that
+    of the last weights, also of a run that diverged.
     """
     lines = records.run_table(runs, ("data", "test_error", "train_loss"), ("lr",))
     errors = [run.summary[TASKS[run.cell.task].metric] for run in runs]

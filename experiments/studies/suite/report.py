@@ -110,7 +110,7 @@ def captions(folder: Path) -> dict[str, str]:
     return {"profile": "The share of tasks within a factor of the best"}
 
 
-def profile(found: pd.DataFrame) -> plt.Figure:
+def profile(found: pd.DataFrame, preset: str) -> plt.Figure:
     """The performance profiles of all methods."""
     figure, axis = plt.subplots(figsize=(style.WIDTH, 3.2))
     factors = np.geomspace(1, MOST, 400)
@@ -131,6 +131,8 @@ def profile(found: pd.DataFrame) -> plt.Figure:
     axis.set_xscale("log")
     axis.set_xticks([1, 1.1, 1.5, 2, 5, 10], ["1", "1.1", "1.5", "2", "5", "10"])
     axis.set(xlim=(1, MOST), ylim=(0, 1.02), xlabel="factor of the best", ylabel="share of tasks")
+    text = f"The suite, preset {preset}, {count} tasks"
+    style.title(figure, "\n".join([text, reduced(preset)] if reduced(preset) else [text]))
     figure.legend(loc="outside right center")
     return figure
 
@@ -177,9 +179,10 @@ def reduced(preset: str) -> str:
         return ""
     left = [TASKS[task].label for task in whole.tasks if task not in own.tasks]
     return (
-        f"Reduced: {len(own.seeds)} of {len(whole.seeds)} seeds; the lrs of the tuned are "
-        f"{len(own.grid)} of {len(whole.grid)}, from {own.grid[0]:.1g} to {own.grid[-1]:.1g}"
-        + (f"; without {', '.join(left)}" if left else "")
+        f"Reduced: {len(own.seeds)} of {len(whole.seeds)} seeds; "
+        f"{len(own.grid)} of {len(whole.grid)} lrs for the tuned methods, "
+        f"from {own.grid[0]:.1g} to {own.grid[-1]:.1g}"
+        + (f"; without {'; '.join(left)}" if left else "")
         + "."
     )
 
@@ -231,7 +234,7 @@ def draw(folder: Path) -> list[Path]:
         "README.md": "\n".join(text) + "\n",
     }
     paths = [*write_all(folder, texts), folder / "runs.json"]
-    return [*paths, *style.save(profile(compared(found)), folder / "profile")]
+    return [*paths, *style.save(profile(compared(found), preset), folder / "profile")]
 
 
 def prose(folder: Path) -> dict[str, str]:
