@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_suite
 import test_text
 import wandb
 from gate import Gate
@@ -490,14 +491,16 @@ def test_what_a_run_was_made_by_changes_it_not(tmp_path: Path) -> None:
 
 @pytest.fixture
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dict[str, Any]]]:
-    """What W&B has of a run on images and of one on a text."""
+    """What W&B has of a run of each task, and of one whose momentum moves."""
     monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(test_text.TINY.encode()).hexdigest())
     (tmp_path / corpus.FILE).write_text(test_text.TINY)
     train(config(tmp_path / "images", "logger=wandb"))
     train(test_text.config(tmp_path, tmp_path / "text", test_text.TOWER, "logger=wandb"))
+    small = "trainer.steps=4", "trainer.record_every=1", "logger=wandb"
+    train(test_suite.config(tmp_path / "problem", "change", "stack=SGD(0.1) / SGD(1e-4)", *small))
     moving = "stack=SGD(0.1, momentum=0.9)[lr, momentum] / SGD(1e-4)"
     train(config(tmp_path / "momentum", "logger=wandb", "trainer.epochs=1", moving))
-    runs = [read(tmp_path / folder)[0] for folder in ("images", "text", "momentum")]
+    runs = [read(tmp_path / folder)[0] for folder in ("images", "text", "problem", "momentum")]
     return [{**run, "history": run["history"][-1]} for run in runs]
 
 
@@ -533,7 +536,7 @@ def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]
     assert all(every) and sum(map(len, every)) >= 24
     for keys in every:
         assert any(all(name in run[section] for section, name in keys) for run in known), keys
-    for run, measure in zip(known[:2], JUDGED_BY, strict=True):  # as the server has both kinds
+    for run, measure in zip(known[:-1], JUDGED_BY, strict=True):  # as the server has all kinds
         own = {name for keys in every for section, name in keys if name in run[section]}
         assert {
             measure,
@@ -568,7 +571,7 @@ def test_the_heat_map_is_made_there_and_its_panels_fill_it(
     fields = set(re.findall(r"\$\{field:(\w+)\}", json.dumps(made[0]["spec"])))
     robustness = dashboard.workspace("someone", "hyperopt").sections[-1].panels
     maps = [panel for panel in robustness if hasattr(panel, "chart_fields")]
-    for heat_map, run in zip(maps, known[:2], strict=True):
+    for heat_map, run in zip(maps, known[:-1], strict=True):
         assert heat_map.chart_name == f"someone/{made[0]['name']}"
         assert heat_map.chart_fields.keys() == fields
         query = {source: asked["keys"] for source, asked in heat_map.query.items()}
