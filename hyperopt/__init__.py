@@ -1,10 +1,10 @@
-"""Optimizers whose hyperparameters are tuned by gradient descent, by optimizers, all the way up.
+"""Optimizers that tune their own hyperparameters by gradient descent, in stacks of any height.
 
     from hyperopt import Adam, SGD, HyperOptimizer
     optimizer = HyperOptimizer(model.parameters(), Adam(lr=1e-3) / SGD(1e-5))
 
-After Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate Optimizer"
-(NeurIPS 2022).
+The method is that of Chandra, Xie, Ragan-Kelley and Meijer, "Gradient Descent: The Ultimate
+Optimizer" (NeurIPS 2022).
 """
 
 from ._engine.compiler import kernel_count

@@ -1,4 +1,4 @@
-"""The paper's algorithm, for one vector of weights and a stack of any height. It is the definition.
+"""Definition of the paper's algorithm, for one vector of weights and a stack of any height.
 
 Gradient descent can tune its own hyperparameters. The loss depends on the step size through the
 last update of the weights, so the step size has a gradient too, and an optimizer can descend it
@@ -13,19 +13,19 @@ the gradient of the loss at w:
        dr_0 = Gᵀ S_0        dr_{k+1} = dr_kᵀ S_{k+1}
 
    S_k is the *sensitivity* of level k's output with respect to r_k. In the paper it is the
-   derivative of the last update, S_k = ∂U_k/∂r_k. On the first step all S_k are 0; the upper rules
-   still run, with gradient 0. Level k + 1 may normalize and clip dr_k; the levels above it see the
+   derivative of the last update, S_k = ∂U_k/∂r_k. On the first step all S_k are 0. The upper rules
+   still run, with gradient 0. Level k + 1 may normalize and clip dr_k. The levels above it see the
    result.
 
 2. Hyperparameters, from the top: r_k ← U_{k+1}(r_k, dr_k, s_{k+1}; T(r_{k+1})).
 
 3. Weights: w ← U_0(w, G, s_0; T(r_0)).
 
-Everything older is a constant, and so is G: the model is never differentiated twice.
+All earlier values are constants, and so is G. So the model is never differentiated twice.
 
-`hyperopt.HyperOptimizer` computes the same, fast. A test holds it to this page. Not on this page:
-the trust region, the timing (``every``, ``until``), the restart of a long horizon, and the zeroing
-of rounding noise before a cosine.
+`hyperopt.HyperOptimizer` computes the same, but fast. A test compares the two. This module leaves
+out the trust region, the timing (``every``, ``until``), the restart of a long horizon, and the
+zeroing of rounding noise before a cosine.
 
     >>> import torch
     >>> from hyperopt import SGD
@@ -33,7 +33,7 @@ of rounding noise before a cosine.
     >>> levels = start(SGD(0.1) / SGD(0.01), w)
     >>> for _ in range(3):
     ...     w, levels = step(levels, w, gradient=2 * w)  # the loss is w · w
-    >>> round(float(hyperparameters(levels[0], levels[0].raw).lr), 4)  # SGD has made it larger
+    >>> round(float(hyperparameters(levels[0], levels[0].raw).lr), 4)  # SGD has raised it
     0.3214
 """
 
@@ -52,16 +52,16 @@ from .rule import Rule, Stack, State
 
 
 class Level(NamedTuple):
-    """One optimizer of the stack. It moves a vector x: the weights, or the raw values below.
+    """One optimizer of the stack. It moves a vector x: the weights, or the raw values below it.
 
     Attributes:
         rule: its update U.
         raw: r, the raw values that the level above moves, [n].
-        bounds: of ``raw``, [2, n].
-        places: for each tuned hyperparameter the place of its value in ``raw``, 0-dim; or, if it
-            has several values, the place for each element of x.
+        bounds: lowest and highest values of ``raw``, [2, n].
+        places: for each tuned hyperparameter, the index of its value in ``raw``, 0-dim. If it has
+            several values: the index for each element of x.
         constants: the values of the other hyperparameters, 0-dim or one for each element of x.
-        state: s.
+        state: s, the state of the rule.
         sensitivity: S = ∂x/∂r, [elements of x, n].
         updates: the number of updates so far, 0-dim.
     """
@@ -77,14 +77,14 @@ class Level(NamedTuple):
 
 
 def hyperparameters(level: Level, raw: Tensor) -> SimpleNamespace:
-    """h = T(r), and the constants: the namespace that a rule reads."""
+    """The namespace that a rule reads: h = T(r), and the constants."""
     domains = {name: how.domain for name, how in level.rule.tuned.items()}
     tuned = {name: domains[name].value(raw[place]) for name, place in level.places.items()}
     return SimpleNamespace(**tuned, **level.constants)
 
 
 def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
-    """G, dr_0, dr_1, ...: the gradient of what each level moves."""
+    """The gradient for each level: G for the weights, then dr_0, dr_1, ... for the raw values."""
     gradients = [gradient]
     for level, above in itertools.pairwise(levels):
         g, s = gradients[-1], level.sensitivity
@@ -101,9 +101,9 @@ def horizon(above: Level | None) -> float:
 
 
 def update(levels: Sequence[Level], k: int, x: Tensor, g: Tensor) -> tuple[Tensor, Level]:
-    """x ← U_k(x, g, s_k; T(r_k)), and S_k.
+    """Apply x ← U_k(x, g, s_k; T(r_k)), and compute S_k.
 
-    A long horizon gathers the derivatives of many updates: at the t-th one,
+    A long horizon accumulates the derivatives of many updates: at the t-th update,
     S ← (1 - 1/min(t, horizon)) S + ∂U/∂r.
     """
     level = levels[k]
@@ -120,7 +120,7 @@ def update(levels: Sequence[Level], k: int, x: Tensor, g: Tensor) -> tuple[Tenso
 
 
 def step(levels: Sequence[Level], w: Tensor, gradient: Tensor) -> tuple[Tensor, list[Level]]:
-    """One step of the whole stack: the new weights, and the new levels."""
+    """Make one step of the whole stack. Returns the new weights and the new levels."""
     gradients, levels = hypergradients(levels, gradient), [*levels]
     for k in reversed(range(1, len(levels))):  # from the top
         below = levels[k - 1]
@@ -134,7 +134,10 @@ def step(levels: Sequence[Level], w: Tensor, gradient: Tensor) -> tuple[Tensor, 
 
 
 def skip(levels: Sequence[Level]) -> list[Level]:
-    """A step whose gradient is not finite: nothing moves, and the next step treats S as 0."""
+    """Skip a step whose gradient is not finite: nothing moves, and the next step takes S = 0.
+
+    A long horizon keeps its S.
+    """
     above = [*levels[1:], None]
     return [
         level if horizon(over) > 1 else level._replace(sensitivity=0 * level.sensitivity)
@@ -143,20 +146,20 @@ def skip(levels: Sequence[Level]) -> list[Level]:
 
 
 def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
-    """The levels of a stack before the first step.
+    """Make the levels of a stack before the first step.
 
     Args:
         w: the weights, 1-D.
-        owners: the number of each weight's tensor, for hyperparameters per tensor.
+        owners: for hyperparameters per tensor, the number of each weight's tensor.
 
     Raises:
-        ValueError: the stack needs what is not on this page.
+        ValueError: the stack has a trust region or a timing, which this module leaves out.
     """
     for rule in stack.levels:
         if "trust" in rule.hypers or rule.policy.timing != Timing():
             raise ValueError(f"{rule}: trust, every and until are not part of the definition")
     levels: list[Level] = []
-    x, names = w, list[Any](owners)  # what the level moves, and whose each element is
+    x, names = w, list[Any](owners)  # the vector that the level moves, each element's owner
     for k, rule in enumerate(stack.levels):
         tuned = rule.tuned if k < stack.height else {}
         raw: list[float] = []

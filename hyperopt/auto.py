@@ -12,32 +12,33 @@ from torch import Tensor
 from .optimizer import HyperOptimizer
 from .rules import AdaGrad, ScheduleFreeAdam
 
-# With a smaller lr, the squares of an update are 0 in float32, and lr would never move.
+# With a smaller lr, the square of an update is 0 in float32, so that lr could never move.
 MIN_LR = 1e-20
 
 
 class Auto(HyperOptimizer):
     """Schedule-Free Adam that finds its learning rate from any start.
 
-    AdaGrad moves the logarithm of lr. Its gradient is the cosine between the new gradient and the
-    sensitivity of the weights to log lr, in which recent steps count for more. So lr grows while
-    that direction still lowers the loss. The paper's hypergradient sees only the last step; the
-    noise of the gradients then makes lr fall too early (Wu et al. 2018, arXiv 1803.02021). For the
-    same reason the weights are nearly the mean of many steps, which has less noise (Defazio et al.
-    2024, arXiv 2405.15682). Use them as they are when training ends: there is no mode to switch.
-    One step adds at most a tenth of the weights, by norms.
+    AdaGrad moves log lr. Its gradient is the cosine between the new gradient and the sensitivity
+    of the weights to log lr. Recent steps count more in this sensitivity. So lr grows while that
+    direction still lowers the loss. The paper's hypergradient sees only the last step. The noise of
+    the gradients then makes lr fall too early (Wu et al. 2018, arXiv 1803.02021). For the same
+    reason the weights are close to a mean over many steps, which has less noise (Defazio et al.
+    2024, arXiv 2405.15682). Use the weights as they are when training ends: no mode needs to be
+    switched. The norm of one update is at most a tenth of the norm of the weights.
 
     Args:
-        params: parameters or param groups, as `HyperOptimizer` takes them.
-        lr: where the learning rate starts. The default does no harm to pretrained weights. From 1.0
-            the first update is as large as allowed, which saves new weights about ten steps in
-            which lr only grows.
-        weight_decay: decoupled from the gradient, as that of AdamW and Schedule-Free AdamW. Param
-            groups may have one of their own.
-        compile: as in `HyperOptimizer`.
+        params: parameters or param groups, as for `HyperOptimizer`.
+        lr: the initial learning rate. The default does no harm to pretrained weights. With 1.0 the
+            first update is as large as allowed. For new weights this saves about ten steps in which
+            lr only grows.
+        weight_decay: decoupled from the gradient, as in AdamW and Schedule-Free AdamW. A param
+            group may override it.
+        compile: as for `HyperOptimizer`.
 
     Raises:
-        ValueError, TypeError: an ``lr`` below `MIN_LR`; otherwise as `HyperOptimizer`.
+        ValueError: an ``lr`` below `MIN_LR`, or an error of `HyperOptimizer`.
+        TypeError: as for `HyperOptimizer`.
     """
 
     def __init__(
@@ -56,17 +57,17 @@ class Auto(HyperOptimizer):
         super().__init__(params, lowest / above, compile=compile)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `HyperOptimizer`; a group's own ``lr`` is checked like `Auto`'s."""
+        """Add parameters as in `HyperOptimizer`. The group's ``lr`` must be `MIN_LR` or more."""
         if isinstance(param_group, dict):
             _check(param_group.get("lr", MIN_LR))
         super().add_param_group(param_group)
 
 
 def _check(lr: Any) -> None:
-    if isinstance(lr, Tensor) and lr.numel() == 1:  # as a param group of ours shows it
+    if isinstance(lr, Tensor) and lr.numel() == 1:  # a param group holds it as a tensor
         lr = float(lr)
     if not isinstance(lr, Real) or not MIN_LR <= float(lr) < math.inf:
         raise ValueError(
-            f"Auto: lr must be a number from {MIN_LR:g} up, but is {lr!r}; where none is known, "
-            "leave it out"
+            f"Auto: lr must be a number from {MIN_LR:g} up, but is {lr!r}; without an "
+            "estimate, leave it out"
         )

@@ -1,8 +1,8 @@
-"""Domains: how the raw value that a level moves becomes the hyperparameter that a rule uses.
+"""Domains: maps T from the raw values that a level moves to the hyperparameters that a rule uses.
 
-A hyperparameter h lives as a raw value r, and h = T(r). The level above moves r freely. The unit
-and square domains are those of the paper's own code. Log is the usual choice for a step size that
-may have to change by orders of magnitude.
+A hyperparameter h is stored as a raw value r, and h = T(r). The level above moves r freely. The
+unit and square domains are those of the paper's own code. Log is the usual choice for a step size
+that may have to change by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Domain:
-    """A smooth map from the real line onto the legal values of a hyperparameter.
+    """A smooth map T from the real line onto the legal values of a hyperparameter.
 
     Creating a Domain registers its name for the notation, for copies and for pickles.
 
     Attributes:
-        name: what the notation calls it, as in ``Adam(0.001)[lr: log]``.
+        name: its name in the notation, as in ``Adam(0.001)[lr: log]``.
         value: T, elementwise on a tensor of raw values of any shape.
         raw: the inverse of T for one number.
-        low, high: T's image is the open interval (low, high); that of ``square`` has 0 too.
-        reach: the largest absolute raw value. Beyond it T would round to the border of its image,
-            or h or its square would overflow.
+        low, high: the image of T is the open interval (low, high). For ``square`` it includes 0.
+        reach: the largest absolute raw value. Beyond it, T would round to an end of its image, or h
+            or its square would overflow.
 
     Raises:
-        ValueError: one of the domains below has this name.
+        ValueError: a built-in domain has this name.
     """
 
     name: str
@@ -66,10 +66,10 @@ OURS = frozenset(DOMAINS)
 
 
 def domain(name: str) -> Domain:
-    """The domain of that name.
+    """Look up a domain by its name.
 
     Raises:
-        ValueError: there is no such domain; the module that makes it was not imported.
+        ValueError: no domain has this name, because the module that makes it was not imported.
     """
     if name not in DOMAINS:
         raise ValueError(f"there is no domain {name!r}; import the module that makes it first")

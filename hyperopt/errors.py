@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-# The folders of the code between a user's line and a warning.
+# Warnings skip the stack frames of code in these folders.
 _INSIDE = tuple(os.path.dirname(path) + os.sep for path in (__file__, torch.__file__))
 
 
@@ -17,7 +17,7 @@ class HyperoptWarning(UserWarning):
 
 
 def warn_user(text: str) -> None:
-    """Warn with the line outside of this package and of torch that led here."""
+    """Warn, and name the caller's line: the nearest one outside this package and torch."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
