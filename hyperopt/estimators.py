@@ -1,12 +1,12 @@
-"""How a level estimates the hypergradients below it, and how it uses them: its `Policy`.
+"""How a level estimates hypergradients, and how it uses them: its `Policy`.
 
-A rule alone says how a level moves numbers along a gradient. Beside it, a level that moves
-hyperparameters holds a policy of three parts:
+A rule defines how a level moves numbers along a gradient. A level that moves hyperparameters also
+has a policy of three parts:
 
-* its `Estimator`: the hypergradient of the last step (the paper), of a long horizon, as a cosine;
-* its limits: `Clipping` of the hypergradient, and a trust region (`TRUST`) for the update of the
+* an `Estimator`: the hypergradient of the last step (the paper), of a long horizon, or as a cosine;
+* limits: `Clipping` of the hypergradient, and a trust region (`TRUST`) for the update of the
   weights;
-* its `Timing`: in which steps it moves what is below it.
+* a `Timing`: the steps in which it moves the hyperparameters below.
 
 Their fields are the keywords of the notation, as in ``SGD(1e-5, horizon=100, clip_norm=1)``.
 """
@@ -24,20 +24,20 @@ from torch import Tensor
 from .domains import LOG
 from .tuning import Hyper, Option
 
-# A derivative below so many units in the last place of its terms counts as 0. For example, a beta
-# does not affect the first step, but rounding leaves a remainder, whose cosine would be noise.
+# A derivative smaller than this many units in the last place of its terms counts as 0. For example,
+# a beta does not affect the first step, but rounding leaves a remainder. Its cosine would be noise.
 # Measured in float32: remainders below 1, other derivatives of betas above 5000.
 ROUNDING = 16
 
-# Restart the accumulation when a hyperparameter falls below this fraction of its peak. What was
-# added while it was large would otherwise decide the sign of the hypergradient for ever.
+# Restart the accumulation when a hyperparameter falls below this fraction of its peak.
+# Otherwise the old, large derivatives would decide the sign of the hypergradient for ever.
 RESTART_BELOW = 1e-3
 
 # Lower bound on the RMS of the weights in the trust region, so that weights that start at zero can
 # move (epsilon_2 of Shazeer and Stern 2018, Adafactor).
 MIN_WEIGHT_RMS = 1e-3
 
-# A log lr limit that limits nothing. Everything that is kept has to be finite.
+# A log lr limit without effect. It must be finite, like all stored numbers.
 UNBOUNDED = 1e300
 
 
@@ -49,9 +49,10 @@ class Estimator:
     *sensitivity*: the derivative of the weights with respect to the raw hyperparameter.
 
     Attributes:
-        horizon: 1 is the paper's: s is the derivative d of the last update. With n > 1, s gathers
-            the derivatives of the last n updates: at the t-th, s <- (1 - 1/min(t, n)) s + d. When a
-            hyperparameter falls below `RESTART_BELOW` of its peak, s and t start again.
+        horizon: n, the number of updates that s accumulates. With n = 1, as in the paper, s is the
+            derivative d of the last update. With n > 1, at the t-th update,
+            s <- (1 - 1/min(t, n)) s + d. When a hyperparameter falls below `RESTART_BELOW` of its
+            peak, s and t start again.
         normalize: divide g · s by the norms of both, so that it is a cosine.
     """
 
@@ -59,10 +60,14 @@ class Estimator:
     normalize: bool = False
 
     def init(self, names: Sequence[str], w: Tensor) -> dict[str, Tensor]:
-        """What is kept beside a rule's state, before the first update of ``w``.
+        """The initial state of the estimator, which a level keeps beside the rule's state.
 
         Args:
             names: the hyperparameters.
+            w: the weights, [n].
+
+        Returns:
+            one sensitivity [n] for each hyperparameter and, with a long horizon, 0-dim numbers.
         """
         numbers = ("horizon_length", *(f"horizon_peak_{name}" for name in names))
         return {
@@ -73,11 +78,12 @@ class Estimator:
     def accumulate(
         self, state: Mapping[str, Tensor], values: Mapping[str, Tensor], derivatives: list[Tensor]
     ) -> dict[str, Tensor]:
-        """What `init` made, one update later.
+        """The state of the estimator after one more update.
 
         Args:
+            state: the state before it, from `init` or `accumulate`.
             values: the hyperparameters by name, 0-dim.
-            derivatives: those of the update with respect to the raw value of each, like ``w``.
+            derivatives: those of the update with respect to each raw value, [n] each.
         """
         if self.horizon == 1:
             names = (f"sensitivity_{name}" for name in values)
@@ -96,18 +102,18 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Clipping:
-    """Limits of the hypergradient that a level's rule is given; the levels above see it clipped.
+    """Limits of the hypergradient that a level's rule receives. Higher levels see it clipped.
 
     Attributes:
-        clip_value: of each element.
-        clip_norm: of the norm, after that.
+        clip_value: limit of the absolute value of each element.
+        clip_norm: limit of the norm, applied after ``clip_value``.
     """
 
     clip_value: float = math.inf
     clip_norm: float = math.inf
 
     def __call__(self, g: Tensor) -> Tensor:
-        """The gradient, clipped. One that is not finite stays so, for the caller to see."""
+        """Clip a gradient, [n]. Values that are not finite stay, so that the caller sees them."""
         if self.clip_value < math.inf:
             g = torch.where(g.isfinite(), g.clamp(-self.clip_value, self.clip_value), g)
         if self.clip_norm < math.inf:
@@ -118,18 +124,22 @@ class Clipping:
 
 @dataclass(frozen=True)
 class Timing:
-    """In which steps a level moves what is below it.
+    """The steps in which a level moves the hyperparameters below it.
 
     Attributes:
-        every: in every n-th step, starting with the first.
-        until: only in the first n steps.
+        every: move in every n-th step, starting with the first.
+        until: move only in the first n steps.
     """
 
     every: int = 1
     until: float = math.inf
 
     def is_update_step(self, steps: Tensor) -> Tensor | None:
-        """Whether this is such a step, 0-dim; None if every step is."""
+        """Whether the level moves in this step, 0-dim; None if it moves in every step.
+
+        Args:
+            steps: the number of earlier steps, 0-dim.
+        """
         if self == Timing():
             return None
         return (steps % self.every == 0) & (steps < self.until)
@@ -153,7 +163,7 @@ KEYWORDS: dict[str, Option | Hyper] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """How a level uses its rule on the hyperparameters below it."""
+    """How a level applies its rule to the hyperparameters below it."""
 
     estimator: Estimator = Estimator()
     clipping: Clipping = Clipping()
@@ -161,7 +171,7 @@ class Policy:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Policy:
-        """The policy that the keywords of the notation stand for, except ``trust``."""
+        """Make a policy from the keywords of the notation, except ``trust``."""
 
         def part(kind: Any) -> Any:
             return kind(**{name: settings[name] for name in kind.__dataclass_fields__})
@@ -176,16 +186,20 @@ def derivatives(
     directions: Sequence[Tensor] | None = None,
     traced: bool = True,
 ) -> tuple[list[Tensor], Any]:
-    """The derivatives of the weights after an update, [n] for each direction; and its state.
+    """Differentiate the new weights along directions of the raw values, in forward mode.
 
-    This is forward mode. What is traced has it as reverse mode twice, since tracing torch's own
-    forward mode fails.
+    If the call may be traced, forward mode is reverse mode twice, since tracing torch's own forward
+    mode fails.
 
     Args:
-        update: raw values in; the new weights, [n], and anything else out.
+        update: maps raw values to the new weights, [n], and the new state.
+        raw: the raw values, [m].
         like: a vector like the weights, [n].
-        directions: in which ``raw`` changes; by default one for each raw value.
-        traced: whether this may be traced.
+        directions: directions of ``raw``, [m] each; by default the m unit vectors.
+        traced: whether the call may be traced.
+
+    Returns:
+        one derivative [n] for each direction, and the new state.
     """
     if directions is None:
         directions = units(raw)
@@ -225,13 +239,16 @@ def zero_rounding_noise(
     derivatives: list[Tensor],
     update: Tensor,
 ) -> list[Tensor]:
-    """The derivatives of an update with respect to the raw values, without rounding noise around 0.
+    """Set derivatives of an update that are only rounding noise to 0.
 
     Args:
-        forgets: which hyperparameters are factors that forget, as betas. Only these have terms that
-            may cancel, of about 1 / beta or 1 / (1 - beta) times the update.
-        values: T, raw values to hyperparameters.
-        update: what the update has added to the weights, [n].
+        forgets: for each hyperparameter, whether it is a forgetting factor, like a beta. Only the
+            derivatives of these have terms that can cancel. The terms are about 1 / beta or
+            1 / (1 - beta) times the update.
+        values: T, the map from raw values to hyperparameters.
+        raw: the raw values, [m].
+        derivatives: those of the update with respect to each raw value, m vectors [n].
+        update: the change of the weights, [n].
     """
     if not any(forgets):
         return derivatives
@@ -249,12 +266,13 @@ def size_of_update(update: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tenso
     """The squared norms of an update and of the weights, 0-dim, for `log_lr_limit`.
 
     Args:
-        update: what an lr of 1 adds to the weights ``w``, [n]. (What a large lr adds may overflow
-            when it is squared.)
-        dtype: that of the results.
+        update: the change of the weights with an lr of 1, [n]. (With a large lr its square may
+            overflow.)
+        w: the weights, [n].
+        dtype: the dtype of the results.
     """
     squares = (update * update).sum().to(dtype)
-    # Where the squares overflow or vanish and the update does not, this bounds them.
+    # If the squares overflow or underflow, use an upper bound that does not.
     largest = (update.abs().amax() if update.numel() else update.sum()).to(dtype)
     sound = squares.isfinite() & (squares > 0)
     squares = torch.where(sound, squares, update.numel() * largest * largest)
@@ -262,5 +280,9 @@ def size_of_update(update: Tensor, w: Tensor, dtype: torch.dtype) -> tuple[Tenso
 
 
 def log_lr_limit(update: Tensor, weights: Tensor) -> Tensor:
-    """The log lr with which the update is as large as the weights, from `size_of_update`."""
+    """The log lr at which the norm of the update equals that of the weights.
+
+    Args:
+        update, weights: the squared norms from `size_of_update`, 0-dim.
+    """
     return torch.log(torch.sqrt(weights / update))

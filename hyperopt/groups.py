@@ -1,4 +1,4 @@
-"""Param groups by the usual rule: matrices in the middle of a model apart from all else."""
+"""Split the hidden matrices of a model from its other parameters, for `Muon`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Named: TypeAlias = list[tuple[str, nn.Parameter]]
 
 
 def split_matrices(model: nn.Module, head: nn.Module | None = None) -> tuple[Named, Named]:
-    """The hidden matrices of a model, and its other parameters, for a stack of `Muon` and another.
+    """Split a model's parameters into hidden matrices, for `Muon`, and the rest.
 
-    By the usual rule (Jordan et al. 2024) the others are embeddings, the head, biases, norms, and
-    whatever else is not a matrix.
+    By the usual rule (Jordan et al. 2024) the rest are embeddings, the output layer, biases, norms,
+    and all other parameters that are not matrices.
 
         hidden, rest = split_matrices(model)
         optimizer = HyperOptimizer([
@@ -22,11 +22,12 @@ def split_matrices(model: nn.Module, head: nn.Module | None = None) -> tuple[Nam
         ])
 
     Args:
-        head: the output layer; by default the last `nn.Linear` of the model. One that shares its
-            matrix with an embedding needs no mention.
+        model: the model.
+        head: the output layer. By default it is the last `nn.Linear` of the model. An output layer
+            that shares its matrix with an embedding can be left out.
 
     Returns:
-        two lists of names and parameters, each parameter once, in the order of the model.
+        two lists of (name, parameter). Each parameter occurs once, in the order of the model.
     """
     modules = [*model.modules()]
     outer = [module for module in modules if isinstance(module, nn.Embedding)]
