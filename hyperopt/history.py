@@ -1,6 +1,7 @@
-"""Watch what a tower learns: keep all hyperparameters step by step, draw them, log them.
+"""Record the hyperparameters of a tower at each step, plot them, and log them.
 
-Drawing needs matplotlib; everything else needs torch alone. Frameworks are imported by their users.
+Plots need matplotlib. The rest needs only torch. The callbacks for Lightning and Hugging Face use
+the framework that the caller has imported.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ COLUMNS = 3  # panels side by side in a figure
 class History:
     """The hyperparameters of all levels after each step.
 
-    It listens to ``optimizer.step``, so the training loop stays as it is. A copy of the optimizer
-    has no history, and a checkpoint does not hold it.
+    It is a hook of ``optimizer.step``, so the training loop stays as it is. Copies and checkpoints
+    of the optimizer do not contain the history.
 
     Args:
         optimizer: a `HyperOptimizer`, such as `Auto`.
-        every: keep the values of every so many steps.
-        show_every: show the values again after so many steps: in a notebook as a figure that is
-            drawn anew in its place, elsewhere as one printed line. 0 for never.
+        every: record the values of every n-th step.
+        show_every: show the values after every n-th step; 0 means never. A notebook shows a figure
+            and updates it in place. Elsewhere one line is printed.
 
     Raises:
-        TypeError: the optimizer is of another kind, or a wrapper around one.
+        TypeError: the optimizer is not a `HyperOptimizer`, or is a wrapper around one.
         ValueError: ``every`` is below 1 or ``show_every`` below 0.
     """
 
@@ -45,22 +46,22 @@ class History:
         self.every, self.show_every = every, show_every
         self.step = 0
         self._records: list[tuple[int, tuple[str, ...], Tensor]] = []
-        self._figure: Any = None  # in a notebook, the place where the figure is shown
+        self._figure: Any = None  # in a notebook, the handle of the figure
         self._hook = optimizer.register_step_post_hook(self._listen)
 
     def stop(self) -> None:
-        """Listen no longer; what was kept stays."""
+        """Stop recording. The recorded values stay."""
         self._hook.remove()
 
     @property
     def steps(self) -> list[int]:
-        """The steps whose values were kept, counted from 1."""
+        """The recorded steps, counted from 1."""
         return [step for step, _, _ in self._records]
 
     def values(self) -> dict[str, list[float]]:
-        """The values of each of the optimizer's `names`, one for each of `steps`.
+        """The recorded values by the optimizer's `names`, one value for each of `steps`.
 
-        NaN stands where a name did not exist yet, such as that of a param group added later.
+        A value is NaN if its name did not exist yet, as for a param group that was added later.
         """
         found: defaultdict[str, list[float]] = defaultdict(lambda: [math.nan] * len(self._records))
         for i, (_, names, snapshot) in enumerate(self._records):
@@ -69,23 +70,23 @@ class History:
         return dict(found)
 
     def plot(self, file: str | Path | None = None, names: Sequence[str] = ()) -> Any:
-        """Draw hyperparameters over the steps, one panel for each level and hyperparameter.
+        """Plot hyperparameters over the steps, one panel for each level and hyperparameter.
 
         Args:
-            file: where to save the figure, as in ``"learned.png"``.
-            names: which to draw, as in ``["0.lr"]``; by default all that moved.
+            file: save the figure to this path, as ``"learned.png"``.
+            names: the hyperparameters to plot, as ``["0.lr"]``; by default all that changed.
 
         Returns:
-            A figure of matplotlib. A notebook shows it if it is the last line of a cell.
+            A matplotlib figure. A notebook shows it if the call is the last line of a cell.
 
         Raises:
             ImportError: matplotlib is not installed.
-            ValueError: there is nothing to draw, or no hyperparameter of such a name.
+            ValueError: no steps were recorded, or a name is unknown.
         """
         from matplotlib.figure import Figure
 
         class Shown(Figure):
-            def _repr_png_(self) -> bytes:  # how a notebook shows it
+            def _repr_png_(self) -> bytes:  # notebooks call this
                 self.savefig(png := BytesIO(), format="png", bbox_inches="tight")
                 return png.getvalue()
 
@@ -111,7 +112,7 @@ class History:
         return figure
 
     def _panels(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
-        """The values to draw, by panel and name."""
+        """The values to plot, by panel and name."""
         if not self._records:
             raise ValueError("there is nothing to draw: the optimizer has made no step")
         values = self.values()
@@ -144,14 +145,14 @@ class History:
 
 
 def lightning_callback(every: int = 1) -> Any:
-    """A callback of Lightning that logs all hyperparameters of all levels.
+    """Make a Lightning callback that logs the hyperparameters of all levels.
 
         trainer = lightning.Trainer(callbacks=[lightning_callback()])
 
-    With several `HyperOptimizer`s in a module, the names begin with ``optimizer0.``.
+    If a module has several `HyperOptimizer`s, the names begin with ``optimizer0.``, and so on.
 
     Args:
-        every: log after every so many batches.
+        every: log after every n-th batch.
 
     Raises:
         ImportError: neither ``lightning.pytorch`` nor ``pytorch_lightning`` was imported.
@@ -167,11 +168,11 @@ def lightning_callback(every: int = 1) -> Any:
 
 
 def trainer_callback(trainer: Any) -> Any:
-    """A callback of the Hugging Face Trainer that logs all hyperparameters of all levels.
+    """Make a Hugging Face Trainer callback that logs the hyperparameters of all levels.
 
         trainer.add_callback(trainer_callback(trainer))
 
-    It logs whenever the Trainer logs, so ``logging_steps`` sets how often.
+    It logs when the Trainer logs, so ``logging_steps`` sets how often.
 
     Raises:
         ImportError: ``transformers`` was not imported.
@@ -187,7 +188,7 @@ def trainer_callback(trainer: Any) -> Any:
 
 
 def _imported(*names: str) -> Any:
-    """The module that the caller uses: the first of these that was imported already."""
+    """The framework that the caller uses: the first of these modules that is imported."""
     for name in names:
         if name in sys.modules:
             return sys.modules[name]
@@ -195,7 +196,7 @@ def _imported(*names: str) -> Any:
 
 
 def _readings(optimizers: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
-    """The names and values of those that are, or wrap, a `HyperOptimizer`."""
+    """The names and values of all optimizers that are, or wrap, a `HyperOptimizer`."""
     found = []
     for optimizer in optimizers:
         while not isinstance(optimizer, HyperOptimizer) and hasattr(optimizer, "optimizer"):

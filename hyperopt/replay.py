@@ -1,7 +1,7 @@
-"""Learned schedules: the hyperparameters that a tower learned, kept and replayed without the tower.
+"""Learned schedules: record the hyperparameters of a tower, and replay them without the tower.
 
-With its values fixed, a tower is a plain optimizer: replaying a schedule step by step gives the
-run's weights again, to rounding.
+A tower with fixed values is a plain optimizer. So a replay with the values of each step gives the
+same weights as the recorded run, up to rounding.
 
     schedule = Schedule()
     for x, y in loader:
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .optimizer import HyperOptimizer
 
-# (torch class, our name): torch's name.
+# (torch class, name in this package): name in torch.
 IN_TORCH = {("RMSprop", "gamma"): "alpha"}
 
 
@@ -43,11 +43,11 @@ class Schedule:
 
     Args:
         steps: the steps, counted from 1, in increasing order.
-        values: for each hyperparameter, as ``"lr"`` or, where param groups have their own,
-            ``"lr[1]"``, one number for each of the steps: what that step was made with.
+        values: for each hyperparameter, the values that these steps used, one for each step. The
+            names are like ``"lr"`` or, for one param group, ``"lr[1]"``.
 
     Raises:
-        ValueError: steps that do not increase, or a number of values that is not theirs.
+        ValueError: the steps do not increase, or the numbers of steps and values differ.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class Schedule:
     ) -> None:
         self._steps = list(steps)
         self._values = {name: list(each) for name, each in (values or {}).items()}
-        self._snapshots: list[Tensor] = []  # not read from the device yet
-        self._names: tuple[str, ...] = ()  # of what the snapshots hold
+        self._snapshots: list[Tensor] = []  # still on the device
+        self._names: tuple[str, ...] = ()  # names of the values in a snapshot
         if any(a >= b for a, b in zip(self._steps, self._steps[1:], strict=False)):
             raise ValueError("the steps of a schedule must increase")
         for name, each in self._values.items():
@@ -64,11 +64,11 @@ class Schedule:
                 raise ValueError(f"{name} has {len(each)} values for {len(self._steps)} steps")
 
     def append(self, optimizer: HyperOptimizer) -> None:
-        """Keep the values that the optimizer's last step used. Nothing waits for the device.
+        """Record the values that the optimizer's last step used, without waiting for the device.
 
         Raises:
             TypeError: the optimizer is not a `HyperOptimizer`.
-            ValueError: its hyperparameters are not those of the earlier steps.
+            ValueError: its hyperparameters differ from those of the earlier steps.
         """
         if not isinstance(optimizer, HyperOptimizer):
             kind = type(optimizer).__name__
@@ -94,18 +94,18 @@ class Schedule:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that are known."""
+        """The recorded steps."""
         self._read()
         return self._steps
 
     @property
     def values(self) -> dict[str, list[float]]:
-        """The values at these steps, by hyperparameter."""
+        """The values at the recorded steps, by hyperparameter."""
         self._read()
         return self._values
 
     def at(self, step: int) -> dict[str, float]:
-        """The values at a step: linear between known steps, constant before and after them."""
+        """The values at a step: interpolated between recorded steps, constant outside them."""
         steps = self.steps
         i = bisect.bisect_left(steps, step)
         if i == len(steps) or steps[i] == step or i == 0:
@@ -117,7 +117,7 @@ class Schedule:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write JSON if the path ends in .json, otherwise CSV with one line for each step.
+        """Write the schedule: JSON if the path ends in .json, otherwise CSV, one line per step.
 
         Raises:
             ValueError: the schedule has no steps.
@@ -139,10 +139,10 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """The inverse of `save`.
+        """Read a schedule that `save` wrote.
 
         Raises:
-            ValueError: the file does not exist, or holds no schedule.
+            ValueError: the file does not exist, or does not contain a schedule.
         """
         try:
             if Path(path).suffix == ".json":
@@ -164,7 +164,7 @@ class Schedule:
 
 
 def _lowest(names: Sequence[str]) -> dict[str, int]:
-    """The places, in a snapshot, of the lowest level's hyperparameters as its rule uses them."""
+    """Map level 0's hyperparameters to places in a snapshot. An effective lr replaces lr."""
     found = {n.removeprefix("0."): place for place, n in enumerate(names) if n.startswith("0.")}
     if not any(n.startswith("effective_lr") for n in found):
         return found
@@ -173,15 +173,19 @@ def _lowest(names: Sequence[str]) -> dict[str, int]:
 
 
 class Replay:
-    """Sets the hyperparameters of a plain optimizer, ours or one of ``torch.optim``, by a schedule.
+    """Set the hyperparameters of a plain optimizer to those of a schedule, step by step.
 
-    It sets the values of the first step at once. Call ``step()`` after each step of the optimizer:
-    it sets the values of the next step. A hyperparameter that the optimizer lacks is ignored if it
-    was 0 throughout.
+    The constructor sets the values of the first step. Call ``step()`` after each step of the
+    optimizer: it sets the values of the next step. A hyperparameter that the optimizer does not
+    have is ignored if it is 0 in all steps.
+
+    Args:
+        optimizer: a `HyperOptimizer` or an optimizer of ``torch.optim``.
+        schedule: the values.
 
     Raises:
-        ValueError: a schedule without steps, or a hyperparameter that the optimizer does not have,
-            that a level of it moves, or that each tensor has to itself.
+        ValueError: the schedule has no steps, or has a hyperparameter per tensor; or the optimizer
+            does not have a hyperparameter, or tunes it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
@@ -195,7 +199,7 @@ class Replay:
         self.step()
 
     def step(self) -> None:
-        """Set the values for the optimizer's next step."""
+        """Set the values of the optimizer's next step."""
         self.last_step += 1
         values = self.schedule.at(self.last_step)
         for name, targets in self._targets.items():
@@ -206,13 +210,13 @@ class Replay:
                     group[key] = (*group[key][:place], values[name], *group[key][place + 1 :])
 
     def _find(self, name: str, needed: bool) -> list[tuple[dict[str, Any], str, int | None]]:
-        """The param groups that a hyperparameter is set in, its key there, and its place."""
+        """Where to set a hyperparameter: param groups, key, and place in a tuple such as betas."""
         match = re.fullmatch(r"(\w+)(?:\[(\d+)\])?", name)
         groups = self.optimizer.param_groups
         if match is None:
             raise ValueError(
-                f"{name} is of one tensor, and a replay sets param groups; learn the schedule with "
-                "each tensor in a group of its own, and per group"
+                f"{name} belongs to one tensor, but a replay sets param groups; learn the schedule "
+                "per group, with each tensor in its own group"
             )
         if int(match[2] or 0) >= len(groups):
             raise ValueError(
@@ -238,10 +242,10 @@ class Replay:
         return [(group, key, place) for group in chosen]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the replay is; the schedule is not part of it."""
+        """The position of the replay, without the schedule."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from where `state_dict` was taken."""
+        """Continue from the position in a `state_dict`."""
         self.last_step = state_dict["last_step"] - 1
         self.step()

@@ -143,7 +143,7 @@ def test_what_cannot_be_replayed(tmp_path):
         Replay(torch.optim.SGD([p], 0.1), Schedule([1], {"gamma": [0.9]}))
     for name, message in (
         ("lr[1]", r"has no param group in this optimizer; give"),
-        ("lr[hidden.weight]", r"is of one tensor, .* in a group of its own, and per group"),
+        ("lr[hidden.weight]", r"belongs to one tensor, .* learn the schedule per group, with each"),
     ):
         with pytest.raises(ValueError, match=message):
             Replay(torch.optim.SGD([p], 0.1), Schedule([1], {name: [0.9]}))
