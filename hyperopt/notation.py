@@ -4,15 +4,15 @@ stack = level ("/" level)*                 lowest level first
 level = rule ["(" arguments ")"] ["[" moved "]"]
 arguments = values in the order of the rule's hyperparameters, then name=value
 value = number | True | False | word | {hyperparameter: number, ...} | (number, ...)
-moved = hyperparameters that the level above moves, each as name or name: how
+moved = the hyperparameters that the level above moves, each as name or name: how
 how = [domain] ["from" number] ["to" number] ["per" (run | group | tensor | element)]
 
-Keywords of every level above the lowest, as in SGD(1e-5, clip_norm=1). They say how it moves the
-level below:
+Keywords of every level above the lowest, as in SGD(1e-5, clip_norm=1). They set how this level
+moves the hyperparameters of the level below:
 
-clip_value, clip_norm    clip its hypergradient; the levels above see the clipped one
-every=10                 move in every tenth step only
-until=1000               move in the first thousand steps only
+clip_value, clip_norm    clip their hypergradient; higher levels see the clipped hypergradient
+every=10                 move them only in every tenth step
+until=1000               move them only in the first thousand steps
 normalize=True           make the hypergradient a cosine: divide it by the norms of both factors
 
 Keywords of the level directly above the lowest:
@@ -20,12 +20,12 @@ Keywords of the level directly above the lowest:
 horizon=n    Judge a hyperparameter by its effect over the last n steps. The paper uses n = 1. The
              derivatives d of the weights are accumulated: at the t-th update,
              s <- (1 - 1/min(t, n)) s + d. With n = inf, an lr in the log domain, and a rule whose
-             updates are proportional to lr, s is the present weights minus the mean of all earlier
-             ones. When a hyperparameter falls to a thousandth of its peak, s and t start again.
-             Otherwise the old derivatives would outweigh all new ones.
+             updates are proportional to lr, s is the current weights minus the mean of all earlier
+             weights. When a hyperparameter falls below a thousandth of its peak, s and t start
+             again. Otherwise the old derivatives would outweigh all new ones.
 trust=0.1    Bound the norm of one update of the weights by a tenth of the norm of the weights. lr
              is lowered to meet the bound, and must be in the log domain. trust is a hyperparameter
-             of its level: a further level can move it, as in
+             of its level. The next level can move it, as in
              SGD(0.1)[lr: log] / SGD(0.2, trust=0.1)[lr, trust] / SGD(1e-3).
 """
 
@@ -40,14 +40,15 @@ from .tuning import did_you_mean
 
 
 def parse(text: str | Rule | Stack, rules: Mapping[str, type[Rule]] = RULES) -> Stack:
-    """Read the notation of a stack. A rule or a stack is accepted too.
+    """Read the notation of a stack.
 
     Args:
+        text: the notation. A rule or a stack is accepted too.
         rules: the known rules by name.
 
     Raises:
-        ValueError: one line that says what is wrong and at which column.
-        TypeError: the argument is not a text, a rule or a stack.
+        ValueError: the notation has an error. The message is one line, with the column.
+        TypeError: ``text`` is not a string, a rule or a stack.
     """
     if isinstance(text, Stack):
         return text
@@ -71,7 +72,7 @@ class _Parser:
         self.advance()
 
     def advance(self) -> str:
-        """Step over the current token, whose text is returned."""
+        """Go to the next token. Returns the text of the current one."""
         text = getattr(self, "token", "")
         match = self.TOKEN.match(self.text, self.next)
         if match is None:

@@ -18,43 +18,44 @@ from .rule import Rule, Stack, State
 
 
 class HyperOptimizer(torch.optim.Optimizer):
-    """Moves weights by the lowest rule of a stack, and each rule's hyperparameters by the next one.
+    """An optimizer that moves the weights and its own hyperparameters, by a stack of rules.
 
-    Use it like any `torch.optim` optimizer: ``zero_grad()``, backward, ``step()``. Hypergradients
-    move the hyperparameters (Chandra et al. 2022; see `hyperopt.algorithm`). They need no second
-    derivative of the model: a plain ``loss.backward()`` is all.
+    The lowest rule moves the weights. Each further rule moves the hyperparameters of the rule below
+    it, by their hypergradients (Chandra et al. 2022; see `hyperopt.algorithm`). Use it like any
+    `torch.optim` optimizer: ``zero_grad()``, ``loss.backward()``, ``step()``. The model is not
+    differentiated twice, so a plain ``loss.backward()`` is enough.
 
-    ``param_groups[i]["lr"]`` reads as the current value. For a hyperparameter that is tuned this is
-    a 0-dim tensor that later steps change; to log it, keep ``float(...)`` of it, or the result of
-    `hyperparameters` or `snapshot`. Otherwise it is a number, and you or a scheduler may set it
-    between steps.
+    ``param_groups[i]["lr"]`` is the current value. For a tuned hyperparameter it is a 0-dim tensor,
+    and later steps change it. To log it, keep ``float(...)`` of it, or the result of
+    `hyperparameters` or `snapshot`. For other hyperparameters it is a number. You or a scheduler
+    may set it between steps.
 
-    A learning-rate scheduler *scales* an lr that is tuned. The rule then uses the *effective* lr,
-    the learned one times ``group["lr"] / group["initial_lr"]``. The hypergradient is that of the
-    effective lr, by the chain rule. With a scheduler ``group["lr"]`` is the scheduler's own number.
-    Without one it is the effective lr, which you may set. Other hyperparameters that are tuned
-    cannot be set.
+    A learning-rate scheduler *scales* a tuned lr. The rule then uses the *effective* lr, which is
+    the learned lr times ``group["lr"] / group["initial_lr"]``. The hypergradient is that of the
+    effective lr, by the chain rule. With a scheduler, ``group["lr"]`` is the scheduler's own
+    number. Without a scheduler it is the effective lr, and you may set it. Other tuned
+    hyperparameters cannot be set.
 
-    ``state[p]`` is the rule's state of a parameter, in views that may be written to. With height 0
-    or a long horizon it is the state after the last step, otherwise the state before it.
-    Other keys, there and in param groups, are yours: they stay, and are saved and loaded.
+    ``state[p]`` is the rule's state of a parameter, in views that you may write to. With height 0
+    or a long horizon it is the state after the last step, otherwise the state before it. You may
+    add keys of your own to ``state[p]`` and to param groups. They are kept, saved and loaded.
 
     Args:
-        params: parameters or param groups. A group may give hyperparameters of the lowest rule a
-            value of its own, as in ``{"params": ..., "lr": 0.1}``; one that is tuned is then tuned
-            apart from that of the other groups.
+        params: parameters or param groups. A group may have its own values of the lowest rule's
+            hyperparameters, as in ``{"params": ..., "lr": 0.1}``. If such a hyperparameter is
+            tuned, the group tunes its own value, apart from the other groups.
         stack: a `Stack`, a single `Rule`, or their notation, as ``"Adam(0.001) / SGD(1e-5)"``. A
-            group may have one of its own, as in ``{"params": ..., "stack": "Muon(0.02)"}``. Groups
-            of equal stacks share hyperparameters; those of others do not.
-        compile: whether to compile the step, which takes a few seconds. ``"auto"`` makes the first
-            20 steps eagerly and then compiles, so that a short script need not wait; True compiles
-            at the first step, False never. Eager steps compute the same, slower; without a C++
+            group may have its own stack, as in ``{"params": ..., "stack": "Muon(0.02)"}``. Groups
+            with equal stacks share hyperparameters, and groups with different stacks do not.
+        compile: whether to compile the step, which takes a few seconds. True compiles at the first
+            step, False never. ``"auto"`` runs the first 20 steps eagerly and then compiles, so that
+            a short script does not wait. Eager steps compute the same, but slower. Without a C++
             compiler all steps are eager.
 
     Raises:
-        ValueError: a stack that does not parse, a value outside its domain, an empty list of
-            parameters, parameters on several devices.
-        TypeError: complex or sparse parameters, or those of FullyShardedDataParallel.
+        ValueError: the stack does not parse, a value is outside its domain, the list of parameters
+            is empty, or the parameters are on several devices.
+        TypeError: a parameter is complex, sparse, or of a FullyShardedDataParallel.
     """
 
     def __init__(
@@ -73,14 +74,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         if any(each != default for each in own):
             stacks = [each for each in own if each is not None]
             if len(stacks) < len(own):
-                raise ValueError("a param group has no stack; give it one, or one for all groups")
+                raise ValueError("a param group has no stack; give it a stack, or give one for all")
             self._engine = Mixture(stacks, default, compile)
         elif default is None:
-            raise ValueError("no stack was given, neither for all parameters nor in a param group")
+            raise ValueError("no stack was given; give one for all or one in each param group")
         else:
             self._engine = Engine(default, compile)
         self.stack = self.stacks[0]
-        defaults: dict[str, Any] = {}  # of several stacks each group has its own
+        defaults: dict[str, Any] = {}  # with several stacks, each group has its own
         if isinstance(self._engine, Engine):
             defaults |= self._engine.stack.levels[0].values
         if self._engine.betas:
@@ -89,37 +90,44 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._engine.start()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with values of their own for any hyperparameters of the lowest rule.
+        """Add a param group, which may have its own values of the lowest rule's hyperparameters.
+
+        Args:
+            param_group: a dict with ``params``, and optionally hyperparameters and a ``stack``.
 
         Raises:
-            ValueError: a key that is nearly a hyperparameter's name, a value outside its domain.
-            TypeError: complex or sparse parameters.
+            ValueError: a key is nearly a hyperparameter's name, or a value is outside its domain.
+            TypeError: a parameter is complex or sparse.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a param group is a dict with params, not {param_group!r}")
-        if isinstance(param_group.get("params"), Iterator):  # which can be read only once
+        if isinstance(param_group.get("params"), Iterator):  # can be read only once
             param_group["params"] = list(param_group["params"])
-        group = dict(param_group)  # the caller's stays as it is
+        group = dict(param_group)  # do not change the caller's dict
         own = self._engine.check_group(group)
         super().add_param_group(group)
         self._engine.add_group(own)
 
-    @disable_dynamo  # it would trace the step wrongly
+    @disable_dynamo  # Dynamo would trace the step wrongly
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.
 
-        Parameters whose ``grad`` is None stay as they are, state included, as in ``torch.optim``.
+        A parameter whose ``grad`` is None does not change, nor does its state, as in
+        ``torch.optim``.
 
         Args:
-            closure: computes the loss again and returns it; ``step`` then returns that. It is
-                called once, with gradients enabled, before anything is moved.
+            closure: computes the loss again and returns it. It is called once, with gradients
+                enabled, before the update.
+
+        Returns:
+            the result of ``closure``, or None without one.
 
         Raises:
-            TypeError: a sparse gradient.
+            TypeError: a gradient is sparse.
             ValueError: a tuned hyperparameter other than lr was set in a param group, parameters
-                were moved to several devices, a param group was taken away, a parameter changed its
-                shape, or one that has hyperparameters to itself its place among the others.
+                are now on several devices, a param group was removed, a parameter changed its
+                shape, or a parameter with its own hyperparameters changed its position.
         """
         loss = None
         if closure is not None:
@@ -130,10 +138,10 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     @property
     def stacks(self) -> list[Stack]:
-        """The different stacks of the param groups; the first of them is ``stack``."""
+        """The different stacks of the param groups. The first one is ``stack``."""
         return self._engine.stacks
 
-    # Where torch.optim has plain attributes.
+    # Plain attributes in torch.optim.
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -146,12 +154,12 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, State]:
-        """The rule's state of each parameter; before the first step, the initial one.
+        """The rule's state of each parameter.
 
-        (`torch.distributed.checkpoint` loads a state in place, and so needs a place then already.)
-        What is put into it, or taken out, holds from the next step on. For a parameter that has no
-        entry of the rule any more, the rule starts again from the weights as they are. Entries with
-        other names stay as they are.
+        Before the first step it is the initial state, because `torch.distributed.checkpoint` loads
+        a state in place. The next step uses your changes. If you delete all of the rule's entries
+        of a parameter, the rule starts again from its current weights. Entries with other names
+        stay unchanged.
         """
         return self._engine.state
 
@@ -165,29 +173,31 @@ class HyperOptimizer(torch.optim.Optimizer):
     def names(self) -> tuple[str, ...]:
         """The names of the numbers in a `snapshot`, as ``"0.lr"``: the level, the hyperparameter.
 
-        A per-group value is ``"0.lr[1]"``, as is each value where groups have stacks of their own.
-        A value for one hyperparameter below is ``"1.lr[beta1]"``. A per-tensor value is
-        ``"0.lr[hidden.weight]"`` if the parameters were given with their names, as by
-        ``model.named_parameters()``, and else ``"0.lr[p3]"``, counted from 0. Values per element
-        are not here, but in ``state[p]``.
+        The value of one param group is ``"0.lr[1]"``. If groups have their own stacks, each value
+        is per group. The value for one hyperparameter below is ``"1.lr[beta1]"``. The value of one
+        tensor is ``"0.lr[hidden.weight]"`` if the parameters have names, as from
+        ``model.named_parameters()``, and ``"0.lr[p3]"`` otherwise, counted from 0. Values per
+        element are in ``state[p]`` instead.
 
-        Once a tuned lr has been scaled, the lr that the rule uses stands at the end, as
-        ``"0.effective_lr"``; with several param groups, as ``"0.effective_lr[1]"`` for each.
+        After a tuned lr has been scaled, the last name is ``"0.effective_lr"``: the lr that the
+        rule uses. With several param groups there is one for each, as ``"0.effective_lr[1]"``.
         """
         return self._engine.names
 
     def snapshot(self) -> Tensor:
-        """The current values of all hyperparameters in the order of `names`, as a new tensor.
+        """The current values of all hyperparameters, in the order of `names`.
 
-        It is float64, 1-D, on the parameters' device; nothing waits for that device.
+        Returns:
+            a new tensor, float64, 1-D, on the parameters' device. The call does not wait for the
+            device.
         """
         return self._engine.snapshot()
 
     def hyperparameters(self) -> list[dict[str, float]]:
         """The current values of each level's hyperparameters, lowest level first.
 
-        ``"lr"`` is the learned value; where a scheduler scales it, ``"effective_lr"`` is what the
-        rule uses.
+        ``"lr"`` is the learned value. If a scheduler scales it, ``"effective_lr"`` is the value
+        that the rule uses.
         """
         stacks = self.stacks
         height = max(stack.height for stack in stacks)
@@ -207,25 +217,27 @@ class HyperOptimizer(torch.optim.Optimizer):
     def hypergradients(self) -> Tensor:
         """The hypergradients of the last step, in the order of `names`.
 
-        They are the estimates that the level above was given: derivatives of the loss with respect
-        to the raw values or, with ``normalize``, cosines. They are clipped if that level clips, 0
-        in the first step, and NaN in a step that was skipped. A new tensor, float64, 1-D, of one
-        number for each tuned hyperparameter (`names` begins with these). Nothing waits for the
-        device.
+        They are the estimates that the level above used: derivatives of the loss with respect to
+        the raw values or, with ``normalize``, cosines. They are clipped if that level clips. They
+        are 0 in the first step, and NaN in a skipped step.
+
+        Returns:
+            a new tensor, float64, 1-D, one number for each tuned hyperparameter. `names` begins
+            with these hyperparameters. The call does not wait for the device.
         """
         return self._engine.hypergradients
 
     @property
     def skipped(self) -> list[int]:
-        """For each level, how many updates were left out because something was not finite.
+        """For each level, the number of updates skipped because a value was not finite.
 
-        Several stacks are added up.
+        With several stacks it is the sum over the stacks.
         """
         return self._engine.skipped
 
     @property
     def compile(self) -> bool | str:
-        """Whether steps are to be compiled: True, False or "auto"."""
+        """The constructor's ``compile``: True, False or "auto"."""
         return self._engine.compile
 
     @property
@@ -236,16 +248,17 @@ class HyperOptimizer(torch.optim.Optimizer):
     # Saving and loading.
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks stay behind, as in torch.optim. So does the `step` that a scheduler puts in front of
-        # ours, which would move the original.
+        # Leave out hooks, as torch.optim does. Leave out a scheduler's wrapper of `step` too: it
+        # would step the original.
         return {name: self.__dict__[name] for name in ("defaults", "stack", "_engine")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs to go on bit for bit, as tensors, numbers and strings.
+        """The state that a run needs to continue bit for bit, as tensors, numbers and strings.
 
-        ``state`` is, as in ``torch.optim``, by the number of the parameter: the rule's state in the
-        parameter's shape and, if the last update must be recomputed, its gradient and, where
-        needed, the weights before it. Everything is divided over processes like the parameter.
+        ``state`` has the numbers of the parameters as keys, as in ``torch.optim``. Its tensors have
+        the parameter's shape: the rule's state and, if the next step recomputes the last update,
+        the gradient of that update and, if needed, the weights before it. Each tensor is divided
+        over processes like its parameter.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -255,13 +268,13 @@ class HyperOptimizer(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict`.
+        """Continue from a `state_dict`.
 
         Raises:
-            ValueError: it belongs to another stack, is incomplete, or its parameters differ from
-                these in number, shape or their division over processes. Then nothing has changed.
+            ValueError: it belongs to another stack, is incomplete, or its parameters differ in
+                number, shape or division over processes. The optimizer is then unchanged.
         """
-        state_dict = copy.copy(state_dict)  # as a hook of torch may expect
+        state_dict = copy.copy(state_dict)  # a hook of torch may expect this
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         expected = {"state", "param_groups"}

@@ -1,11 +1,11 @@
 """Hyperparameters per element: one value for each weight.
 
-Where a level moves one value for each weight, its rule is elementwise on these values, too. So the
-two lowest levels together are one elementwise rule, `PerElement`: its state holds the raw values
-and what the upper rule keeps of them, its hyperparameters are those of the upper rule. A stack of
-height n becomes one of height n - 1, with the same updates and hypergradients.
+If a level moves one value for each weight, its rule is elementwise on these values, too. So the two
+lowest levels together are one elementwise rule, `PerElement`. Its state contains the raw values and
+the upper rule's state. Its hyperparameters are those of the upper rule. A stack of height n becomes
+a stack of height n - 1, with the same updates and hypergradients.
 
-It keeps two vectors for each hyperparameter per element, and those of the upper rule's state.
+For each hyperparameter per element, the state has two vectors and those of the upper rule's state.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .tuning import Tuning
 
 
 class PerElement(Rule, known=False):
-    """The two lowest levels of a stack as one rule; see `fold`, which makes the classes.
+    """The two lowest levels of a stack as one rule. `fold` makes the subclasses.
+
+    Its ``lr`` is the initial lr. A scheduler may scale it, which scales the lr of all elements.
 
     Attributes:
         below, above: the two rules.
         moved: the hyperparameters of ``below`` that ``above`` moves.
-
-    Its ``lr`` is where the lr started. A scheduler may scale it, and all elements with it.
     """
 
     below: ClassVar[Rule]
@@ -85,7 +85,7 @@ class PerElement(Rule, known=False):
         slopes = pullback(torch.ones_like(w))
         after |= {f"raw_{name}": raw for name, raw in raws.items()}
         after |= {f"slope_{n}": slope for n, slope in zip(raws, slopes, strict=True)} | state
-        sound = g.isfinite()  # an element whose gradient is not finite stays as it is
+        sound = g.isfinite()  # an element whose gradient is not finite does not change
         after = {
             n: torch.where(sound, after[n], old) if old.ndim else after[n] for n, old in s.items()
         }
@@ -93,17 +93,20 @@ class PerElement(Rule, known=False):
 
     @property
     def _below(self) -> Rule:
-        """The lower rule, with what takes part in some param group."""
+        """The lower rule, with the hyperparameters that are active in any param group."""
         own = {name: value for name, value in self.values.items() if name in self.below.hypers}
         return self.below.with_values({n: v for n, v in own.items() if n not in self.moved})
 
 
 def fold(stack: Stack) -> Stack:
-    """The stack with its two lowest levels as one rule, if hyperparameters are per element.
+    """Fold the two lowest levels into one rule, if hyperparameters are per element.
+
+    Returns:
+        the folded stack, or the same stack if no hyperparameter is per element.
 
     Raises:
         ValueError: only some of the lowest level's tuned hyperparameters are per element, or the
-            level above them has something that needs all elements at once.
+            level above has a keyword or value that needs all elements at once.
     """
     if not stack.height or all(how.per != "element" for how in stack.levels[0].tuned.values()):
         return stack
@@ -111,7 +114,7 @@ def fold(stack: Stack) -> Stack:
     for name, how in below.tuned.items():
         if how.per != "element":
             raise ValueError(
-                f"{below}: where one hyperparameter is tuned per element, all have to be, but "
+                f"{below}: if one hyperparameter is tuned per element, all have to be, but "
                 f"{name} is per {how.per}"
             )
     if not below.elementwise:
@@ -130,7 +133,7 @@ def fold(stack: Stack) -> Stack:
 
 @functools.lru_cache(256)
 def _class(below: Rule, above: Rule) -> type[PerElement]:
-    """The rule of two levels."""
+    """The class that combines two rules."""
     kept = {n: hyper for n, hyper in below.hypers.items() if n not in below.tuned or n == "lr"}
     members: dict[str, Any] = {
         n: replace(hyper, default=_number(below.values[n]), tuned=False)
@@ -150,7 +153,7 @@ def _again(below: Rule, above: Rule, values: dict[str, Number], active: frozense
 
 
 def _reach(how: Tuning, dtype: torch.dtype) -> tuple[float, float]:
-    """The lowest and the highest raw value, within what T can take in this dtype."""
+    """The lowest and the highest raw value for which T works in this dtype."""
     low, high = how.reach
     if dtype == torch.float64:
         return low, high
