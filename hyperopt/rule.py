@@ -1,6 +1,6 @@
-"""`Rule`, one level of a stack, and `Stack`, levels on top of each other.
+"""The base classes: `Rule`, one level of a stack, and `Stack`, a sequence of levels.
 
-The rules themselves, and what their ``update`` may rely on, are in `hyperopt.rules`.
+`hyperopt.rules` has the rules themselves, and the contract of their ``update``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tuning import Hyper, Option, Tuning, did_you_mean, format_value
 
 State: TypeAlias = dict[str, Tensor]
 Values: TypeAlias = Any  # a namespace: h.lr, h.momentum, ...
-Number: TypeAlias = float | dict[str, float]  # the dict: one for each hyperparameter below
+Number: TypeAlias = float | dict[str, float]  # dict: one number for each hyperparameter below
 
 RULES: dict[str, type[Rule]] = {}
 
@@ -30,34 +30,36 @@ class Rule:
     """An update rule with the initial values of its hyperparameters: one level of a stack.
 
     Positional arguments are the hyperparameters in the order of their declaration. A value is a
-    number. Above another level it may be a dict with a number for each hyperparameter below:
+    number. Above the lowest level it may be a dict with a number for each hyperparameter below:
     ``SGD({"lr": 1e-5, "momentum": 1e-6})``. As in torch, ``betas`` may give beta1 and beta2. The
-    keywords of a `Policy`, as in ``SGD(1e-5, clip_norm=1)``, say how the level moves the one below.
+    keywords of a `Policy`, as in ``SGD(1e-5, clip_norm=1)``, set how the level moves the one below.
 
-    ``rule["lr", "beta1: log"]`` is the rule of which the level above moves only ``lr`` and
-    ``beta1``, the latter in the log domain; see `Tuning`. ``rule / other`` puts ``other`` on top.
+    ``rule["lr", "beta1: log"]`` is a copy of the rule in which the level above moves only ``lr``
+    and ``beta1``, and ``beta1`` in the log domain; see `Tuning`. ``rule / other`` puts ``other`` on
+    top.
 
-    Declaring a subclass registers its name for the notation, unless it is declared with
-    ``known=False``.
+    Declaring a subclass registers its name for the notation. ``known=False`` prevents that.
 
     Attributes:
-        elementwise: whether ``update`` may receive any slice of the parameters as one vector; if
-            not, it gets each parameter in its own shape. Only the lowest level may be such a rule.
-        compiles: whether to compile ``update``; not where library calls take all of its time.
-        ndim: the number of dimensions that such a parameter must have; None for any.
-        values: the initial values of its hyperparameters by name.
-        settings: the values of its options and of the policy's keywords by name.
-        policy: how it moves the level below.
-        tuned_subset: what ``rule[...]`` named, or None.
+        elementwise: whether ``update`` may receive any slice of the parameters as one vector. If
+            not, it receives each parameter in its own shape, and the rule can only be the lowest
+            level.
+        compiles: whether to compile ``update``. False pays if library calls take all of its time.
+        ndim: for a rule that is not elementwise, the number of dimensions that a parameter must
+            have; None for any.
+        values: the initial values of the hyperparameters by name.
+        settings: the values of the options and of the policy's keywords by name.
+        policy: how the rule moves the level below.
+        tuned_subset: the hyperparameters that ``rule[...]`` named, or None.
 
     Raises:
-        ValueError: a value outside its domain.
-        TypeError: an argument that the rule does not have.
+        ValueError: a value is outside its domain.
+        TypeError: the rule does not have an argument.
     """
 
     hypers: Mapping[str, Hyper] = MappingProxyType({})
     options: ClassVar[dict[str, Option]] = {}
-    arguments: ClassVar[list[str]] = []  # all that the notation knows, in its order
+    arguments: ClassVar[list[str]] = []  # names in the notation, in its order
     elementwise: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     ndim: ClassVar[int | None] = None
@@ -70,15 +72,15 @@ class Rule:
         for name in (*cls.hypers, *cls.options):
             if name in KEYWORDS or hasattr(Rule, name):
                 raise TypeError(
-                    f"{cls.__name__}: a hyperparameter or option cannot be called {name!r}, which "
-                    "every rule has already"
+                    f"{cls.__name__}: a hyperparameter or option cannot be called {name!r}, "
+                    "since every rule has an attribute of this name"
                 )
         if known:
             ours, taken = f"{__package__}.rules", RULES.get(cls.__name__)
             if taken and taken.__module__ == ours and cls.__module__ != ours:
                 raise TypeError(
-                    f"there is a rule {cls.__name__} already, which the notation means by this "
-                    f"name; call yours otherwise, or declare it as class {cls.__name__}(Rule, "
+                    f"there is a rule {cls.__name__} already, and the notation needs one rule for "
+                    f"each name; rename yours, or declare it as class {cls.__name__}(Rule, "
                     "known=False)"
                 )
             RULES[cls.__name__] = cls
@@ -128,7 +130,7 @@ class Rule:
         """The value of a hyperparameter, an option or a keyword of the policy."""
         return {"trust": TRUST.default, **self.values, **self.settings}[name]
 
-    # What the level above moves.
+    # The hyperparameters that the level above moves.
 
     def __getitem__(self, names: str | tuple[str, ...]) -> Rule:
         subset = {}
@@ -151,7 +153,7 @@ class Rule:
 
     @property
     def tuned(self) -> dict[str, Tuning]:
-        """The hyperparameters that a level above this one moves, and how."""
+        """The hyperparameters that the level above moves, and how it moves them."""
         if self.tuned_subset is not None:
             return self.tuned_subset
         return {
@@ -161,14 +163,14 @@ class Rule:
         }
 
     def is_active(self, name: str) -> bool:
-        """Whether a hyperparameter takes part. One that is 0, as is its default, does not.
+        """Whether the update uses a hyperparameter.
 
-        One that a subset names always takes part.
+        It does not if both the value and the default are 0, unless ``rule[...]`` names it.
         """
         return name in self.active or name in (self.tuned_subset or ())
 
     def with_values(self, values: Mapping[str, Number]) -> Rule:
-        """This rule with other initial values; hyperparameters that are active stay so."""
+        """A copy with other initial values. Active hyperparameters stay active."""
         twin = self._copy()
         twin.values = type(self)(**{**self.values, **values}).values
         twin.active = self.active | {name for name in values if twin.values[name] != 0}
@@ -186,11 +188,11 @@ class Rule:
         return {}
 
     def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
-        """One step: the new weights and the new state. Pure; changes none of its arguments."""
+        """Compute the new weights and the new state. A pure function: it changes no argument."""
         raise NotImplementedError
 
     def example(self) -> Tensor:
-        """Some weights such as `update` takes."""
+        """Example weights for `update`."""
         sizes = [3] if self.elementwise else [3, *[2] * ((self.ndim or 2) - 1)]
         return torch.linspace(0.1, 0.9, math.prod(sizes), device="cpu").view(sizes)
 
@@ -228,15 +230,15 @@ class Rule:
 
 
 def betas(rule: Rule | type[Rule]) -> list[str]:
-    """The hyperparameters that ``betas`` stands for."""
+    """The names of a rule's betas, which a value of ``betas`` sets together."""
     return [name for name in rule.hypers if re.fullmatch(r"beta\d", name)]
 
 
 def unpack_betas(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The hyperparameters that a value of ``betas`` gives.
+    """Split a value of ``betas`` into one value for each name.
 
     Raises:
-        ValueError: it is not one number for each.
+        ValueError: the value is not a sequence with one number for each name.
     """
     if not isinstance(values, Sequence) or len(values) != len(names):
         raise ValueError(f"betas stands for {', '.join(names)}, and cannot be {values}")
@@ -244,9 +246,9 @@ def unpack_betas(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
 
 
 class Stack:
-    """Levels on top of each other: each moves the hyperparameters of the level below it.
+    """A sequence of levels, lowest first. Each level moves the hyperparameters of the level below.
 
-    The lowest moves the weights; the hyperparameters of the topmost are constants. A plain
+    The lowest level moves the weights. The hyperparameters of the top level are constants. A plain
     optimizer is a stack of height 0.
 
     Raises:
@@ -258,7 +260,7 @@ class Stack:
         for below, above in itertools.pairwise(levels):
             if not below.tuned:
                 raise ValueError(
-                    f"{above} has nothing to move: {below} leaves it no hyperparameter"
+                    f"{above} has nothing to move: {below} has no tuned hyperparameter"
                 )
             _check_tuned(below, lowest=below is levels[0])
         _check_policies(levels)
@@ -297,7 +299,7 @@ class Stack:
 
 
 def _check_tuned(rule: Rule, lowest: bool) -> None:
-    """Raise if a level could not start to move a rule's hyperparameters from their values."""
+    """Raise if a tuned hyperparameter cannot start at its initial value."""
     for name, how in rule.tuned.items():
         values = rule.values[name]
         for number in values.values() if isinstance(values, dict) else (values,):
@@ -311,7 +313,7 @@ def _check_tuned(rule: Rule, lowest: bool) -> None:
             if number == 0 and how.domain is SQUARE:
                 raise ValueError(
                     f"{rule}: {name} = 0 would stay 0, since the derivative of a square "
-                    f"is 0 there; start it above, or leave it out of what is tuned"
+                    f"is 0 there; start it above 0, or do not tune it"
                 )
             if number not in how:
                 raise ValueError(
@@ -326,13 +328,13 @@ def _check_tuned(rule: Rule, lowest: bool) -> None:
 
 
 def _check_policies(levels: Sequence[Rule]) -> None:
-    """Raise if a level has a keyword that is meant for another level."""
+    """Raise if a level has a keyword that belongs to another level."""
     lowest = levels[0]
     for above in levels[1:]:
         if not above.elementwise:
             raise ValueError(
-                f"{above} needs the shape of what it moves, and hyperparameters have none; it can "
-                "be the lowest level only"
+                f"{above} needs parameters with a shape, and hyperparameters have none; it can be "
+                "the lowest level only"
             )
     for name, keyword in KEYWORDS.items():
         if lowest.argument(name) != keyword.default:

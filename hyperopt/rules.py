@@ -1,27 +1,28 @@
-"""The rules. Each is its hyperparameters, its state and one pure ``update``.
+"""The rules. Each is a class of hyperparameters, a state and one pure ``update``.
 
 To add a rule, write one class here. Hypergradients, towers, notation, checkpoints and compiled
-steps follow from its ``update``; no derivative is written by hand.
+steps follow from its ``update``. No derivative is written by hand.
 
-``update(w, g, s, h)`` gets
+The arguments of ``update(w, g, s, h)`` are
 
-* ``w`` and ``g``: 1-D tensors of one floating dtype, the weights and their gradient. ``update``
-  must be elementwise: it may receive any slice of the parameters, also an empty one, so that norms
-  and means have no meaning. (On an upper level, the "weights" are the hyperparameters of the level
+* ``w`` and ``g``: the weights and their gradient, 1-D tensors of one floating dtype. ``update``
+  must be elementwise: it may receive any slice of the parameters, even an empty one. So it cannot
+  use norms and means. (On an upper level, the "weights" are the hyperparameters of the level
   below.)
-* ``h.lr``, ``h.beta1``, ...: the hyperparameters' values, float64 tensors that broadcast against
-  ``w``; a 0-dim one does not change its dtype. They are differentiated.
+* ``h.lr``, ``h.beta1``, ...: the values of the hyperparameters, float64 tensors that broadcast
+  against ``w``. A 0-dim tensor does not change the dtype of ``w``. ``update`` is differentiated
+  with respect to them.
 * ``s["..."]``: the state that ``init`` or the last ``update`` returned, always with the same
-  entries in the same order. Vectors in it have ``w``'s shape; 0-dim entries are float64.
+  entries in the same order. Vectors have the shape of ``w``. 0-dim entries are float64.
 
-``self.is_active("momentum")`` tells whether an optional hyperparameter takes part at all. One that
-is 0 and not tuned costs nothing.
+``self.is_active("momentum")`` tells whether the update uses an optional hyperparameter. If it is 0
+and not tuned, it costs nothing.
 
-The defaults compute what the ``torch.optim`` optimizer of the same name computes. The options name
-its variants, and the constants in which the paper's own package
+With its defaults, a rule computes the same as the ``torch.optim`` optimizer of the same name. The
+options select variants, and set the constants in which the paper's own package
 (``gradient-descent-the-ultimate-optimizer`` 1.0) differs. The domains of lr, of SGD's momentum and
-of the betas are the paper's. All other domains keep a hyperparameter legal wherever the level above
-moves it. Before you tune a hyperparameter that is 0 by default, give it a value.
+of the betas are the paper's. The other domains keep a hyperparameter legal for every raw value.
+Before you tune a hyperparameter that is 0 by default, give it a value.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ from .domains import LOG, SQUARE, UNIT
 from .rule import Rule, State, Values
 from .tuning import Hyper, Option
 
-# Helpers of the rules.
+# Helpers.
 
 
 def root(v: Tensor) -> Tensor:
     """The square root, with derivative 0 at 0.
 
-    A weight that never has a gradient keeps a second moment of 0, where the derivative of the
-    square root is infinite. No hyperparameter moves such a weight, so its derivative is 0.
+    The second moment of a weight without gradients stays 0, and the derivative of the square root
+    at 0 is infinite. No hyperparameter affects such a weight, so the right derivative is 0.
     """
     positive = v > 0
     return torch.where(positive, torch.sqrt(torch.where(positive, v, 1.0)), 0.0)
 
 
 def decay(w: Tensor, g: Tensor, h: Values, decoupled: bool) -> tuple[Tensor, Tensor]:
-    """The weights and their gradient after weight decay, decoupled or not."""
+    """Apply weight decay, decoupled or not. Returns the weights and the gradient."""
     if decoupled:  # Loshchilov and Hutter 2019
         return w - h.lr * h.weight_decay * w, g
     return w, g + h.weight_decay * w
 
 
 def average(mean: Tensor, new: Tensor, beta: Tensor) -> Tensor:
-    """beta * mean + (1 - beta) * new; beta occurs once, so that its derivative is one sum."""
+    """beta * mean + (1 - beta) * new, with beta written once, so that its derivative is one sum."""
     return mean + (1 - beta) * (new - mean)
 
 
@@ -71,7 +72,10 @@ class SGD(Rule):
     """Stochastic gradient descent, as ``torch.optim.SGD``.
 
     Momentum is Polyak's (1964) or, with ``nesterov``, Nesterov's in the form of Sutskever et al.
-    (2013). ``nesterov`` without momentum raises a ValueError.
+    (2013).
+
+    Raises:
+        ValueError: ``nesterov`` without momentum.
     """
 
     lr = Hyper(1e-3)
@@ -127,8 +131,8 @@ class AdaGrad(Rule):
 class RMSProp(Rule):
     """RMSProp (Tieleman and Hinton 2012), as ``torch.optim.RMSprop``, whose ``alpha`` is ``gamma``.
 
-    With ``centered``, the variance takes the place of the second moment (Graves 2013). The paper's
-    dialect: ``eps_inside=True``.
+    With ``centered``, the variance replaces the second moment (Graves 2013). The paper's dialect:
+    ``eps_inside=True``.
     """
 
     lr = Hyper(1e-2, SQUARE)
@@ -183,8 +187,8 @@ class Adadelta(Rule):
 class Adam(Rule):
     """Adam (Kingma and Ba 2015, Algorithm 1), as ``torch.optim.Adam``.
 
-    With ``amsgrad``, the second moment never shrinks (Reddi et al. 2018). The paper's dialect
-    starts it at eps: ``v0=1e-8``.
+    With ``amsgrad``, the second moment never decreases (Reddi et al. 2018). In the paper's dialect
+    it starts at eps: ``v0=1e-8``.
     """
 
     lr = Hyper(1e-3)
@@ -218,7 +222,7 @@ class Adam(Rule):
             moment = state["max_exp_avg_sq"] = torch.maximum(s["max_exp_avg_sq"], exp_avg_sq)
         lr = h.lr / (1 - h.beta1**step)
         correction = torch.rsqrt(1 - h.beta2**step)
-        # A reciprocal and a product: the derivative of a quotient takes two more divisions.
+        # Multiply by a reciprocal: the derivative of a quotient needs two more divisions.
         scale = torch.reciprocal(root(moment) * correction + h.eps)
         return w - lr * exp_avg * scale, state
 
@@ -258,7 +262,7 @@ class NAdam(Rule):
     decoupled_weight_decay = Option(False)
 
     def init(self, w: Tensor) -> State:
-        # Betas per hyperparameter below need products per hyperparameter.
+        # If beta1 or momentum_decay is a vector, so is their product.
         several = any(isinstance(self.values[n], dict) for n in ("beta1", "momentum_decay"))
         return {
             "step": counter(),
@@ -326,7 +330,7 @@ class RAdam(Rule):
         limit = 2 / (1 - h.beta2) - 1
         length = limit - 2 * step * power / (1 - power)
         rectified = length > 5
-        # The derivative of the branch that is not taken must be finite too.
+        # The unused branch of `where` must have finite derivatives, too.
         limit, length = (torch.where(rectified, x, 6.0) for x in (limit, length))
         ratio = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
         adapted = torch.sqrt(ratio * (1 - power)) * torch.reciprocal(root(exp_avg_sq) + h.eps)
@@ -336,10 +340,10 @@ class RAdam(Rule):
 
 
 class Lion(Rule):
-    """Lion (Chen et al. 2023, Algorithm 2), whose weight decay is decoupled.
+    """Lion (Chen et al. 2023, Algorithm 2), with decoupled weight decay.
 
-    The hypergradients of both betas are 0: beta1 reaches the weights through a sign, which is flat,
-    and beta2 only from the next step on. So they are not tuned by default.
+    The hypergradients of both betas are 0. beta1 enters the update through a sign, whose derivative
+    is 0. beta2 affects the weights only from the next step on. So they are not tuned by default.
     """
 
     lr = Hyper(1e-4)
@@ -361,12 +365,12 @@ class Lion(Rule):
 class ScheduleFreeAdam(Rule):
     """Schedule-Free Adam (Defazio et al. 2024, arXiv 2405.15682, Algorithm 1).
 
-    It is ``AdamWScheduleFree`` of the authors' package ``schedulefree``, at ``weight_lr_power=0``.
+    It equals ``AdamWScheduleFree`` of the authors' package ``schedulefree``, with
+    ``weight_lr_power=0``.
 
-    Gradients are taken at the weights y. Two points stand behind them: z makes Adam's steps without
-    momentum, and x is the mean of all z, in which the z of step t has the weight t^r.
-    y = (1 - beta1) z + beta1 x. The state keeps ``ahead`` = z - y, so that
-    x = y - (1 / beta1 - 1) * ahead.
+    Gradients are taken at the weights y = (1 - beta1) z + beta1 x. z makes Adam's steps without
+    momentum. x is the weighted mean of all z, with weight t^r for the z of step t. The state has
+    ``ahead`` = z - y, so that x = y - (1 / beta1 - 1) * ahead.
     """
 
     lr = Hyper(2.5e-3)
@@ -388,7 +392,7 @@ class ScheduleFreeAdam(Rule):
         step = s["step"] + 1
         weight = step**self.r
         weight_sum = s["weight_sum"] + weight
-        new = weight / weight_sum  # the share of the new z in the mean
+        new = weight / weight_sum  # the weight of the new z in the mean
         exp_avg_sq = average(s["exp_avg_sq"], g * g, h.beta2)
         correction = torch.rsqrt(1 - h.beta2**step)
         direction = g * torch.reciprocal(root(exp_avg_sq) * correction + h.eps)
@@ -407,12 +411,12 @@ class ScheduleFreeAdam(Rule):
 class Rprop(Rule):
     """Resilient backpropagation (Riedmiller and Braun 1993), as ``torch.optim.Rprop``.
 
-    Only the sign of a gradient counts. Each weight has a step size of its own, which starts at lr.
-    The state keeps it divided by lr, so that a level above that moves lr moves all of them.
+    It uses only the sign of the gradient. Each weight has its own step size, which starts at lr.
+    The state has step sizes divided by lr, so that the level above moves all of them with lr.
     """
 
     lr = Hyper(1e-2)
-    # A weight whose gradient has changed its sign does not move, so the hypergradient is 0.
+    # A weight does not move after a change of the gradient's sign, so the hypergradient is 0.
     eta_minus = Hyper(0.5, UNIT, tuned=False, high=1.0)
     eta_plus = Hyper(1.2, LOG)
     step_size_min = Option(1e-6, low=0)
@@ -436,8 +440,8 @@ class Rprop(Rule):
 class ASGD(Rule):
     """Averaged SGD (Polyak and Juditsky 1992), as ``torch.optim.ASGD``.
 
-    The state keeps the mean ``ax`` of the weights from the ``t0``-th step on. Use it in the place
-    of the weights when training ends.
+    The state has ``ax``, the mean of the weights from the ``t0``-th step on. Use it instead of the
+    weights when training ends.
     """
 
     lr = Hyper(1e-2)
@@ -463,15 +467,15 @@ class ASGD(Rule):
 
 
 class Muon(Rule):
-    """Momentum, orthogonalized (Jordan et al. 2024), as ``torch.optim.Muon``. For matrices only.
+    """Orthogonalized momentum (Jordan et al. 2024), as ``torch.optim.Muon``. For matrices only.
 
-    Five Newton-Schulz iterations make the singular values of the momentum about 1. They run in
-    bfloat16, as torch's do; with ``bfloat16=False`` in the precision of the weights.
-    ``adjust_lr_fn`` says how lr depends on the shape of a matrix.
+    Five Newton-Schulz iterations move the singular values of the momentum to about 1. They run in
+    bfloat16, as in torch. With ``bfloat16=False`` they run in the precision of the weights.
+    ``adjust_lr_fn`` selects how lr depends on the shape of a matrix.
     """
 
     elementwise, ndim = False, 2
-    compiles = False  # measured: matrix products take nearly all of the time
+    compiles = False  # matrix products take nearly all of the time (measured)
 
     lr = Hyper(1e-3)
     weight_decay = Hyper(0.1, LOG, tuned=False)
@@ -506,7 +510,7 @@ class Muon(Rule):
 def orthogonalized(
     matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
 ) -> Tensor:
-    """A matrix, [m, n], with its singular values moved to about 1 by Newton-Schulz iterations."""
+    """Move the singular values of a matrix, [m, n], to about 1 by Newton-Schulz iterations."""
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
@@ -521,7 +525,8 @@ class Adafactor(Rule):
     """Adafactor (Shazeer and Stern 2018), as ``torch.optim.Adafactor``.
 
     The second moments of a matrix are the product of a column and a row, so that the state is
-    small. A tensor of more dimensions has such a pair for each of its matrices, a vector keeps all.
+    small. A tensor with more dimensions has such a pair for each of its matrices. For a vector the
+    state has all second moments.
     """
 
     elementwise = False

@@ -1,4 +1,4 @@
-"""What a rule declares, and how the level above moves it: hyperparameters, options, tunings."""
+"""Declarations of a rule: hyperparameters, options, and how the level above moves them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .domains import DOMAINS, REAL, SQUARE, Domain
 
 @dataclass(frozen=True)
 class Hyper:
-    """Declares a hyperparameter of a rule. On an instance it reads as its initial value.
+    """Declare a hyperparameter of a rule. The attribute of an instance is its initial value.
 
     Attributes:
         default: its value if none is given.
         domain: the domain in which the level above moves it.
         tuned: whether the level above moves it if the stack names no subset. A hyperparameter that
-            is off by default (0) is moved only if it was given a value.
+            is 0 by default is moved only if it was given a value.
         low, high: legal values are low <= value < high.
     """
 
@@ -38,10 +38,10 @@ class Hyper:
         return self if rule is None else rule.values.get(self.name, self.default)
 
     def check(self, rule: str, value: Any) -> float:
-        """The value as a number.
+        """Convert a value to a legal number.
 
         Raises:
-            ValueError: it is no number, or not a legal one.
+            ValueError: it is not a number, or is outside the legal range.
         """
         try:
             number = float(value)
@@ -55,12 +55,12 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Option:
-    """Declares a constant that no level moves: a switch, or how the state starts.
+    """Declare a constant that no level moves: a switch, or an initial value of the state.
 
     Attributes:
-        default: its value if none is given. Other values have the same type.
+        default: its value if none is given. Other values must have the same type.
         low: the lowest legal value of a number.
-        choices: the legal values of a text; any if there are none.
+        choices: the legal values of a string; if empty, all strings are legal.
     """
 
     default: Any
@@ -75,13 +75,13 @@ class Option:
         return self if rule is None else rule.settings[self.name]
 
     def check(self, rule: str, value: Any) -> Any:
-        """The value in the type of the default.
+        """Convert a value to the type of the default.
 
         Raises:
-            ValueError: it has another type, or is too low.
+            ValueError: it has another type, is too low, or is not one of the choices.
         """
         expected = type(self.default)
-        # The notation has one kind of number.
+        # The notation does not distinguish int from float.
         number = isinstance(value, Real) and not isinstance(value, bool)
         whole = number and float(value).is_integer()
         if (number and expected is float) or (whole and expected is int):
@@ -106,9 +106,9 @@ class Tuning:
 
     Attributes:
         domain: the domain in which it is moved.
-        low, high: bounds of its value, beside those of the domain.
-        per: its scope: one value for the whole run, each param group, each tensor, or each
-            element of each tensor.
+        low, high: bounds of its value, in addition to those of the domain.
+        per: its scope: one value for the whole run, for each param group, for each tensor, or for
+            each element of each tensor.
     """
 
     domain: Domain
@@ -120,8 +120,12 @@ class Tuning:
     def parse(cls, text: str, default: Domain) -> Tuning:
         """Read a tuning such as ``"log from 1e-6 to 1 per tensor"``. Every part is optional.
 
+        Args:
+            text: the tuning.
+            default: the domain if ``text`` names none.
+
         Raises:
-            ValueError: one line that says what is wrong.
+            ValueError: the text has an error. The message is one line.
         """
         words = text.split()
         domain = default
@@ -145,7 +149,7 @@ class Tuning:
         if per not in SCOPES:
             raise ValueError(f"there is no scope {per!r}; {did_you_mean(per, SCOPES)}")
         if not low < high:
-            raise ValueError(f"from {low:g} to {high:g} leaves nothing between")
+            raise ValueError(f"from {low:g} to {high:g} leaves no values between")
         for number in (low, high):
             if math.isfinite(number) and number not in domain:
                 raise ValueError(f"{number:g} is not in the {domain.name} domain")
@@ -164,7 +168,7 @@ class Tuning:
         return (-high if self.domain is SQUARE else -reach), high
 
     def format(self, default: Domain) -> str:
-        """The inverse of `parse`."""
+        """Write the tuning for `parse`, without ``default``, the default domain."""
         words = [] if self.domain is default else [self.domain.name]
         words += [f"from {format_value(self.low)}"] if math.isfinite(self.low) else []
         words += [f"to {format_value(self.high)}"] if math.isfinite(self.high) else []
@@ -173,7 +177,7 @@ class Tuning:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known word, or all of them."""
+    """The end of an error message: a guess at the word that was meant, or all known words."""
     folded = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), folded)
     if not close:
@@ -184,14 +188,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def likely_typo(word: str, known: Iterable[str]) -> str | None:
-    """The known word that somebody will have meant; None if no other is as near as a slip."""
+    """The known word that this word probably misspells, or None."""
     folded = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), folded, cutoff=0.8)
     return next((folded[name] for name in close if abs(len(name) - len(word)) <= 2), None)
 
 
 def format_value(value: Any) -> str:
-    """A number, a truth value, a word or a dict of numbers in the notation."""
+    """Write a number, a bool, a word or a dict of numbers in the notation."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):

@@ -182,7 +182,7 @@ def test_averages_of_batch_normalisation_follow_the_weights_that_are_judged() ->
 @pytest.mark.parametrize(
     ("stack", "message"),
     [
-        ("Prodigy() / SGD(1e-5)", "Prodigy(1.0) leaves it no hyperparameter"),
+        ("Prodigy() / SGD(1e-5)", "Prodigy(1.0) has no tuned hyperparameter"),
         ("Prodigy()[lr] / SGD(1e-5)", "stands alone"),
         ("SGD(0.1) / Prodigy()", "stands alone"),
         ("Prodogy()", "did you mean 'Prodigy'?"),

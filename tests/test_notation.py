@@ -203,7 +203,7 @@ def test_what_the_level_above_moves():
         ("", "expected the name of a rule, found 'the end' (column 1"),
         (
             "SGD(0.1)[] / SGD(1)",
-            "SGD(1.0) has nothing to move: SGD(0.1)[] leaves it no hyperparameter",
+            "SGD(1.0) has nothing to move: SGD(0.1)[] has no tuned hyperparameter",
         ),
         (
             "SGD(0.1) / SGD({lr: 1, momentum: 2})",

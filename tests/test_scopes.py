@@ -191,7 +191,7 @@ def test_what_a_bound_holds_back_has_no_hypergradient(high, tail):
     ("text", "message"),
     [
         ("SGD(0.1)[lr: per layer] / SGD(1)", "there is no scope 'layer'"),
-        ("SGD(0.1)[lr: from 1 to 0.5] / SGD(1)", "from 1 to 0.5 leaves nothing between"),
+        ("SGD(0.1)[lr: from 1 to 0.5] / SGD(1)", "from 1 to 0.5 leaves no values between"),
         ("SGD(0.1)[lr: from 1] / SGD(1)", "lr = 0.1 is not within its bounds, from 1 to inf"),
         ("SGD(0.1)[lr: log from -1] / SGD(1)", "-1 is not in the log domain"),
         ("SGD(0.1)[lr: log from] / SGD(1)", "does not say how to tune"),
