@@ -1,1 +1,1 @@
-"""What makes `hyperopt.algorithm` fast, and lets it live in a `torch.optim.Optimizer`. Private."""
+"""Private: a fast `hyperopt.algorithm`, as the engine of a `torch.optim.Optimizer`."""

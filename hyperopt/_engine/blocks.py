@@ -1,4 +1,4 @@
-"""The static shape of a stack: blocks of levels, and slots for the values of hyperparameters."""
+"""The static structure of a stack: blocks of levels, and slots for hyperparameter values."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ..estimators import Estimator
 from ..rule import Rule, Stack, State
 from .torch_private import make_fx, tree_leaves
 
-# Names of what is kept beside a rule's state, there or in a state_dict. A state cannot have them.
+# Names of the engine's own entries in a state or state_dict. A rule's state cannot have them.
 RESERVED = {"w", "g", "moved", "log_lr_limit", "shape", "shard", "active"}
 RESERVED |= {"last_grad", "last_weight"}
 PREFIXES = ("sensitivity_", "horizon_")
 
 
-# The slots of what a scheduler multiplies a tuned lr by: one constant for each param group.
+# The factor by which a scheduler scales a tuned lr: one constant slot for each param group.
 FACTOR = "lr_factor"
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One value of a hyperparameter: for everything that the level moves, or for one owner alone.
+    """One value of a hyperparameter, shared by all that the level moves, or for one owner.
 
-    On level 0 an owner is the number of a param group, or a parameter, the fourth as ``"p3"``.
-    Above, it is the name of a hyperparameter below.
+    On level 0 the owner is the number of a param group, or a parameter such as ``"p3"``, the
+    fourth one. On higher levels it is the name of a hyperparameter below.
     """
 
     name: str
@@ -41,19 +41,19 @@ class Slot:
 
 
 def names_of(slots: Iterable[Slot]) -> list[str]:
-    """The hyperparameters that the slots belong to, each once."""
+    """The names of the hyperparameters of these slots, without duplicates."""
     return list(dict.fromkeys(slot.name for slot in slots))
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose hyperparameters move a shard of the weights: a param group's, or one parameter's."""
+    """The owner of the hyperparameters that move a shard: a param group, or one parameter."""
 
     group: int
     parameter: int | None = None
 
     def places(self, slots: Sequence[Slot]) -> list[int]:
-        """The places of this owner's values among the slots, one for each hyperparameter."""
+        """The index of this owner's slot for each hyperparameter."""
         mine = (f"p{self.parameter}", self.group, None)
         candidates = ([Slot(name, owner) for owner in mine] for name in names_of(slots))
         return [slots.index(next(s for s in each if s in slots)) for each in candidates]
@@ -61,23 +61,23 @@ class Owner:
 
 @dataclass(frozen=True)
 class Block:
-    """The static shape of equal levels that stand on each other; mostly it is one level.
+    """The static structure of adjacent levels that differ only in numbers; often a single level.
 
-    Levels are equal if they differ in numbers only. A tall tower of one rule then takes little more
+    One computation handles all levels of a block. So a tall tower of one rule takes little more
     work to differentiate, and to compile, than a low one. The lowest level is a block of its own.
 
     Attributes:
-        rule: what each level computes. Its initial values are not used.
-        tuned: the slots of the raw values, which the level above moves; those of one name stand
-            together.
-        fixed: the slots of the constants, in the same way.
-        below: the names of the hyperparameters that are moved, element by element; on level 0,
-            which moves weights, nothing.
-        keeps_weights: whether the last update can be recomputed only with the weights before it.
-        above: the rule that moves the raw values; None on top.
+        rule: the rule of each level. Its initial values are not used.
+        tuned: the slots of the raw values, which the level above moves. Slots of one hyperparameter
+            are adjacent.
+        fixed: the slots of the constants, grouped in the same way.
+        below: for each element that is moved, the name of its hyperparameter. Empty on level 0,
+            which moves weights.
+        keeps_weights: whether recomputing the last update needs the weights before it.
+        above: the rule that moves the raw values; None for the top level.
         count: the number of levels.
-        lr_slots: on level 0, if its lr is tuned, for each param group where the slots of its lr
-            begin and end among the tuned ones.
+        lr_slots: on level 0 with a tuned lr, for each param group, the range (first, end) of the
+            slots of its lr in ``tuned``.
     """
 
     rule: Rule
@@ -91,7 +91,7 @@ class Block:
 
     @property
     def names(self) -> list[str]:
-        """The names of the tuned hyperparameters: each owner has one of each."""
+        """The names of the tuned hyperparameters. Each owner has one value for each name."""
         return names_of(self.tuned)
 
     @property
@@ -105,17 +105,18 @@ class Block:
 
     @property
     def gathers(self) -> bool:
-        """Whether level 0 keeps its sensitivities, and so recomputes no update.
+        """Whether level 0 stores its sensitivities, and does not recompute the last update.
 
-        A long horizon adds up those of many steps. A rule that is not elementwise is expensive, so
-        that keeping a vector for each hyperparameter is better than to run it twice.
+        A long horizon needs this, since it accumulates the sensitivities of many steps. For a rule
+        that is not elementwise, storing a vector for each hyperparameter is cheaper than running
+        the rule twice.
         """
         needed = self.estimator.horizon > 1 or not self.rule.elementwise
         return bool(self.tuned) and self.is_lowest and needed
 
     @property
     def recomputes(self) -> bool:
-        """Whether level 0's last update is computed again, for which its gradient is kept."""
+        """Whether level 0 recomputes its last update, and therefore stores its gradient."""
         return bool(self.tuned) and self.is_lowest and not self.gathers
 
     @property
@@ -130,31 +131,35 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """How many numbers level 0 reports for each tuned hyperparameter of a shard."""
+        """The number of sums that a shard computes for each tuned hyperparameter of level 0."""
         return 1 + 2 * self.estimator.normalize + 2 * self.is_bounded
 
     @property
     def per_tensor(self) -> bool:
-        """Whether, on level 0, tensors have values of their own, so that each is a shard."""
+        """Whether, on level 0, each tensor has its own values, and is therefore its own shard."""
         return self.is_lowest and any(isinstance(slot.owner, str) for slot in self.tuned)
 
     def init(self, w: Tensor) -> State:
-        """The state before the first update of ``w``: the rule's, and what its policy keeps."""
+        """The state before the first update of ``w``: that of the rule and of its policy."""
         state = self.rule.init(w)
         if self.has_trust and self.tuned:
             state["log_lr_limit"] = torch.zeros_like(w)
         return {**state, **self.estimator.init(self.names, w)} if self.gathers else state
 
     def skipped(self, name: str, old: Tensor) -> Tensor:
-        """What a part of the state is after a step that was left out.
+        """An entry of the state after a skipped step.
 
-        It stays; but the sensitivity of a last step that was not made is 0.
+        It does not change, except for a sensitivity to the last step only, which becomes 0.
+
+        Args:
+            name: the name of the entry.
+            old: its value before the step.
         """
         forgotten = name.startswith("sensitivity_") and self.estimator.horizon == 1
         return torch.zeros_like(old) if forgotten else old
 
     def state_shapes(self, p: Tensor) -> dict[str, torch.Size]:
-        """The shapes of `init`'s state for a parameter."""
+        """The shapes of the entries of the initial state of a parameter."""
         if self.rule.elementwise:
             state = self.init(torch.empty(1, device="meta"))
             return {name: p.shape if value.ndim else value.shape for name, value in state.items()}
@@ -166,8 +171,13 @@ class Block:
     ) -> tuple[Tensor, State]:
         """Apply this level's rule to the raw hyperparameters below it.
 
-        Where its trust is tuned, ``state["log_lr_limit"]`` is the log lr with which an update of
-        the weights would be as large as they are.
+        If trust is tuned, ``state["log_lr_limit"]`` is the log lr at which the norm of an update of
+        the weights equals the norm of the weights.
+
+        Args:
+            w, g: the raw hyperparameters below, and their hypergradients.
+            state: the state of the rule.
+            raw, fixed: this level's own hyperparameters, [slots].
         """
         h = self.values(raw, fixed)
         new, after = self.rule.update(w, g, state, h)
@@ -181,7 +191,7 @@ class Block:
         """The namespace h that the rule reads.
 
         Args:
-            raw, fixed: on level 0 the values of one owner, one for each name; above, [slots].
+            raw, fixed: on level 0 the values of one owner, one for each name; otherwise [slots].
         """
         found: dict[str, Tensor] = {}
         for slots, numbers in ((self.tuned, self.from_raw(raw)), (self.fixed, fixed)):
@@ -194,10 +204,10 @@ class Block:
         return SimpleNamespace(**found)
 
     def learned_lr(self, values: Tensor) -> Tensor:
-        """The tuned lr of each param group, [groups]: the mean over its tensors if each has one.
+        """The tuned lr of each param group, [groups]. With an lr per tensor, it is their mean.
 
         Args:
-            values: those of the tuned hyperparameters of level 0.
+            values: the values of the tuned hyperparameters of level 0.
         """
         if any(end > first + 1 for first, end in self.lr_slots):
             return torch.stack([values[first:end].mean() for first, end in self.lr_slots])
@@ -210,12 +220,12 @@ class Block:
         return torch.cat(pieces) if pieces else values[:0]
 
     def effective_lr(self, values: Tensor, fixed: Tensor) -> Tensor:
-        """The lr that the rule uses for each param group, [groups]: the learned one, scaled."""
+        """The lr that the rule uses for each param group, [groups]: the learned lr, scaled."""
         factors = fixed[len(fixed) - len(self.lr_slots) :]
         return self.learned_lr(values) * factors
 
     def from_raw(self, raw: Tensor) -> Tensor:
-        """h = T(r), each in its domain; of one owner, or [..., slots]."""
+        """h = T(r), each in its domain. ``raw`` has the values of one owner, or is [..., slots]."""
         names = [slot.name for slot in self.tuned]
         if raw.shape[-1] != len(names):
             names = self.names
@@ -227,7 +237,7 @@ class Block:
         return torch.cat(parts, -1) if len(parts) > 1 else parts[0] if parts else raw
 
     def _spread(self, name: str, slots: Sequence[Slot], numbers: Tensor) -> Tensor:
-        """A hyperparameter's value for each element below, or the one for all of them, 0-dim."""
+        """A hyperparameter's values for all elements below, or a shared value, 0-dim."""
         mine = [i for i, slot in enumerate(slots) if slot.name == name]
         if slots[mine[0]].owner is None:
             return numbers[mine[0]]
@@ -237,7 +247,7 @@ class Block:
 
     @property
     def kind(self) -> tuple:
-        """What tells two lowest levels apart for one shard; equal kinds share compiled kernels."""
+        """The key of a shard's kernels: lowest levels of equal kind share compiled kernels."""
         rule = self.rule
         return (
             type(rule),
@@ -251,7 +261,7 @@ class Block:
 
     @property
     def structure(self) -> tuple:
-        """What tells two blocks apart, except numbers."""
+        """The key of a block: blocks of equal structure differ only in numbers."""
         return *self.kind, self.tuned, self.fixed, self.below, self.count, self.lr_slots
 
 
@@ -260,16 +270,17 @@ def build(
     overrides: Sequence[frozenset[str]] = (frozenset(),),
     counts: Sequence[int] = (1,),
 ) -> tuple[Block, ...]:
-    """The blocks of a stack whose weights come in param groups.
+    """Build the blocks of a stack for given param groups.
 
     Args:
-        overrides: for each param group, the hyperparameters of the lowest level for which it has a
-            value of its own. One that is tuned and not overridden is shared by the groups, unless
-            its tuning says otherwise.
+        stack: the stack.
+        overrides: for each param group, the hyperparameters of the lowest level that it overrides.
+            Groups share a tuned hyperparameter that they do not override, unless its scope is per
+            group or per tensor.
         counts: for each param group, the number of its parameters.
 
     Raises:
-        ValueError, TypeError: as `check_rule` does.
+        ValueError, TypeError: as for `check_rule`.
     """
     blocks: list[Block] = []
     for k, rule in enumerate(stack.levels):
@@ -309,7 +320,7 @@ def _owners(
     overrides: Sequence[frozenset[str]],
     counts: Sequence[int],
 ) -> list[int | str | None]:
-    """The owners of a hyperparameter of the lowest level; None is everyone who is not named."""
+    """The owners of a hyperparameter of the lowest level. None stands for all other groups."""
     groups = range(len(overrides))
     how = rule.tuned.get(name) if not top else None
     if how is not None and how.per == "tensor":
@@ -323,9 +334,9 @@ def _owners(
 
 
 def _lr_slots(tuned: Sequence[Slot], counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """For each param group where the slots of its lr begin and end.
+    """For each param group, the range (first, end) of the slots of its lr.
 
-    A group without parameters has those of all others.
+    A group without parameters gets the range of all others.
     """
     places = {slot.owner: i for i, slot in enumerate(tuned) if slot.name == "lr"}
     first = 0
@@ -342,17 +353,17 @@ def _lr_slots(tuned: Sequence[Slot], counts: Sequence[int]) -> Iterator[tuple[in
 
 @functools.lru_cache(256)
 def check_rule(rule: Rule) -> None:
-    """Try a rule out on three weights.
+    """Test a rule on three weights.
 
     Raises:
-        ValueError: its state cannot be kept, or has a reserved name; or an update does not return
-            what it should.
-        TypeError: it has attributes beside its hyperparameters and options.
+        ValueError: an entry of its state has a reserved name, or a wrong shape or dtype; or an
+            update does not return the new weights and state.
+        TypeError: it has other attributes than hyperparameters and options.
     """
     for name in vars(rule).keys() - vars(Rule()).keys() - {"hypers"}:
         raise TypeError(
-            f"{rule.name}: {name} is an attribute of this one object, of which neither the "
-            f"notation nor a compiled step knows; declare it in the class, as {name} = Option(...)"
+            f"{rule.name}: {name} is an attribute of this one object, and the notation and "
+            f"compiled steps ignore it; declare it in the class, as {name} = Option(...)"
         )
     if FACTOR in rule.hypers:
         raise ValueError(f"{rule.name}: a hyperparameter cannot be called {FACTOR!r}; it is taken")
@@ -386,16 +397,17 @@ def check_rule(rule: Rule) -> None:
 
 @functools.lru_cache(256)
 def depends_on_weights(rule: Rule) -> bool:
-    """Whether an update is more than ``w`` plus something that does not depend on ``w``.
+    """Whether the change that an update makes to ``w`` depends on ``w``.
 
-    Only such rules need the weights of the last step. A graph of the update tells: ``w`` may be a
-    term of sums alone. Where no graph can be made, the answer is yes.
+    Only such rules need the weights before the last step. The function traces the update. The
+    change does not depend on ``w`` if the graph uses ``w`` only as a term of sums that lead to the
+    new weights. If the update cannot be traced, the answer is yes.
     """
 
     def update(w: Tensor, g: Tensor, state: State, h: State) -> tuple[Tensor, State]:
         return rule.update(w, g, state, SimpleNamespace(**h))
 
-    with torch.device("cpu"):  # whatever the default device
+    with torch.device("cpu"):  # not the default device
         w, g = rule.example(), rule.example()
         h = {name: torch.tensor(0.5, dtype=torch.float64) for name in rule.hypers}
         try:

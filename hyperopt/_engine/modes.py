@@ -1,4 +1,4 @@
-"""The caller's modes, which must not mark what an optimizer keeps."""
+"""Keep the caller's modes away from the tensors that an optimizer stores."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def is_fake(params: Iterable[Tensor]) -> bool:
-    """Whether parameters hold no numbers, but stand for some in a FakeTensorMode."""
+    """Whether parameters are fake tensors of a FakeTensorMode, without values."""
     return any(isinstance(p, FakeTensor) for p in params)
 
 
 @contextlib.contextmanager
 def neutral(fake: bool) -> Iterator[None]:
-    """No gradients, autocast or inference mode; fake tensors only beside fake parameters."""
+    """Turn off gradients, autocast and inference mode, and fake tensors unless ``fake``."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -35,9 +35,9 @@ def neutral(fake: bool) -> Iterator[None]:
 
 
 def keeps(method: Method) -> Method:
-    """For methods that make what lives on: they run outside of the caller's modes.
+    """Decorate a method that creates stored tensors: it runs outside the caller's modes.
 
-    The first argument has ``is_fake``.
+    ``self`` must have ``is_fake``.
     """
 
     @functools.wraps(method)
