@@ -120,7 +120,7 @@ def fully_sharded(rank: int, whole: Net, folder: Path) -> tuple[list[Tensor], li
     load(fresh, other, folder / "checkpoint")
     seen[4:] = train(fresh, other, range(4, STEPS), share, fails=rank == 0)
 
-    with pytest.raises(ValueError, match="divided over processes in another way than others"):
+    with pytest.raises(ValueError, match="divided over processes in different ways"):
         HyperOptimizer([*fresh.parameters(), nn.Parameter(torch.zeros(3))], TALL)
     with pytest.raises(ValueError, match="Muon needs whole parameters, and one is divided"):
         HyperOptimizer([p for p in fresh.parameters() if p.ndim == 2], "Muon(0.1)")

@@ -1,8 +1,8 @@
-"""Where the numbers of a stack are kept between steps.
+"""The memory of a stack between steps.
 
-Everything small, all hyperparameters of all levels and the whole state of the upper levels, lies in
-one float64 vector, `packed`. `Numbers` are views of it. Everything large is one flat vector per
-shard and kind, its `Vectors`.
+All small values are in one float64 vector, `packed`: the hyperparameters of all levels, and the
+state of the upper levels. `Numbers` are views of it. Large values are flat vectors: each shard of
+the weights has its `Vectors`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Vectors(NamedTuple):
 
     Attributes:
         w, g: the weights and their gradient.
-        last_w, last_g: those of the last update, or None where they are not needed.
-        state: the rule's state before the last update; its 0-dim parts are in `packed`.
+        last_w, last_g: the weights and gradient of the last update, or None if not needed.
+        state: the rule's state before the last update, without its 0-dim entries, which are in
+            `packed`.
     """
 
     w: Tensor
@@ -43,12 +44,12 @@ class Vectors(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The static shape of a stack and its weights.
+    """The static structure of a stack and its shards.
 
     Attributes:
-        blocks: the stack.
-        owners: whose hyperparameters move each shard of the weights.
-        processes: the names of the process groups over whose members the weights are divided.
+        blocks: the blocks of the stack.
+        owners: for each shard, the owner of its hyperparameters.
+        processes: the names of the process groups over which the weights are divided.
     """
 
     blocks: tuple[Block, ...]
@@ -62,7 +63,7 @@ class Layout:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """What `packed` begins with: every hyperparameter's value, the tuned ones first."""
+        """The names of the first numbers in `packed`: all hyperparameters, tuned ones first."""
         levels = [*enumerate(self.blocks[b] for b, _ in self.levels)]
         slots = [(k, slot) for k, block in levels for slot in block.tuned]
         slots += [(k, slot) for k, block in levels for slot in block.fixed]
@@ -70,7 +71,7 @@ class Layout:
 
     @cached_property
     def states(self) -> tuple[dict[str, bool], ...]:
-        """For each block, the names of its state, and whether each is a vector."""
+        """For each block, the names of the entries of its state, and whether each is a vector."""
         return tuple(
             {name: value.ndim > 0 for name, value in block.init(block.rule.example()).items()}
             for block in self.blocks
@@ -111,7 +112,7 @@ class Layout:
     def last_update(
         self, scalars: Tensor, w: Tensor | None, g: Tensor | None, vectors: State
     ) -> LastUpdate:
-        """The last update of a shard: its large vectors, and its row of `shard_scalars`."""
+        """Combine the vectors of a shard's last update with its row of `shard_scalars`."""
         applied, *counters = scalars.unbind()
         rest = iter(counters)
         state = {
@@ -125,5 +126,5 @@ def _is_shape(node: Any) -> bool:
 
 
 def scalars_of(last: LastUpdate) -> Tensor:
-    """A shard's row of `shard_scalars`."""
+    """A shard's row of `shard_scalars`, from its last update."""
     return torch.stack([last.applied, *(part for part in last.state.values() if not part.ndim)])

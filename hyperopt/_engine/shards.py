@@ -1,4 +1,4 @@
-"""Shards: parameters that are moved together, as one flat vector."""
+"""Shards: groups of parameters that are moved together, as one flat vector."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from .packed import Vectors
 from .torch_private import copy_lists, local, tree_map
 from .updates import LastUpdate
 
-# From this many elements on, a parameter is worked on where it lies and not gathered with others:
-# the copies would cost more than one more loop in the step.
+# A parameter of at least this many elements is updated in place, and not gathered with others: the
+# copies would cost more than one more loop in the step.
 LARGE = 1 << 16
 
 
 class Shard:
     """Parameters of one param group that have been moved together since their first step.
 
-    A large parameter is a shard of its own, and the step works on its memory directly. The others
-    are gathered into a flat vector and scattered back. Where the rule is not elementwise, each
-    parameter is a shard of its own and keeps its shape. Half-precision parameters are moved in
-    float32; no other cast is made.
+    A large parameter is a shard of its own, and the step updates its memory directly. Smaller
+    parameters are gathered into a flat vector and scattered back. If the rule is not elementwise,
+    each parameter is a shard of its own and keeps its shape. Half-precision parameters are moved in
+    float32, and all others in their own dtype.
 
     Args:
-        params: the parameters, n elements in all.
-        owner: whose hyperparameters move them.
-        last: their last update, with vectors of [n], or in the shape of the only parameter.
-        shape: (n,), or the shape of the only parameter.
+        params: the parameters, n elements in total.
+        owner: the owner of their hyperparameters.
+        last: their last update, with vectors of [n], or in the shape of a single parameter.
+        shape: (n,), or the shape of a single parameter.
     """
 
     def __init__(
@@ -48,13 +48,15 @@ class Shard:
 
     @classmethod
     def new(cls, params: list[Tensor], owner: Owner, block: Block) -> Shard:
-        """A shard that has not been moved yet.
+        """Make a shard that has not been moved yet.
 
         Args:
+            params: the parameters.
+            owner: the owner of their hyperparameters.
             block: the lowest level.
         """
         flat = [local(p).detach().reshape(-1).to(precision(p)) for p in params]
-        weights = torch.cat(flat)  # a copy, even of one
+        weights = torch.cat(flat)  # a copy, even of a single parameter
         if not block.rule.elementwise:
             (p,) = params
             weights = weights.view(p.shape or (1,))
@@ -66,13 +68,13 @@ class Shard:
         return cls(params, owner, LastUpdate(w, g, state, applied), weights.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_gathered": None, "_views": None}  # which share their memory
+        return self.__dict__ | {"_gathered": None, "_views": None}  # views of each other
 
     def __len__(self) -> int:
         return self._n
 
     def read(self) -> Vectors:
-        """The vectors of a step: the weights and gradients as they are now, and what is kept."""
+        """Gather the vectors of a step: current weights and gradients, last update and state."""
         grads: list[Any] = [p.grad for p in self.params]
         self._here = self.params
         if self._divided:
@@ -100,15 +102,15 @@ class Shard:
         return Vectors(w, g, self.last.w, self.last.g, state)
 
     def write(self) -> None:
-        """Copy the weights that a step left in the result of `read` to the parameters."""
+        """Copy the new weights from the result of `read` to the parameters."""
         if self._in_place:
             torch.autograd.graph.increment_version(self._here[0])
         else:
             copy_lists(self._here, self._views[0])
 
     def shaped(self, flat: Tensor) -> list[Tensor]:
-        """A flat vector, [n], cut and shaped like the parameters."""
-        if flat.shape != (len(self),):  # of the only parameter, perhaps in a shape of its own
+        """Split a flat vector, [n], into tensors of the parameters' shapes."""
+        if flat.shape != (len(self),):  # a single parameter that keeps its shape
             return [flat]
         pieces = flat.split([local(p).numel() for p in self.params])
         return [piece.view(local(p).shape) for piece, p in zip(pieces, self.params, strict=True)]
@@ -117,7 +119,8 @@ class Shard:
         """The rule's state of each parameter, in its shape and divided over processes like it.
 
         Args:
-            kept: something else of the shard than the rule's state. Parameters share what is 0-dim.
+            kept: entries of the shard to split; by default the rule's state. Parameters share 0-dim
+                entries.
 
         Returns:
             views, which may be written to.
@@ -130,7 +133,7 @@ class Shard:
         }
 
     def part(self, params: Sequence[Tensor]) -> Shard:
-        """A shard of some of the parameters, with their share of the state."""
+        """Make a shard of some of the parameters, with copies of their part of the state."""
         chosen = set(params)
 
         def cut(value: Any) -> Any:
@@ -148,7 +151,7 @@ class Shard:
 
     @property
     def is_stale(self) -> bool:
-        """Whether parameters have changed their dtype, shape or device."""
+        """Whether a parameter has changed its dtype, shape or device."""
         return [_kind(p) for p in self.params] != self._kinds
 
     def check_shapes(self) -> None:
@@ -161,7 +164,7 @@ class Shard:
                 )
 
     def sync(self) -> None:
-        """Go to the device of the parameters, and to the dtype in which they are moved now."""
+        """Move the last update to the parameters' current device and precision."""
 
         def to(value: Any) -> Any:
             return (
@@ -184,7 +187,7 @@ def precision(p: Tensor) -> torch.dtype:
 
 
 def whole(tensor: Tensor, p: Any) -> Tensor:
-    """The inverse of `local`: a tensor of this process's part of ``p``, divided as that is."""
+    """The inverse of `local`: make a DTensor, divided like ``p``, from this process's part."""
     if local(p) is p:
         return tensor
     own = {"run_check": False, "shape": p.shape, "stride": p.stride()}
@@ -192,7 +195,7 @@ def whole(tensor: Tensor, p: Any) -> Tensor:
 
 
 def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
-    """The names of the process groups over whose members the parameters are divided.
+    """The names of the process groups over which the parameters are divided.
 
     Raises:
         ValueError: the parameters are not all divided in the same way.
@@ -205,14 +208,14 @@ def processes(params: Sequence[Tensor]) -> tuple[str, ...]:
     found = {division(p) for p in params}
     if len(found) > 1:
         raise ValueError(
-            "some parameters are divided over processes in another way than others; "
-            "make one optimizer for each kind"
+            "parameters are divided over processes in different ways; make one optimizer for "
+            "each way"
         )
     return found.pop() if found else ()
 
 
 def divide(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Divide parameters of one group into new shards; in all processes alike."""
+    """Divide parameters of one group into new shards, in the same way in all processes."""
 
     def size(p: Any) -> int:
         return p.numel() if local(p) is p else p.numel() // p.device_mesh.size()
