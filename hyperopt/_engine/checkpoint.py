@@ -1,4 +1,4 @@
-"""What a stack remembers, by name: for a `state_dict`, and for a new layout."""
+"""Convert the memory of a stack to entries by name and back: for a `state_dict` or a new layout."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .shards import Shard, local, precision
 from .torch_private import tree_leaves, tree_map
 from .updates import LastUpdate, Numbers
 
-# The numbers.
+# Numbers.
 
 
 def export(layout: Layout, numbers: Numbers) -> list[dict[str, Any]]:
-    """For each level its hyperparameters by name and, above the lowest, its last update."""
+    """Export each level's hyperparameters by name and, above the lowest level, its last update."""
     exported = []
     for k, (b, row) in enumerate(layout.levels):
         block = layout.blocks[b]
@@ -56,18 +56,19 @@ def restore(
     lasts: Sequence[LastUpdate],
     like: Tensor,
 ) -> Tensor:
-    """`packed` of a layout.
+    """Make `packed` for a layout.
 
     Args:
-        stack, groups: the initial values, those of the lowest level by param group.
-        saved: what `export` returned; nothing for the initial values.
-        known: the number of param groups at that time.
+        layout: the layout.
+        stack, groups: the initial values. Those of the lowest level are in the param groups.
+        saved: the result of `export`; empty to use the initial values.
+        known: the number of param groups when ``saved`` was made.
         lasts: the last update of each shard.
-        like: gives the numbers their dtype and device.
+        like: a tensor with the dtype and device of the result.
     """
 
     def recall(numbers: dict[str, Any], slot: Slot, default: Any) -> Any:
-        """What was saved for a slot, or for the shared one that it was a part of."""
+        """The saved value of a slot, or of the slot that its group shared with others before."""
         if str(slot) in numbers:
             return numbers[str(slot)]
         if isinstance(slot.owner, int) and slot.owner < known:
@@ -82,12 +83,12 @@ def restore(
         value: Any = stack.levels[k].values[slot.name]
         if k > 0:
             return value[str(slot.owner)] if isinstance(value, dict) else value
-        # With a scheduler, what is learned starts where the scheduler does.
+        # With a scheduler, the learned lr starts at the scheduler's initial lr.
         key = "initial_lr" if slot.name == "lr" and layout.blocks[0].lr_slots else slot.name
         if isinstance(slot.owner, str):
             group = of_tensor[int(slot.owner[1:])]
             shown = group.get(key, group[slot.name])
-            return value if isinstance(shown, Tensor | list) else shown  # a list was saved
+            return value if isinstance(shown, Tensor | list) else shown  # list: a state_dict
         if slot.owner is not None or len(groups) == 1:
             group = groups[slot.owner or 0]
             value = group.get(key, group[slot.name])
@@ -97,7 +98,7 @@ def restore(
         own: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         if not any(isinstance(x, Tensor) for x in numbers):
             return torch.tensor([float(x) for x in numbers], **own)
-        # Nothing waits for the device, and fake tensors have no numbers.
+        # Do not read values: that would wait for the device, and fake tensors have none.
         return torch.stack(
             [x.to(**own) if isinstance(x, Tensor) else torch.tensor(x, **own) for x in numbers]
         )
@@ -108,7 +109,7 @@ def restore(
     updates: list[list[LastUpdate]] = [[] for _ in layout.blocks]
     for k, (b, _) in enumerate(layout.levels):
         block = layout.blocks[b]
-        # Dicts without entries get lost in a torch.distributed.checkpoint.
+        # torch.distributed.checkpoint drops empty dicts.
         old = {"tuned": {}, "fixed": {}, "last_fixed": {}, "last": {}} | (saved[k] if saved else {})
         hows = [block.rule.tuned[slot.name] for slot in block.tuned]
         start: list[Any] = []
@@ -120,7 +121,7 @@ def restore(
         bounds.append(vector([number for how in hows for number in how.reach]).view(-1, 2).T)
         raw.append(vector(start))
         constants = [
-            # Those of level 0 are read from the param groups.
+            # Constants of level 0 come from the param groups.
             initial(k, s) if k == 0 and s.name != FACTOR else recall(old["fixed"], s, initial(k, s))
             for s in block.fixed
         ]
@@ -143,7 +144,7 @@ def restore(
             updates[b].append(LastUpdate(w, g, parts, applied.view(())))
 
     def rows(tensors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
-        """One tensor for each block, of one for each level."""
+        """Stack one tensor per level into one tensor per block."""
         levels = [*zip(tensors, layout.levels, strict=True)]
         own = [[t for t, (at, _) in levels if at == b] for b in range(len(layout.blocks))]
         return [torch.stack(each, dim) for each in own]
@@ -171,17 +172,21 @@ def _by_name(slots: Sequence[Slot], numbers: Tensor) -> dict[str, Tensor]:
     return {str(slot): x.clone() for slot, x in zip(slots, numbers, strict=True)}
 
 
-# The state of the weights.
+# The state of the shards.
 
 
 def save_shards(
     active: Sequence[Shard], inactive: Sequence[Shard], number: Mapping[Tensor, int]
 ) -> dict[int, dict[str, Any]]:
-    """For each parameter that has been moved, by its number, its share of its shard.
+    """Export the part of a shard that belongs to each parameter.
 
     Args:
         active: the shards that the last step moved.
-        inactive: those that earlier steps moved.
+        inactive: the shards that only earlier steps moved.
+        number: the number of each parameter.
+
+    Returns:
+        the entries of each parameter that has been moved, by its number.
     """
     saved: dict[int, dict[str, Any]] = {}
     for i, shard in enumerate([*active, *inactive]):
@@ -192,31 +197,31 @@ def save_shards(
             if w is not None:
                 kept["last_weight"] = w
         for p, own in shard.by_parameter(kept).items():
-            if p in number:  # and not taken out of its param group since
+            if p in number:  # it is still in a param group
                 place = {"shape": list(p.shape), "shard": i, "active": i < len(active)}
                 saved[number[p]] = place | {name: _own(value) for name, value in own.items()}
     return dict(sorted(saved.items()))
 
 
 def _own(value: Tensor) -> Tensor:
-    """A DTensor that is a view cannot be deep-copied or saved by itself: torch loses its place."""
+    """Clone a DTensor: a view cannot be copied or saved alone, since torch loses its offset."""
     return value if local(value) is value else value.clone()
 
 
 def load_shards(
     saved: Mapping[int, dict[str, Any]], params: Sequence[list[Tensor]], lowest: Block
 ) -> tuple[list[Shard], list[Shard]]:
-    """The inverse of `save_shards`: the active shards and the inactive ones.
+    """The inverse of `save_shards`. Returns the active shards and the inactive shards.
 
     Args:
-        saved: as from `by_number`.
+        saved: the result of `by_number`.
         params: the parameters of each group.
         lowest: the lowest level.
     """
     everyone = [(p, number) for number, group in enumerate(params) for p in group]
     members: dict[tuple[int, str], list[int]] = {}
     for i, entry in saved.items():
-        # Parameters that had one precision there may have several here.
+        # Parameters of one saved shard may have several precisions now.
         members.setdefault((entry["shard"], str(precision(everyone[i][0]))), []).append(i)
     active: list[Shard] = []
     inactive: list[Shard] = []
@@ -227,7 +232,7 @@ def load_shards(
         shard = Shard.new(chosen, owner, lowest)
 
         def recall(name: str, new: Tensor, entries: Sequence[dict[str, Any]] = entries) -> Tensor:
-            """What was saved under a name, for something like ``new``."""
+            """The saved entry of this name, with the shape and dtype of ``new``."""
             if not new.ndim:
                 return entries[0][name].to(new.device, copy=True)
             pieces = [local(entry[name]).reshape(-1) for entry in entries]
@@ -244,7 +249,7 @@ def load_shards(
     return active, inactive
 
 
-# The form of a state_dict. Version 0.1 of the project wrote none, and had other names.
+# The version of the state_dict format. Version 0.1 of the project saved none, and used old names.
 FORMAT = 2
 RENAMED = {
     "path_length": "horizon_length",
@@ -255,7 +260,7 @@ RENAMED = {
 
 
 def upgrade(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state_dict in today's form.
+    """Convert a state_dict to the current format.
 
     Raises:
         ValueError: a newer version of the project wrote it.
@@ -285,15 +290,16 @@ def upgrade(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-# What is saved beside the rule's state.
+# The entries that are saved in addition to the rule's state.
 BESIDE = frozenset({"shape", "shard", "active", "moved", "last_grad", "last_weight"})
 
 
 def by_number(state_dict: Mapping[str, Any], names: Collection[str]) -> dict[int, dict[str, Any]]:
-    """What was saved of each parameter that was moved, by its place, whatever its key was.
+    """The saved entries of each parameter that was moved, by its position in the param groups.
 
     Args:
-        names: the rule's state.
+        state_dict: the state_dict, with any keys for its parameters.
+        names: the names of the rule's state.
     """
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     state, ours = state_dict["state"], {*names, *BESIDE}
@@ -307,7 +313,7 @@ def by_number(state_dict: Mapping[str, Any], names: Collection[str]) -> dict[int
 def foreign(
     state_dict: Mapping[str, Any], names: Collection[str]
 ) -> tuple[dict[int, dict[str, Any]], dict[Any, Any]]:
-    """What others kept in `state`: of parameters, by their places, and under keys of their own."""
+    """The entries of other code in `state`: for parameters, by position, and under other keys."""
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
     state, ours = state_dict["state"], {*names, *BESIDE}
     of_parameters = {
@@ -322,21 +328,21 @@ def foreign(
 
 
 def add_foreign(saved: dict[str, Any], entries: Mapping[str, Any]) -> None:
-    """Put what others keep of a parameter beside what is saved of it.
+    """Add other code's entries of a parameter to its saved entries.
 
     Raises:
-        ValueError: both have an entry of one name.
+        ValueError: an entry has a name that saving needs.
     """
     if taken := BESIDE & entries.keys():
         raise ValueError(
-            f"{', '.join(sorted(taken))} was put into the state of a parameter, which is a name "
-            "that saving needs; choose another one"
+            f"the state of a parameter has an entry {', '.join(sorted(taken))}, but saving needs "
+            "this name; choose another one"
         )
     saved.update(entries)
 
 
 def like_parameter(p: Tensor, value: Any, key: Any = None) -> Any:
-    """What others kept of a parameter, where it is and in its dtype, as torch.optim loads it."""
+    """Convert other code's entry to the parameter's device and dtype, as torch.optim does."""
     if isinstance(value, Tensor):
         dtype = p.dtype if p.is_floating_point() and key != "step" else value.dtype
         return value.to(p.device, dtype, copy=True)
@@ -347,7 +353,7 @@ def like_parameter(p: Tensor, value: Any, key: Any = None) -> Any:
     return value
 
 
-# Whether the two fit.
+# Check that a state_dict fits.
 
 
 def check(
@@ -358,16 +364,19 @@ def check(
     names: Collection[str],
     lowest: Block,
 ) -> None:
-    """Raise if a state is not that of this stack on parameters like these.
+    """Raise if a state_dict does not fit this stack and these parameters.
 
     Args:
+        state_dict: the state_dict, in the current format.
+        stack: the stack.
         active: the active hyperparameters of the lowest level.
         params: the parameters of each group.
-        names: the state of the lowest level.
+        names: the names of the lowest level's state.
         lowest: the lowest level.
 
     Raises:
-        ValueError: the stack, the number of parameters or a shape is another one.
+        ValueError: the stack, the number of parameters, a shape or the division over processes
+            differs; or the state is incomplete.
     """
     groups = state_dict.get("param_groups") or [{}]
     tower = groups[0].get("tower")
@@ -382,7 +391,7 @@ def check(
             if name not in mapping:
                 raise ValueError(f"this state is not a whole one: it has no {name!r}")
     theirs = tower["stack"]
-    # An equal notation need not be parsed: not every option can be.
+    # Do not parse an equal notation: some options cannot be parsed.
     if theirs != str(stack):
         known = {**RULES, **{rule.name: type(rule) for rule in stack.levels}}
         if _kind(fold(parse(theirs, known))) != _kind(stack):
@@ -407,11 +416,11 @@ def check(
                 raise ValueError(f"{name} is {group[name]!r} in this state; it must be a number")
             if name not in active and group[name] != 0:
                 raise ValueError(
-                    f"{name} is {group[name]} in this state, but was 0 when this optimizer was "
-                    "made, so that its step leaves it out; make one that has it"
+                    f"{name} is {group[name]} in this state, but this optimizer was made with "
+                    f"{name} = 0 and its step does not use it; make an optimizer that has {name}"
                 )
         tuned = stack.levels[0].tuned if stack.height else {}
-        for name in tuned.keys() - {"lr"}:  # which may be scaled
+        for name in tuned.keys() - {"lr"}:  # lr may be scaled
             how = tuned[name]
             raw, shown = raws.get(f"{name}[{number}]", raws.get(name)), group.get(name)
             if raw is None or not isinstance(shown, float):
@@ -421,7 +430,7 @@ def check(
             ):
                 raise ValueError(
                     f"{name} was set to {shown:g} in this state, but {stack.levels[1]} moves it; "
-                    "make an optimizer that starts there"
+                    "make an optimizer with this initial value"
                 )
     everyone = [p for group in params for p in group]
     for i, entry in by_number(state_dict, names).items():
@@ -450,7 +459,7 @@ def _division(tensor: Any) -> tuple | None:
 
 
 def _kind(stack: Stack) -> list[tuple]:
-    """A stack without its numbers."""
+    """The structure of a stack, without its numbers."""
     return [
         (
             rule.name,
