@@ -1,16 +1,15 @@
 """Kernels: pure functions of tensors, traced with their derivatives and compiled.
 
-A function is traced into a graph of plain tensor operations, in which differentiation is already
-done, and the graph goes to Inductor. Nothing is guarded or traced again afterwards. The length of
-the vectors is a symbol: a kernel belongs to what a rule computes, to a dtype and a device, and to
-no size.
+A function is traced, with its derivatives, into a graph of plain tensor operations, which Inductor
+compiles. It is traced only once, and has no guards. The length of the vectors is a symbol. So a
+kernel depends on the rule, the dtype and the device, but not on the size.
 
-Vectors are changed in place. Inductor would write their new values elsewhere first, in case
-something still has to read the old ones. So a kernel is compiled to write to other vectors than it
-reads, and is then given the same ones. That is right if each element is read before it is written,
-as in a loop over the elements. `_works_in_place` tests this for each kernel. A kernel that fails is
-compiled again, for one set of vectors. The tests use no collectives: other ranks may not be running
-them.
+Vectors are changed in place. Inductor would write new values to temporary memory first, in case
+another operation still reads the old values. So a kernel is compiled with separate vectors to read
+and to write, and is then called with the same vectors for both. This is correct if each element is
+read before it is written, as in a loop over elements. `_works_in_place` tests this for each kernel.
+A kernel that fails the test is compiled again with a single set of vectors. The tests must not use
+collectives: other ranks may not be running them.
 """
 
 from __future__ import annotations
@@ -34,14 +33,13 @@ from .torch_private import (
 
 __all__ = ["Untraced", "reason"]
 
-_compiled: dict[tuple, Any] = {}  # a kernel, or None where each length has its own
+_compiled: dict[tuple, Any] = {}  # a kernel, or None if each length has its own kernel
 
 
 class Kernel:
     """A compiled function; see `compiled`.
 
-    `ready` lets the C++ compiler work on it and on all others that were asked for, and so does the
-    first call.
+    `ready`, or the first call, runs the C++ compiler on this kernel and all pending kernels.
     """
 
     def __init__(self, making: Callable[[], Run], sized: bool) -> None:
@@ -50,10 +48,10 @@ class Kernel:
         self._run: Run
 
     def ready(self) -> Kernel:
-        """Wait until it can be called.
+        """Finish compiling. Returns the kernel itself.
 
         Raises:
-            Exception: whatever a missing or broken compiler raises.
+            Exception: an error of a missing or broken compiler.
         """
         with compiling():
             if self._making is not None:
@@ -77,23 +75,23 @@ def compiled(
     small: Sequence[Tensor],
     vectors: Sequence[Tensor] = (),
 ) -> Kernel:
-    """The kernel of a function of small tensors and of vectors of one length.
+    """Get the kernel of a function of small tensors and of vectors of equal length.
 
-    It is made once in this process for each name, key and kind of tensors, and serves vectors of
-    any length but 0. Those that are asked for before the first is called or made `ready` are given
-    to the C++ compiler together, which takes little longer than for one.
+    A process makes one kernel for each name, key, dtypes and devices. It works for vectors of any
+    length except 0. Kernels are pending until one of them is called or made `ready`. All pending
+    kernels are then compiled together, which takes little longer than compiling one.
 
     Args:
-        name: what the function does.
+        name: the name of the function.
         function: takes the small tensors, the vectors to read, and the same vectors to write. It
-            may write to the small ones, too. What it returns is lost.
-        key: what the function depends on beside its arguments.
-        small: tensors like those that it will be given, of the same shapes.
-        vectors: the same, of any one length.
+            may also write to the small tensors. Its result is ignored.
+        key: everything else that the function depends on.
+        small: example arguments, with the shapes of later calls.
+        vectors: example arguments, of any equal length.
 
     Raises:
-        Untraced: torch could not make a graph of the function.
-        Exception: whatever a missing or broken compiler raises.
+        Untraced: torch could not trace the function.
+        Exception: an error of a missing or broken compiler.
     """
     threads = torch.get_num_threads() if small[0].device.type == "cpu" else None
     of_small = tuple((t.shape, t.dtype, t.device) for t in small)
@@ -102,16 +100,16 @@ def compiled(
     shapes = [t.shape for t in vectors]
     with compiling():
         if any(shape != shapes[0] or len(shape) > 1 for shape in shapes):
-            _compiled.setdefault(whole, None)  # of a rule that is not elementwise
+            _compiled.setdefault(whole, None)  # the rule is not elementwise
         if whole not in _compiled:
             try:
                 _compiled[whole] = _kernel(function, of_small, of_vectors, None)
             except Sized:
                 _compiled[whole] = None
         kernel, n = _compiled[whole], vectors[0].numel() if vectors else 0
-        if kernel is not None and n < 1 << 31:  # from there on a GPU needs other numbers
+        if kernel is not None and n < 1 << 31:  # above this, a GPU needs 64-bit indices
             return kernel
-        # Each length, or shape, has a kernel of its own.
+        # A kernel for this length or shape only.
         own = (*whole, *shapes)
         if own not in _compiled:
             _compiled[own] = _kernel(function, of_small, of_vectors, shapes)
@@ -124,11 +122,13 @@ def _kernel(
     vectors: Sequence[tuple],
     shapes: Sequence[torch.Size] | None,
 ) -> Kernel:
-    """A kernel that is being made.
+    """Start to make a kernel.
 
     Args:
-        small, vectors: what the tensors are like.
-        shapes: of the vectors; None for 1-D ones of any length.
+        function: as for `compiled`.
+        small: (shape, dtype, device) of each small tensor.
+        vectors: (dtype, device) of each vector.
+        shapes: the shapes of the vectors; None for 1-D vectors of any length.
     """
     first, end = len(small), len(small) + len(vectors)
 
@@ -153,18 +153,19 @@ def _works_in_place(
     vectors: Sequence[tuple],
     shapes: Sequence[torch.Size] | None,
 ) -> bool:
-    """Whether writing to the vectors that are read gives the same results, bit by bit.
+    """Whether a kernel that writes to the vectors it reads gives the same results, bit by bit.
 
-    The reference writes to other vectors, which hold other numbers. All numbers are between 0.1 and
-    0.9, so that the result depends on each; with a beta of 1, for example, Adam moves nothing.
+    The reference call writes to separate vectors with other numbers. All numbers are between 0.1
+    and 0.9, so that the result depends on each of them. With a beta of 1, for example, Adam moves
+    nothing.
     """
     device = small[0][2]
-    generator = torch.Generator(device).manual_seed(0)  # the user's is left alone
+    generator = torch.Generator(device).manual_seed(0)  # do not change the user's generator
 
     def draw(shape: Any, dtype: torch.dtype, on: torch.device) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=on).uniform_(0.1, 0.9, generator=generator)
 
-    # One element, and a number that leaves a rest when it is cut into equal parts.
+    # Lengths 1 and 4099: neither divides evenly into vector registers or threads.
     for given in ([(1,)] * len(vectors), [(4099,)] * len(vectors)) if shapes is None else (shapes,):
         old, other = (
             [draw(shape, *kind) for shape, kind in zip(given, vectors, strict=True)]
@@ -191,6 +192,6 @@ def kernel_count() -> int:
 
 
 def enabled() -> bool:
-    """Whether torch's own switches allow to compile."""
+    """Whether torch's environment variables allow compiling."""
     switches = "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"
     return not any(os.environ.get(switch) == "1" for switch in switches)

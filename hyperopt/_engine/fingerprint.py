@@ -1,7 +1,7 @@
-"""Fingerprints of code: a value that changes when someone edits a function, or what it reads.
+"""Fingerprints of code: values that change when a function, or a global that it reads, is edited.
 
-Kernels are kept by it. So a rule, a function, a constant or a domain that was edited in a notebook
-or reloaded is compiled again.
+They are part of the keys of kernels. So after an edit in a notebook, or a reload, of a rule, a
+function, a constant or a domain, its kernels are compiled again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from .torch_private import version_of
 
-# Modules that nobody edits: their functions and classes are known by their names.
+# Modules that users do not edit: the names of their functions and classes are enough.
 _FIXED = {*sys.stdlib_module_names, "torch", "numpy"}
 _OURS = {f"{__name__.partition('.')[0]}.{module}" for module in ("rule", "domains")}
 
@@ -24,10 +24,10 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def fingerprint(*things: Any) -> Hashable:
-    """A value that is equal for equal code.
+    """Compute a value that is equal for equal code.
 
-    For a function: its code, defaults, closure and the globals that it reads. For a class: its
-    attributes. For an object: its class and attributes. Anything else compares by identity.
+    It covers the code, defaults, closure and globals of a function, the attributes of a class, and
+    the class and attributes of an object. Other things compare by identity.
     """
     walk = _Walk()
     for thing in things:
@@ -36,7 +36,7 @@ def fingerprint(*things: Any) -> Hashable:
 
 
 class _Same:
-    """Compares by identity, and holds a reference, so that the id is not reused."""
+    """Compare a thing by identity. A reference to it prevents reuse of its id."""
 
     def __init__(self, thing: Any) -> None:
         self.thing = thing
@@ -52,15 +52,15 @@ class _Walk:
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
         self.same: list[_Same] = []
-        self.seen: dict[int, int] = {}  # what was met so far, by its number
-        self.kept: list[Any] = []  # so that it keeps its id
+        self.seen: dict[int, int] = {}  # from ids of visited things to their numbers
+        self.kept: list[Any] = []  # references, so that no id is reused
 
     def say(self, *words: Any) -> None:
         self.digest.update(repr(words).encode())
 
     def over(self, thing: Any) -> None:
         if thing is None or isinstance(thing, _PLAIN):
-            self.say(type(thing).__name__, thing)  # 0.0 is not -0.0, nor 1 True
+            self.say(type(thing).__name__, thing)  # tells 0.0 from -0.0, and 1 from True
         elif id(thing) in self.seen:
             self.say("again", self.seen[id(thing)])
         else:
@@ -72,7 +72,7 @@ class _Walk:
             self.say("end")
 
     def inside(self, thing: Any) -> Iterable[Any]:
-        """What an object consists of."""
+        """The parts of a thing."""
         if isinstance(thing, torch.Tensor):
             if thing.numel() <= 64 and thing.device.type == "cpu":
                 return str(thing.dtype), thing.tolist()
@@ -112,7 +112,7 @@ class _Walk:
 
 def _is_fixed(thing: Any) -> bool:
     module = getattr(thing, "__module__", None) or ""
-    if "<" in thing.__qualname__:  # a lambda, or what is inside a function: others have its name
+    if "<" in thing.__qualname__:  # lambdas and inner functions may share a name
         return False
     return module in _OURS or module.partition(".")[0] in _FIXED
 
@@ -120,11 +120,11 @@ def _is_fixed(thing: Any) -> bool:
 def _content(cell: Any) -> Any:
     try:
         return cell.cell_contents
-    except ValueError:  # nothing yet
+    except ValueError:  # an empty cell
         return None
 
 
-# What a class has that says nothing about what it computes.
+# Attributes of a class that do not affect its computations.
 _ASIDE = {"__dict__", "__weakref__", "__doc__", "__annotations__", "__module__", "__firstlineno__"}
 _ASIDE |= {"__static_attributes__", "__abstractmethods__", "_abc_impl", "__annotate_func__"}
 
@@ -137,7 +137,7 @@ def _attributes(members: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _reads(function: FunctionType) -> Iterator[Any]:
-    """The globals that a function, or one inside it, may read; of a module, those of its own."""
+    """The globals that a function or its inner functions may read, also those in modules."""
     names: dict[str, None] = {}
     codes = [function.__code__]
     while codes:

@@ -1,4 +1,4 @@
-"""`Mixture`: several engines behind one optimizer, for param groups with different stacks."""
+"""`Mixture`: several engines in one optimizer, for param groups with different stacks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .engine import Engine
 
 
 class Mixture:
-    """What an `Engine` is, for param groups of several stacks; groups of equal stacks share one.
+    """The interface of `Engine` for param groups with different stacks: one engine for each stack.
 
-    Each engine moves its own groups. The user's dict of states is one for all of them.
+    Each engine moves its own groups. All engines share one `state` dict.
 
     Args:
         stacks: the stack of each param group of the constructor.
-        default: the stack of later groups that name none, if there is one.
-        compile: as for an `Engine`.
+        default: the stack of later groups that name none, or None.
+        compile: as for `Engine`.
     """
 
     def __init__(self, stacks: Sequence[Stack], default: Stack | None, compile: bool | str) -> None:
         self.stacks, self.compile, self._default = list(dict.fromkeys(stacks)), compile, default
         self.engines = [Engine(stack, compile) for stack in self.stacks]
         self.groups: list[dict[str, Any]] = []
-        self._numbers: list[int] = []  # of each group's engine
+        self._numbers: list[int] = []  # for each group, the number of its engine
         self._state: Any = defaultdict(dict)
         for engine in self.engines:
             engine.groups = []
@@ -50,16 +50,16 @@ class Mixture:
             engine.groups = self._of(number, self.groups)
 
     def _of(self, number: int, each: Sequence[Any]) -> list[Any]:
-        """Of something that each param group has, that of an engine's groups."""
+        """Select from a list over all param groups the items of one engine's groups."""
         return [one for one, own in zip(each, self._numbers, strict=False) if own == number]
 
     # Param groups.
 
     def check_group(self, group: dict[str, Any]) -> frozenset[str]:
-        """As `Engine.check_group`; and fill in what the group's stack starts from."""
+        """As `Engine.check_group`. Also add the initial values of the group's stack."""
         stack = self._default if "stack" not in group else parse(group["stack"])
         if stack is None:
-            raise ValueError("a param group has no stack, and the optimizer has none for all")
+            raise ValueError("a param group has no stack, and the optimizer has no default stack")
         if stack not in self.stacks:
             known = " and ".join(map(str, self.stacks))
             raise ValueError(
@@ -92,16 +92,16 @@ class Mixture:
     # A step.
 
     def step(self) -> None:
-        self._share_groups()  # someone may have put other dicts in their place
+        self._share_groups()  # user code may have replaced the dicts
         for engine in self.engines:
             engine.step()
 
-    # The state as users see it.
+    # `state`, as users see it.
 
     @property
     def state(self) -> Any:
         for engine in self.engines:
-            _ = engine.state  # shows it
+            _ = engine.state  # makes the engine fill the dict
         return self._state
 
     @state.setter
@@ -111,7 +111,7 @@ class Mixture:
             engine.state = state
 
     def _merge_states(self) -> None:
-        """Make one dict of those of the engines."""
+        """Merge the engines' `state` dicts into one."""
         merged: Any = defaultdict(dict)
         owners = {p: engine for engine in self.engines for p in engine.params}
         for engine in self.engines:
@@ -122,12 +122,12 @@ class Mixture:
         for engine in self.engines:
             engine.share_state(merged)
 
-    # What users read.
+    # Reading the hyperparameters.
 
     def _public(self) -> list[tuple[list[str], list[int]]]:
-        """For each engine the names of its numbers, and the place of each of them.
+        """For each engine, the public names of its numbers, and the index of each number.
 
-        What several groups share has a name, and so a number, for each.
+        A number that several groups share has one name, and one index, for each group.
         """
         places = {p: i for i, p in enumerate(p for group in self.groups for p in group["params"])}
         found = []
@@ -152,7 +152,7 @@ class Mixture:
         return found
 
     def _in_order(self, parts: Sequence[Any]) -> list[list[Any]]:
-        """Cut what each engine has for its names: the tuned ones, the constants, effective lrs."""
+        """Split each engine's list, one item per name, into tuned, constants, effective lrs."""
         cut = []
         for engine, (names, indices), own in zip(self.engines, self._public(), parts, strict=True):
             tuned = sum(index < len(engine.hypergradients) for index in indices)
