@@ -122,7 +122,7 @@ def fully_sharded(rank: int, whole: Net, folder: Path) -> tuple[list[Tensor], li
 
     with pytest.raises(ValueError, match="divided over processes in different ways"):
         HyperOptimizer([*fresh.parameters(), nn.Parameter(torch.zeros(3))], TALL)
-    with pytest.raises(ValueError, match="Muon needs whole parameters, and one is divided"):
+    with pytest.raises(ValueError, match="Muon needs whole parameters, but one is divided"):
         HyperOptimizer([p for p in fresh.parameters() if p.ndim == 2], "Muon(0.1)")
     hidden = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(TypeError, match="FullyShardedDataParallel"):

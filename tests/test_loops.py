@@ -503,10 +503,10 @@ def test_groups_cannot_be_taken_away():
     optimizer = HyperOptimizer(groups, TALL, compile=False)
     train(model, optimizer, range(2))
     optimizer.param_groups.append({"params": [nn.Parameter(torch.zeros(1))]})
-    with pytest.raises(ValueError, match="group was put in by hand; use add_param_group"):
+    with pytest.raises(ValueError, match="group was added to the list; use add_param_group"):
         train(model, optimizer, range(1))
     del optimizer.param_groups[1:]
-    with pytest.raises(ValueError, match="group was taken away; make a new optimizer"):
+    with pytest.raises(ValueError, match="group was removed; make a new optimizer"):
         train(model, optimizer, range(1))
 
 
@@ -519,7 +519,7 @@ def test_parameters_with_hyperparameters_to_themselves_keep_their_places():
     assert not torch.equal(model.first.weight, torch.full_like(own[0], 0.5))
     assert torch.equal(optimizer.snapshot()[0], before[0]), "it has not moved anything yet"
     del own[0]
-    with pytest.raises(ValueError, match="changed its place"):
+    with pytest.raises(ValueError, match="changed its position"):
         train(model, optimizer, range(1))
 
 

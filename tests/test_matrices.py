@@ -353,7 +353,7 @@ def test_stacks_that_are_missing_or_late_are_refused():
         HyperOptimizer([{"params": hidden, "stack": "Muon(0.1)"}, {"params": rest}])
     HyperOptimizer([{"params": hidden, "stack": "Muon(0.1)"}, {"params": rest}], "AdamW(1e-3)")
     optimizer = HyperOptimizer(net.head.parameters(), "AdamW(1e-3)")
-    with pytest.raises(ValueError, match="have to be there when the optimizer is made"):
+    with pytest.raises(ValueError, match="give groups with their own stacks to the constructor"):
         optimizer.add_param_group({"params": [net.hidden.weight], "stack": "Muon(0.1)"})
 
 

@@ -297,7 +297,7 @@ def test_groups_that_are_wrong():
             f"{name} is 0 in a",
             "SGD(0.2) moves it",
             "domain",
-            f"no {name} an optimizer",
+            f"without {name} an optimizer",
         ):
             HyperOptimizer([{"params": w, name: 0}], f"AdamW(0.1)[{name}] / SGD(0.2)")
     HyperOptimizer([{"params": w, "weight_decay": 0}], "AdamW(0.1)[weight_decay]")
@@ -550,7 +550,11 @@ def test_states_that_do_not_fit():
             other.load_state_dict(state)
     for name, value, sentence in (
         ("eps", "small", "eps is 'small' in this state; it must be a number"),
-        ("weight_decay", 0.1, "weight_decay is 0.1 in this state, but was 0 when"),
+        (
+            "weight_decay",
+            0.1,
+            "weight_decay is 0.1 in this state, but this optimizer was made with",
+        ),
     ):
         state = trained(stack, w, w)
         state["param_groups"][0][name] = value
@@ -651,7 +655,7 @@ def test_a_state_that_the_rule_cannot_use_is_refused():
         give_gradients(w, 0)
         optimizer.step()
         optimizer.state[w[0]] = wrong
-        with refused(ValueError, words, "Adam keeps step of [], exp_avg of [3], exp_avg_sq of"):
+        with refused(ValueError, words, "Adam needs step of [], exp_avg of [3], exp_avg_sq of"):
             optimizer.step()
 
 

@@ -1,8 +1,9 @@
-"""`Engine`: what a `HyperOptimizer` keeps between steps, and how it follows its parameters.
+"""`Engine`: the memory of a `HyperOptimizer` between steps.
 
-The parameters that have a gradient are cut into shards. All numbers lie in `packed`, whose layout
-depends on the stack, the param groups and the shards. When other parameters have gradients than in
-the last step, when a group is added or the user edits the state, both are rebuilt.
+Parameters with a gradient are divided into shards. All numbers are in `packed`, whose layout
+depends on the stack, the param groups and the shards. The engine rebuilds shards and layout when
+other parameters have gradients than in the last step, when a group is added, or when the user edits
+the state.
 """
 
 from __future__ import annotations
@@ -31,31 +32,31 @@ from .torch_private import is_flattened
 from .updates import LastUpdate, Numbers
 from .views import ParamGroupView, start_of
 
-# Keys of a param group that are near a hyperparameter's name, and are none.
+# Legal keys of a param group that look like misspelled hyperparameters.
 KNOWN_KEYS = frozenset({"params", "param_names", "name", "initial_lr", "stack"})
 
-# What torch's optimizers can be told in a group that changes what they compute.
+# Switches of torch's optimizers that a param group may set, and that change the update.
 SWITCHES = ("maximize", "amsgrad", "dampening", "differentiable")
 
-# How a logger knows the lr that a scheduler has scaled.
+# The public name of an lr that a scheduler has scaled.
 EFFECTIVE = "0.effective_lr"
 
-# With compile="auto" the step is compiled after so many steps: a short script never waits for the
-# compiler. The number is fixed, so that runs stay reproducible and resume bit for bit.
+# With compile="auto" the step is compiled after this many steps, so that short scripts do not wait
+# for the compiler. The number is constant, so that runs are reproducible and resume bit for bit.
 EAGER_STEPS = 20
 
 
 class Engine:
-    """All that a `HyperOptimizer` keeps.
+    """The state and the step of a `HyperOptimizer`.
 
     Args:
-        stack: what it computes.
-        compile: whether to compile the step; "auto" does so after `EAGER_STEPS`.
+        stack: the stack.
+        compile: whether to compile the step. "auto" compiles after `EAGER_STEPS` steps.
 
     Attributes:
         groups: the param groups.
-        layout: the shape of `packed`.
-        packed: all numbers.
+        layout: the layout of `packed`.
+        packed: all numbers, 1-D.
         is_compiled: whether the last step was compiled.
     """
 
@@ -63,9 +64,9 @@ class Engine:
     layout: Layout
     packed: Tensor
     _numbers: Numbers
-    _names: tuple[str, ...]  # of the learned values and the constants
-    _places: list[int]  # of these in `packed`
-    _rule: Rule  # the lowest level's, with the values of all groups
+    _names: tuple[str, ...]  # public names of all hyperparameters
+    _places: list[int]  # their indices in `packed`
+    _rule: Rule  # the lowest rule, with the hyperparameters that are active in any group
     _active: list[list[int]]  # per group, the ids of the parameters that the last step moved
     _step: Step | None
     _view: ParamGroupView
@@ -76,17 +77,17 @@ class Engine:
         self.given, self.stack = stack, fold(stack)
         self.compile, self.is_compiled = compile, False
         self.betas = betas(self.stack.levels[0])
-        self._overrides: list[frozenset[str]] = []  # the values that each group overrides
-        self._shards: list[Shard] = []  # what the last step moved
-        self._inactive_shards: list[Shard] = []  # what only earlier steps moved
-        self._known_groups = 0  # how many there were when the layout was made
+        self._overrides: list[frozenset[str]] = []  # hyperparameters that each group overrides
+        self._shards: list[Shard] = []  # moved by the last step
+        self._inactive_shards: list[Shard] = []  # moved only by earlier steps
+        self._known_groups = 0  # the number of groups in the layout
         self._steps_made = 0
         self._bases: list[Any] = []  # `ScaledLr.base` of each group
         self._is_scaled = False  # whether a tuned lr has ever been scaled
-        # What users see, which may hold more than is ours; and whether anyone has seen it yet.
+        # The public `state`, which may have entries of other code, and whether it was ever read.
         self._state: Any = defaultdict(dict)
         self._is_state_shown = False
-        self._shown: dict[Tensor, dict[str, tuple[Any, int]]] = {}  # ours, and where it lies
+        self._shown: dict[Tensor, dict[str, tuple[Any, int]]] = {}  # entry, address
 
     @property
     def is_started(self) -> bool:
@@ -98,7 +99,7 @@ class Engine:
 
     @keeps
     def start(self) -> None:
-        """Make the layout, once all groups of the constructor are there."""
+        """Make the layout, after the constructor has added all groups."""
         self._rebuild_layout()
         self._sync_groups()
 
@@ -138,21 +139,21 @@ class Engine:
 
     @keeps
     def check_group(self, group: dict[str, Any]) -> frozenset[str]:
-        """Check a new param group, and turn its hyperparameters into numbers.
+        """Check a new param group, and convert its hyperparameters to numbers.
 
         Returns:
-            the hyperparameters that it has a value of its own for.
+            the names of the hyperparameters that the group overrides.
 
         Raises:
-            ValueError: a key that is nearly a hyperparameter, or a value that cannot be used.
+            ValueError: a key is nearly a hyperparameter's name, or a value cannot be used.
         """
         rule = self.stack.levels[0]
         if "params" not in group:
-            raise ValueError(f"a param group needs params, and has {', '.join(group)} alone")
+            raise ValueError(f"a param group needs params, but has only {', '.join(group)}")
         if (stack := parse(group.get("stack", self.given))) != self.given:
             raise ValueError(
-                f"a param group has the stack {stack}, and the optimizer {self.given} for all; "
-                "groups with stacks of their own have to be there when the optimizer is made"
+                f"a param group has the stack {stack}, but the optimizer has {self.given} for all; "
+                "give groups with their own stacks to the constructor"
             )
         if self.betas and "betas" in group:
             group.update(unpack_betas(self.betas, group.pop("betas")))
@@ -164,7 +165,7 @@ class Engine:
                 )
         for name in group.keys() & {*SWITCHES, *rule.options}:
             if group[name] != rule.settings.get(name, False):
-                can = f"does for all groups or none: {rule.name}({name}=...)"
+                can = f"can only do for all groups: {rule.name}({name}=...)"
                 raise ValueError(
                     f"{name} is {group[name]!r} in a param group, which {rule.name} "
                     + (can if name in rule.options else "cannot do")
@@ -177,28 +178,28 @@ class Engine:
             if own[name] == 0 and 0 not in tuned[name].domain:
                 raise ValueError(
                     f"{name} is 0 in a param group, but {self.stack.levels[1]} moves it in the "
-                    f"{tuned[name].domain.name} domain, where it cannot stay 0; give the "
-                    f"parameters that are to have no {name} an optimizer of their own"
+                    f"{tuned[name].domain.name} domain, which does not contain 0; give the "
+                    f"parameters without {name} an optimizer of their own"
                 )
         Stack(checked, *self.stack.levels[1:])
-        if "lr" in tuned and "initial_lr" in group:  # of an optimizer that had a scheduler
+        if "lr" in tuned and "initial_lr" in group:  # a scheduler has set it
             Stack(rule.with_values({"lr": start_of(group)}), *self.stack.levels[1:])
         if self.is_started:
             self.sync()
             for name, value in own.items():
                 if value != 0 and not self._rule.is_active(name):
                     raise ValueError(
-                        f"{name} = {value} in a new group, but no group had {name} so far; give "
-                        "the groups to one optimizer when it is made"
+                        f"{name} = {value} in a new group, but no group had {name} before; give "
+                        "all groups to the constructor"
                     )
         return frozenset(own)
 
     @keeps
     def add_group(self, own: frozenset[str]) -> None:
-        """Take over the last param group.
+        """Add the last param group to the layout.
 
         Args:
-            own: what `check_group` returned for it.
+            own: the result of `check_group` for it.
         """
         try:
             self._check_params(self.groups[-1]["params"])
@@ -210,7 +211,7 @@ class Engine:
             return
         saved = self._export()
         if self._known_groups == 1 and self.stack.height:
-            # What the only group so far had to itself, the others do not share.
+            # The first group's own values become per group: the new group does not share them.
             parts = [saved[0]["tuned"], *saved[1]["last"].values()]
             for numbers in filter(lambda part: isinstance(part, dict), parts):
                 for name in self._overrides[0] & numbers.keys():
@@ -218,7 +219,7 @@ class Engine:
         self._rebuild_layout(saved)
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
-        """Check those that have a gradient, or will have one: others may be of any kind."""
+        """Check the parameters that have, or can have, a gradient. Others may be of any kind."""
         params = list(params)
         if len(set(params)) < len(params):
             raise ValueError("a parameter was given twice; give each one once, tied ones too")
@@ -226,13 +227,13 @@ class Engine:
         for p in filter(_is_trained, params):
             if rule.ndim not in (None, p.ndim):
                 raise ValueError(
-                    f"{rule.name} moves parameters of {rule.ndim} dimensions, and one has the "
-                    f"shape {[*p.shape]}; give the others a stack of their own, as in "
+                    f"{rule.name} moves parameters of {rule.ndim} dimensions, but one has the "
+                    f"shape {[*p.shape]}; give it another stack, as in "
                     '{"params": ..., "stack": "AdamW(0.001)"}'
                 )
             if not rule.elementwise and processes([p]):
                 raise ValueError(
-                    f"{rule.name} needs whole parameters, and one is divided over processes; give "
+                    f"{rule.name} needs whole parameters, but one is divided over processes; give "
                     "it a stack of an elementwise rule, or do not shard it"
                 )
             if p.is_complex():
@@ -274,7 +275,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """That of the first parameter that is trained, where all numbers are."""
+        """The device of the first trained parameter. All numbers are on it."""
         frozen = (p for p in self.params if p.device.type != "meta")
         return next((p.device for p in [*self._trained, *frozen]), torch.device("cpu"))
 
@@ -282,7 +283,7 @@ class Engine:
 
     @keeps
     def step(self) -> None:
-        """Move everything, where a parameter has a gradient."""
+        """Make one step. It does nothing if no parameter has a gradient."""
         self._sync(_has_grad)
         active = [[id(p) for p in group["params"] if _has_grad(p)] for group in self.groups]
         if active != self._active or any(shard.is_stale for shard in self._shards):
@@ -312,17 +313,18 @@ class Engine:
 
     @keeps
     def sync(self) -> None:
-        """Take over what the user set since the last step, as the next one will."""
+        """Apply the user's changes since the last step now, and not in the next step."""
         self._sync()
 
     def _sync(self, active: Callable[[Tensor], bool] | None = None) -> None:
-        """Take over what the user set in the param groups and in `state` since the last step.
+        """Apply the user's changes to the param groups and to `state` since the last step.
 
         Args:
-            active: whether the next step moves a parameter; by default, whether the last one did.
+            active: tells whether the next step moves a parameter. By default the next step moves
+                the same parameters as the last step.
 
         Raises:
-            ValueError: as `ParamGroupView.sync` does; an entry in `state` that does not fit.
+            ValueError: as for `ParamGroupView.sync`, or an entry in `state` does not fit.
         """
         self._sync_groups()
         if self._is_state_shown and not self._is_state_clean():
@@ -336,11 +338,11 @@ class Engine:
         bases = [lr.base for lr in self._view.lrs] if self.is_started else []
         return bases + [1.0] * (len(self.groups) - len(bases))
 
-    # The state as users see it.
+    # `state`, as users see it.
 
     @property
     def state(self) -> Any:
-        """The rule's state of each parameter, in views; before the first step, the initial one."""
+        """The rule's state of each parameter, in views; initial before the first step."""
         if self.is_started and not (self._is_state_shown and self._state):
             self._show_first_state()
         return self._state
@@ -348,16 +350,16 @@ class Engine:
     @state.setter
     def state(self, state: Any) -> None:
         if self.is_started and not self._is_state_shown:
-            self._show_first_state()  # what is missing in the other one was taken out
+            self._show_first_state()  # entries missing in the new dict then count as deleted
         self._state = state
 
     @property
     def shown_state(self) -> Any:
-        """What of the state has been shown so far, beside what others keep there."""
+        """`state` as it is, without filling it first."""
         return self._state
 
     def share_state(self, state: Any) -> None:
-        """Show the state in a dict that has all of ours already."""
+        """Use another dict as `state`. It must contain all our entries already."""
         self._state = state
 
     @keeps
@@ -373,9 +375,9 @@ class Engine:
         self._show_state()
 
     def _show_state(self) -> None:
-        """Put our entries into `state`, beside those that others keep there.
+        """Put our entries into `state`, and keep the entries of other code.
 
-        Dicts and tensors stay the objects that they are, as in torch.optim.
+        The dicts and tensors in `state` stay the same objects, as in torch.optim.
         """
         if not self._is_state_shown:
             return
@@ -391,7 +393,7 @@ class Engine:
             entries = self._state.setdefault(p, {})
             for name, place in own.items():
                 old, _ = before.get(p, {}).get(name, (None, 0))
-                if not place.ndim:  # others share it, but not for ever
+                if not place.ndim:  # parameters share it only as long as they share a shard
                     place = place.detach()
                 entries[name] = _lay_over(old, place) if entries.get(name) is old else place
             self._shown[p] = {name: (entries[name], _pointer(entries[name])) for name in own}
@@ -402,7 +404,7 @@ class Engine:
         return {p: entries for shard in shards for p, entries in shard.by_parameter().items()}
 
     def _is_state_clean(self) -> bool:
-        """Whether everything is where it was shown: edits in place need no care."""
+        """Whether `state` has the same objects as before. Edits in place need no action."""
         if len(self._state) != len(self._shown_items):
             return False
         for (p, entries), (q, others) in zip(self._state.items(), self._shown_items, strict=True):
@@ -415,13 +417,13 @@ class Engine:
         )
 
     def _sync_state(self, active: Callable[[Tensor], bool]) -> None:
-        """Take over what was put into `state`, or taken out, under the names of the rule's state.
+        """Apply the user's insertions and deletions in `state`, for the entries of the rule.
 
         Args:
-            active: whether the next step moves a parameter.
+            active: tells whether the next step moves a parameter.
 
         Raises:
-            ValueError: an entry of another shape, or an entry that is missing.
+            ValueError: an entry has a wrong shape, or only some entries of a parameter are there.
         """
         names = [*self.layout.states[0]]
         given: dict[Tensor, dict[str, Any]] = {}
@@ -441,7 +443,7 @@ class Engine:
         if forgotten or given.keys() - self._shown.keys():
             known = self._shown.keys()
             self._rebuild_shards(active, forgotten)
-            for number, group in enumerate(self.groups):  # those that are not moved yet
+            for number, group in enumerate(self.groups):  # parameters that were not moved yet
                 new = [p for p in group["params"] if p in given and p not in known]
                 self._inactive_shards += self._new_shards(new, number)
             self._rebuild_layout(self._export())
@@ -455,7 +457,7 @@ class Engine:
         return value is tensor and _pointer(value) == pointer
 
     def _foreign_state(self) -> defaultdict[Any, Any]:
-        """What others keep in `state`."""
+        """The entries of other code in `state`."""
         names, members = self.layout.states[0].keys(), set(self.params)
         found: defaultdict[Any, Any] = defaultdict(dict)
         for key, entries in self._state.items():
@@ -466,11 +468,11 @@ class Engine:
                 found[key] = entries
         return found
 
-    # What users read.
+    # Reading the hyperparameters.
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What is in a `snapshot`."""
+        """The names of the numbers in a `snapshot`."""
         self._sync_groups()
         if not self._is_scaled:
             return self._names
@@ -501,19 +503,23 @@ class Engine:
     def _rebuild_shards(
         self, active: Callable[[Tensor], bool], forgotten: Collection[Tensor] = ()
     ) -> None:
-        """Cut the parameters into shards again.
+        """Divide the parameters into shards again.
 
-        That is due when other parameters than before have a gradient, or when parameters have
-        changed their device, their precision or their group.
+        This is needed when other parameters than before have a gradient, or when a parameter has
+        changed its device, precision or group.
 
         Args:
-            active: whether the next step moves a parameter.
-            forgotten: those for which the rule starts again.
+            active: tells whether the next step moves a parameter.
+            forgotten: the parameters for which the rule starts again.
+
+        Raises:
+            ValueError: a group was removed, a shape changed, or a parameter with its own
+                hyperparameters changed its position.
         """
         if len(self.groups) < self._known_groups:
-            raise ValueError("a param group was taken away; make a new optimizer of the others")
+            raise ValueError("a param group was removed; make a new optimizer of the others")
         if len(self.groups) > self._known_groups:
-            raise ValueError("a param group was put in by hand; use add_param_group")
+            raise ValueError("a param group was added to the list; use add_param_group instead")
         self._check_params(self.params)
         self._check_gradients()
         for shard in self._shards + self._inactive_shards:
@@ -535,8 +541,8 @@ class Engine:
                 piece.owner = self._owner(params[0], number)
                 if piece.owner.parameter != shard.owner.parameter:
                     raise ValueError(
-                        "a parameter that has hyperparameters to itself changed its place among "
-                        "the others; replace parameters where they are, or make a new optimizer"
+                        "a parameter with its own hyperparameters changed its position; replace "
+                        "parameters at their positions, or make a new optimizer"
                     )
                 piece.sync()
                 (shards if moving else inactive).append(piece)
@@ -556,13 +562,13 @@ class Engine:
         return [Shard.new(each, self._owner(each[0], group), lowest) for each in parts]
 
     def _owner(self, p: Tensor, group: int) -> Owner:
-        """Whose hyperparameters move a shard that begins with a parameter."""
+        """The owner of the hyperparameters of a shard whose first parameter is ``p``."""
         if not self.layout.blocks[0].per_tensor:
             return Owner(group)
         return Owner(group, next(i for i, q in enumerate(self.params) if q is p))
 
     def _forget_last_update(self, shard: Shard) -> None:
-        """Keep only the state that a shard's last update led to."""
+        """Replace a shard's last update by the state after it."""
         lowest, numbers = self.layout.blocks[0], self._numbers
         raw = numbers.raw[0][0][shard.owner.places(lowest.tuned)]
         fixed = numbers.last_fixed[shard.owner.places(lowest.fixed)]
@@ -582,11 +588,11 @@ class Engine:
     def _rebuild_layout(
         self, saved: Sequence[dict[str, Any]] = (), bases: list[Any] | None = None
     ) -> None:
-        """Make `packed` for the present param groups and shards.
+        """Make the layout and `packed` for the current param groups and shards.
 
         Args:
-            saved: what `_export` returned; nothing for the initial values.
-            bases: `ScaledLr.base` of each group; by default as they are.
+            saved: the result of `_export`; empty to use the initial values.
+            bases: `ScaledLr.base` of each group; by default the current ones.
         """
         if not saved:
             rule = self.stack.levels[0]
@@ -630,7 +636,7 @@ class Engine:
         self._show_state()
 
     def _public_names(self, names: Iterable[str]) -> Iterable[str]:
-        """Names of the layout, with those of the parameters that have one of their own."""
+        """Convert names of the layout to public names: with parameter names if they are unique."""
         named = [name for group in self.groups for name in group.get("param_names", [])]
         times = Counter(named)
         if self.stack is not self.given:  # the two lowest levels are one rule
@@ -645,7 +651,7 @@ class Engine:
 
     @keeps
     def save(self) -> dict[str, Any]:
-        """The state_dict, without hooks."""
+        """Make the state_dict, without hooks."""
         self.sync()
         groups = {p: i for i, group in enumerate(self.groups) for p in group["params"]}
         shards = self._shards + self._inactive_shards
@@ -669,7 +675,7 @@ class Engine:
         ]
         for saved, lr in zip(saved_groups, self._view.lrs, strict=False):
             saved["lr_base"] = float(lr.base)
-        # All else is in a group, since torch.distributed.checkpoint takes only groups and state.
+        # Everything else goes into a group: torch.distributed.checkpoint saves nothing else.
         saved_groups[0]["tower"] = {
             "format": checkpoint.FORMAT,
             "steps_made": self._steps_made,
@@ -686,19 +692,19 @@ class Engine:
         return {"state": state, "param_groups": saved_groups}
 
     def load(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of `save`; if it raises, nothing has changed.
+        """The inverse of `save`. If it raises, the engine is unchanged.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the state_dict does not fit.
         """
         self.apply(self.read(state_dict))
 
     @keeps
     def read(self, state_dict: dict[str, Any]) -> tuple:
-        """What `apply` needs to go on from a state; changes nothing.
+        """Check a state_dict and prepare it for `apply`. The engine does not change.
 
         Raises:
-            ValueError: it does not fit.
+            ValueError: the state_dict does not fit.
         """
         state_dict = checkpoint.upgrade(state_dict)
         params = [group["params"] for group in self.groups]
@@ -717,7 +723,7 @@ class Engine:
 
     @keeps
     def apply(self, found: tuple) -> None:
-        """Go on from what `read` has returned."""
+        """Continue from the result of `read`."""
         (self._shards, self._inactive_shards), saved_groups, foreign, others = found
         lowest = self.layout.blocks[0]
         self._overrides = [frozenset(group.pop("own", ())) for group in saved_groups]
@@ -732,7 +738,7 @@ class Engine:
             group.clear()
             group.update(saved)
         for i, (base, lr) in enumerate(zip(bases, lrs, strict=False)):
-            if base is None:  # saved by a version where schedulers scaled nothing
+            if base is None:  # from a version in which schedulers did not scale a tuned lr
                 start = saved_groups[i].get("initial_lr")
                 bases[i] = float(start) / lr if start and isinstance(lr, float) and lr else 1.0
         self._shown = {}
@@ -748,7 +754,7 @@ class Engine:
             if "initial_lr" in group or not isinstance(lr, float):
                 continue
             if not math.isclose(lr, float(group["lr"]), rel_tol=1e-6):
-                group["lr"] = lr  # it was edited in the state_dict
+                group["lr"] = lr  # the user edited it in the state_dict
         self._sync_groups()
 
     @property
@@ -757,7 +763,7 @@ class Engine:
 
 
 def _unfolded(name: str) -> str:
-    """The name in the given stack of what has this name in the one that `fold` made."""
+    """Convert a name of the stack that `fold` made to a name of the original stack."""
     level, _, rest = name.partition(".")
     if level != "0":
         return f"{int(level) + 1}.{rest}"
@@ -773,12 +779,12 @@ def _is_trained(p: Tensor) -> bool:
 
 
 def _pointer(tensor: Any) -> int:
-    """Where a tensor's numbers lie."""
+    """The memory address of a tensor; 0 for a fake tensor."""
     return 0 if is_fake([tensor]) else local(tensor).data_ptr()
 
 
 def _lay_over(old: Any, place: Tensor) -> Tensor:
-    """The tensor ``old``, with the memory of ``place``, if that can be."""
+    """Let the tensor ``old`` use the memory of ``place``. Returns ``place`` if it cannot."""
     if old is None or local(place) is not place or old.device != place.device:
         return place
     old.data = place
@@ -788,19 +794,21 @@ def _lay_over(old: Any, place: Tensor) -> Tensor:
 def _check_entries(
     p: Tensor, own: Mapping[str, Any], shapes: Mapping[str, torch.Size], rule: str
 ) -> None:
-    """Raise a ValueError unless these can be the state of a parameter.
+    """Raise a ValueError unless these entries fit as the state of a parameter.
 
     Args:
-        shapes: of what the rule keeps.
+        p: the parameter.
+        own: the entries.
+        shapes: the shapes of the rule's state.
+        rule: the name of the rule.
     """
-    keeps = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
+    needed = ", ".join(f"{name} of {[*shape]}" for name, shape in shapes.items())
     for name, shape in shapes.items():
         found = _as_tensor(own[name]).shape if name in own else None
         if found != shape:
             wrong = "is missing in" if found is None else f"of {[*found]} was put into"
             raise ValueError(
-                f"{name!r} {wrong} the state of a parameter of {[*p.shape]}, of which {rule} "
-                f"keeps {keeps}"
+                f"{name!r} {wrong} the state of a parameter of {[*p.shape]}; {rule} needs {needed}"
             )
 
 
@@ -809,5 +817,5 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 def _number(value: Any) -> float | list[float]:
-    """What a param group shows, as plain numbers: one, or one for each tensor."""
+    """Convert a value of a param group to a number, or to a list with one for each tensor."""
     return value.tolist() if isinstance(value, Tensor) else float(value)
