@@ -1,7 +1,8 @@
-"""One step of a stack, in place: here the three parts in `updates` are put in order.
+"""One step of a stack, in place, made of the three parts in `updates`.
 
 A part is a function of small tensors, of a shard's vectors to read, and of vectors to write. The
-latter two are the same memory; `compiler` says why. A part runs eagerly, or as a compiled kernel.
+vectors to read and to write share memory; `compiler` explains why. A part runs eagerly or as a
+compiled kernel.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ Part = Callable[..., None]
 Run = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]  # small tensors and vectors in
 Make = Callable[[str, Part, Sequence[Tensor], Sequence[Tensor]], Run]
 
-_broken: list[str] = []  # why compiling failed, once it has
-_untraced: set[tuple] = set()  # the structures of stacks whose rules cannot be compiled
+_broken: list[str] = []  # the first error of the compiler, if it has failed
+_untraced: set[tuple] = set()  # the structures of layouts whose rules cannot be traced
 
 
 class Parts:
-    """The three parts of a step of a layout, in place.
+    """The three parts of a step, in place.
 
     Args:
-        layout: the shape of the stack.
+        layout: the structure of the stack and its shards.
         numbers: views of `packed`.
     """
 
@@ -109,10 +110,11 @@ class Step:
     """One step of a stack.
 
     Args:
-        layout: the shape of the stack.
+        layout: the structure of the stack and its shards.
         numbers: views of `packed`.
-        shards: vectors like those that it will be called with.
-        make: makes what runs a part, from its name, the part, and examples of its arguments.
+        shards: examples of the vectors of later calls.
+        make: makes a function that runs a part. Its arguments are the name of the part, the part,
+            and examples of the part's small tensors and vectors.
     """
 
     def __init__(
@@ -128,7 +130,7 @@ class Step:
         self.last_fixed = Gather(fixed, numbers.last_fixed)
         self.sums = Sums(tuned, numbers.raw[0][0], lowest.rows)
 
-        # The small tensors of each call; their memory stays the same from step to step.
+        # The small tensors of each call. Every step uses the same memory.
         scalars, finite = numbers.shard_scalars, [numbers.grads_finite] * len(shards)
         own = self.tuned.parts
         fixed_then, fixed_now = self.last_fixed.parts, self.fixed.parts
@@ -154,7 +156,7 @@ class Step:
         ]
 
     def __call__(self, shards: Sequence[Vectors]) -> None:
-        """Make a step: writes to all numbers, and to the shards except ``g``."""
+        """Make a step. It writes to all numbers, and to all vectors of the shards except ``g``."""
         vectors = [shard.flat() for shard in shards]
         self.tuned.read()
         self.fixed.read()
@@ -166,24 +168,24 @@ class Step:
             self.sums.add()
             self.tune_run(self.small_to_tune, [])
             self.tuned.read()
-        # Backwards: what was read last is the likeliest to be in the cache still.
+        # In reverse order: the shard that was read last is most likely still in the cache.
         for i in reversed(range(len(vectors))):
             self.move_runs[i](self.small_to_move[i], vectors[i])
 
 
 def code_of(block: Block) -> Hashable:
-    """What a block's rule and domains compute. It changes when someone edits them."""
+    """The fingerprint of a block's rule and domains. It changes when their code is edited."""
     return fingerprint(type(block.rule), *(how.domain for how in block.rule.tuned.values()))
 
 
 def structure_of(layout: Layout) -> tuple:
-    """What the kernels of a layout depend on, except numbers and shards."""
+    """The key of a layout's kernels: everything they depend on, except numbers and shards."""
     code = tuple(map(code_of, layout.blocks))
     return code, *(block.structure for block in layout.blocks), layout.processes
 
 
 def eager_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> Step:
-    """A step that is not compiled."""
+    """Make a step that is not compiled."""
 
     def make(name: str, part: Part, small: Any, vectors: Any) -> Run:
         return lambda small, vectors: part(*small, *vectors, *vectors)
@@ -192,10 +194,10 @@ def eager_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> S
 
 
 def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -> Step | None:
-    """A compiled step, or None if it cannot be compiled.
+    """Make a compiled step, or return None if it cannot be compiled.
 
-    The first failure of the compiler is a warning; after it, this process does not try again. Nor
-    does it, for stacks of the same structure, if a rule cannot be traced.
+    The first failure of the compiler gives a warning. This process then does not try again. If a
+    rule cannot be traced, it does not try again for stacks of the same structure.
     """
     structure = structure_of(layout)
     if not compiler.enabled() or _broken or structure in _untraced:
@@ -205,7 +207,7 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     kernels: list[compiler.Kernel] = []
 
     def make(name: str, part: Part, small: Sequence[Tensor], vectors: Sequence[Tensor]) -> Run:
-        # Without elements, other processes have them all.
+        # Run eagerly if this process has no elements of a shard: no kernel takes length 0.
         if vectors and not (vectors[0].numel() and lowest.rule.compiles):
             return lambda small, vectors: part(*small, *vectors, *vectors)
         key = of_shard if vectors else structure
@@ -216,17 +218,17 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
     try:
         with torch.no_grad():
             step = Step(layout, numbers, shards, make)
-            for kernel in kernels:  # the C++ compiler works on all of them at once
+            for kernel in kernels:  # the first call compiles all of them
                 kernel.ready()
             return step
     except compiler.Untraced as error:
         _untraced.add(structure)
         warn_user(
             f"the steps of {lowest.rule.name} could not be compiled ({error}); they run "
-            "eagerly, which computes the same and is slower. An update that is compiled may not "
-            "branch on what a tensor holds: write torch.where in place of if."
+            "eagerly, which computes the same and is slower. A compiled update may not branch on "
+            "the values of a tensor: use torch.where in place of if."
         )
-    except Exception as error:  # whatever a missing or broken compiler raises
+    except Exception as error:  # any error of a missing or broken compiler
         _broken.append(compiler.reason(error))
         warn_user(
             f"the optimizer's steps could not be compiled ({_broken[0]}); they run eagerly, "
@@ -237,10 +239,10 @@ def compiled_step(layout: Layout, numbers: Numbers, shards: Sequence[Vectors]) -
 
 
 class Gather:
-    """The values of each shard's owner. If all shards have one owner, they are a view.
+    """Gather the values of each shard's owner. With a single owner they are views.
 
     Args:
-        places: for each shard the places of its owner's values.
+        places: for each shard, the indices of its owner's values.
         values: all values, a view of `packed`.
 
     Attributes:
@@ -262,16 +264,16 @@ class Gather:
 
 
 class Sums:
-    """The sums over all shards of what `recompute_last_update` returns for each.
+    """Sum the results of `recompute_last_update` over all shards.
 
     Args:
-        places: for each shard the places of its owner's raw values.
+        places: for each shard, the indices of its owner's raw values.
         raw: all raw values.
-        rows: how many numbers there are for each raw value.
+        rows: the number of sums for each raw value.
 
     Attributes:
-        parts: where each shard adds its numbers.
-        whole: the sums for `combine_estimate`, and that of the largest squares of gradients.
+        parts: for each shard, the vector to which it adds its numbers.
+        whole: the sums for `combine_estimate`, and the sum of the largest squared gradients.
     """
 
     def __init__(self, places: Sequence[Sequence[int]], raw: Tensor, rows: int) -> None:
@@ -297,7 +299,7 @@ class Sums:
 
 
 def _is_one_owner(places: Sequence[Sequence[int]], n: int) -> bool:
-    """Whether all shards have all n values, in their order."""
+    """Whether all shards use all n values, in order."""
     return all(list(own) == [*range(n)] for own in places)
 
 

@@ -1,17 +1,17 @@
-"""The three parts of a step, as pure functions of tensors; `packed` runs them in place.
+"""The three parts of a step, as pure functions of tensors; `step` runs them in place.
 
-They compute what `hyperopt.algorithm` defines. A level keeps what its rule read at the last step,
-its `LastUpdate`, and not what the rule returned. `recompute_last_update` runs the rule again on the
-same inputs, which gives both the state to go on from and, by reverse mode, the hypergradients. This
-costs one copy of the gradient and, for rules whose update depends on the weights themselves, one of
-the weights. A level that nobody tunes keeps its state alone. So does one whose sensitivities are
-gathered over a horizon: they are added up as the updates are made, and nothing is recomputed.
+They compute the algorithm of `hyperopt.algorithm`. A level stores the inputs of its rule at the
+last step, as a `LastUpdate`, and not the results. `recompute_last_update` runs the rule again on
+the same inputs. This gives the state after the update and, by reverse mode, the hypergradients. It
+costs one copy of the gradient and, if the change of the weights depends on the weights, one copy of
+the weights. A level that is not tuned stores only its state. So does level 0 with a long horizon:
+it accumulates sensitivities when it makes an update, and recomputes nothing.
 
-Values that are not finite do not spread. If a level's gradient or its update is not finite, the
-level skips this step, keeps its state and counts that in `Numbers.skipped`. Level 0 checks only its
-gradient and the square of it, which most rules keep and which overflows in float32 from 1.8e19 on.
-If the weights skip a step, all levels skip it. (A plain stack, of height 0, does what `torch.optim`
-does: it lets infinities and NaN pass.)
+Values that are not finite do not spread. If a level's gradient or update is not finite, the level
+skips the step, keeps its state, and counts the skip in `Numbers.skipped`. Level 0 checks only its
+gradient and the squared gradient, which most rules store and which overflows in float32 above
+1.8e19. If the weights skip a step, all levels skip it. (A plain stack, of height 0, lets infinities
+and NaN pass, as `torch.optim` does.)
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from .blocks import Block
 
 
 class LastUpdate(NamedTuple):
-    """What a rule read when it last moved one vector of n weights.
+    """The inputs of the last update of one vector of n weights.
 
     Attributes:
-        w: the weights before the update, [n]; None where the update does not depend on them.
-        g: the gradient, [n]; None if nobody will ask.
-        state: the state before the update; with no ``g``, the state to go on from.
-        applied: 1, or 0 if the last step left the update out, or there was none: ``state`` is then
-            the state to go on from, and ``w`` and ``g`` mean nothing.
+        w: the weights before the update, [n]; None if the change does not depend on them.
+        g: the gradient, [n]; None if the update is never recomputed.
+        state: the state before the update. Without ``g``, the state after it.
+        applied: 1 if the last step made the update. 0 if it skipped it, or if no step was made:
+            ``state`` is then the current state, and ``w`` and ``g`` have no meaning.
     """
 
     w: Tensor | None
@@ -55,35 +55,34 @@ class LastUpdate(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Any, Any, State]:
-        """What the rule is given to compute the update again.
+        """The arguments for the rule to recompute the update.
 
-        If w was not kept, no derivative and no state depends on it, and any vector serves.
+        If w is None, no derivative and no state depends on it, so that any vector can replace it.
         """
         return self.g if self.w is None else self.w, self.g, self.state
 
 
 class Numbers(NamedTuple):
-    """Everything that a stack remembers, except the vectors of the weights.
+    """The memory of a stack, except the vectors of the shards.
 
-    A step writes them in this order. ``hyper_updates``, which keep raw values as they were, must
-    come before ``raw``.
+    A step writes them in this order. ``hyper_updates`` store raw values from before the step, so
+    they must be written before ``raw``.
 
     Attributes:
-        values: the values of the tuned hyperparameters, to be read only. With ``fixed``, which
-            follows, these are all hyperparameters in the order of `Layout.names`.
-        fixed: per block, the values of the others, [levels, fixed slots].
-        hyper_updates: per block but the lowest, the last updates of the raw values below, as one
+        values: the values of the tuned hyperparameters, only to be read. ``values`` and ``fixed``
+            together are all hyperparameters in the order of `Layout.names`.
+        fixed: per block, the values of the constants, [levels, fixed slots].
+        hyper_updates: per block except the lowest, the last updates of the raw values below: one
             `LastUpdate` whose tensors have one row for each level.
         bounds: per block, the lowest and the highest raw values, [2, levels, tuned slots].
         raw: per block, the raw values of the tuned hyperparameters, [levels, tuned slots].
-        last_fixed: level 0's ``fixed`` at its last update; they may be set between two steps.
+        last_fixed: level 0's ``fixed`` at its last update. ``fixed`` may be set between two steps.
         steps: the number of steps made, 0-dim.
-        skipped: how many updates each level has left out because something was not finite,
+        skipped: the number of updates that each level has skipped because a value was not finite,
             [levels].
-        effective_lr: if level 0's lr is tuned, what the rule uses in each param group, [groups].
-        grads_finite: whether the last step's gradient and its square were finite, 1 or 0.
-        shard_scalars: for each shard of the weights its `LastUpdate.applied`, and the 0-dim parts
-            of its state.
+        effective_lr: if level 0's lr is tuned, the effective lr of each param group, [groups].
+        grads_finite: 1 if the last step's gradient and its square were finite, otherwise 0.
+        shard_scalars: for each shard, its `LastUpdate.applied` and the 0-dim entries of its state.
     """
 
     values: Any
@@ -108,17 +107,19 @@ def recompute_last_update(
     w: Tensor,
     g: Tensor,
 ) -> tuple[State, Tensor]:
-    """Compute level 0's last update of one shard again: its state, and the hypergradients.
+    """Recompute level 0's last update of one shard, for its state and the hypergradients.
 
     Args:
+        block: the lowest level.
         raw, fixed: the owner's hyperparameters of level 0 at the last update.
-        now: ``fixed`` at the next update, which a trust region bounds.
-        w, g: the shard's weights, and its new gradient, [n].
+        now: ``fixed`` at the next update, for the bound of a trust region.
+        last: the inputs of the last update.
+        w, g: the shard's weights and its new gradient, [n].
 
     Returns:
-        the state after the last update, or the state before it if it was not applied; and a vector
-        for `combine_estimate`: `Block.rows` rows of one number for each of ``raw``, then the
-        largest square in ``g``. The first row is g · s; an update that was not applied has s = 0.
+        the state after the last update, or before it if it was not applied; and a vector for
+        `combine_estimate`: `Block.rows` rows with one number for each of ``raw``, then the largest
+        squared element of ``g``. The first row is g · s. s is 0 if the update was not applied.
     """
     start, state, normalize = last.state, last.state, block.estimator.normalize
     sensitivities = [start[f"sensitivity_{name}"] for name in block.names if block.gathers]
@@ -148,7 +149,7 @@ def recompute_last_update(
         def next_update(raw: Tensor) -> tuple[Tensor, State]:
             return block.rule.update(w, g, state, block.values(raw, now))
 
-        # The derivative with respect to the learned lr is what one of 1 would add to the weights.
+        # The derivative with respect to the learned lr is the change of the weights at lr = 1.
         lr = block.names.index("lr")
         unit = units(raw)[lr] / block.from_raw(raw)[lr]
         (update,), _ = derivatives(next_update, raw, g, [unit])
@@ -158,21 +159,23 @@ def recompute_last_update(
 
 
 def without_noise(block: Block, raw: Tensor, found: list[Tensor], update: Tensor) -> list[Tensor]:
-    """`zero_rounding_noise` for a block: betas are the hyperparameters that end at 1."""
+    """Apply `zero_rounding_noise` to a block. Its betas have the upper bound 1."""
     forgets = [block.rule.hypers[name].high == 1.0 for name in block.names]
     return zero_rounding_noise(forgets, block.from_raw, raw, found, update)
 
 
 def combine_estimate(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The hypergradient of level 0 from the sums over all shards.
+    """Compute the hypergradient of level 0 from the sums over all shards.
 
     Args:
+        block: the lowest level.
         raw: the raw values of level 0, [tuned slots].
-        sums: of what `recompute_last_update` has returned, [Block.rows * tuned slots].
+        sums: the summed vectors of `recompute_last_update`, [Block.rows * tuned slots].
 
     Returns:
-        the hypergradient; and, if the level above bounds updates, the raw values with which the
-        update would be as large as the weights.
+        the hypergradient, [tuned slots]; and, if the level above bounds updates, the raw values
+        [tuned slots] at which the norm of the update equals the norm of the weights. They are
+        infinite for hyperparameters other than lr.
     """
     hypergradient, *rows = sums.view(block.rows, len(raw)).unbind()
     if block.estimator.normalize:
@@ -189,12 +192,17 @@ def combine_estimate(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, T
 def update_hyperparameters(
     blocks: Sequence[Block], numbers: Numbers, sums: Tensor, finite_probe: Tensor
 ) -> Numbers:
-    """Hypergradients from the bottom, then hyperparameters from the top.
+    """Compute the hypergradients from the bottom, then move the hyperparameters from the top.
 
     Args:
-        numbers: their ``shard_scalars`` are not read.
-        sums: for `combine_estimate`.
-        finite_probe: not finite if a gradient of the weights, or its square, is not, 0-dim.
+        blocks: the blocks of the stack.
+        numbers: the current numbers; ``shard_scalars`` are not used.
+        sums: the sums for `combine_estimate`.
+        finite_probe: a number that is finite only if all gradients of the weights, and their
+            squares, are finite, 0-dim.
+
+    Returns:
+        the new numbers.
     """
     finite = finite_probe.isfinite()
     numbers = numbers._replace(grads_finite=finite.to(numbers.steps.dtype))
@@ -207,14 +215,16 @@ def update_hyperparameters(
 def hypergradients(
     blocks: Sequence[Block], numbers: Numbers, lowest: Tensor
 ) -> tuple[list[Tensor], list[State], list[Tensor]]:
-    """dr_k = dr_{k-1}ᵀ ∂U_k/∂r_k, bottom up.
+    """Compute dr_k = dr_{k-1}ᵀ ∂U_k/∂r_k from the bottom up.
 
     Args:
+        blocks, numbers: the stack.
         lowest: dr_0.
 
     Returns:
-        for each level but the topmost the hypergradient that the level above is given; for each
-        block but the lowest the states to go on from, and whether its levels missed an update.
+        for each level except the top, the hypergradient that the level above receives; for each
+        block except the lowest, the states after the last updates, and which levels discarded
+        the state of their last update.
     """
     raws = [row for raw in numbers.raw for row in raw]
     bounds = [row for bound in numbers.bounds for row in bound.unbind(1)]
@@ -246,11 +256,15 @@ def move_hyperparameters(
     skipped: Sequence[Tensor],
     limit: Tensor | None,
 ) -> Numbers:
-    """r_{k-1} ← U_k(r_{k-1}, dr_{k-1}, s_k; T(r_k)), top down.
+    """Apply r_{k-1} ← U_k(r_{k-1}, dr_{k-1}, s_k; T(r_k)) from the top down.
 
     Args:
-        gradients, states, skipped: from `hypergradients`.
-        limit: from `combine_estimate`.
+        blocks, numbers: the stack.
+        gradients, states, skipped: the results of `hypergradients`.
+        limit: the second result of `combine_estimate`.
+
+    Returns:
+        the new numbers.
     """
     raws = [row for raw in numbers.raw for row in raw]
     bounds = [row for bound in numbers.bounds for row in bound.unbind(1)]
@@ -260,7 +274,7 @@ def move_hyperparameters(
     for b in reversed(range(1, len(blocks))):
         block, state, below = blocks[b], states[b - 1], range(k - blocks[b].count, k)
         if "log_lr_limit" in state and limit is not None:
-            # It is infinite for an update of 0, and NaN for one that is not finite.
+            # The limit is infinite if the update is 0, and NaN if the update is not finite.
             known = torch.nan_to_num(limit, UNBOUNDED, UNBOUNDED).clamp(max=UNBOUNDED)
             state = {**state, "log_lr_limit": known[None]}
         vectors = [raws[i] for i in below]
@@ -305,10 +319,12 @@ def move_hyperparameters(
 
 
 def bound_lr(raw: Tensor, limit: Tensor, trust: Tensor, low: Tensor, finite: Tensor) -> Tensor:
-    """The raw values of level 0, with log lr lowered to ``limit + log(trust)``.
+    """Lower the log lr in the raw values of level 0 to at most ``limit + log(trust)``.
 
     Args:
-        limit: the raw values with which an update would be as large as the weights.
+        raw: the raw values, [tuned slots].
+        limit: the raw values at which the norm of an update equals the norm of the weights.
+        trust: the largest ratio of the two norms, 0-dim.
         low: the lowest legal raw values.
         finite: `Numbers.grads_finite`.
     """
@@ -319,12 +335,18 @@ def bound_lr(raw: Tensor, limit: Tensor, trust: Tensor, low: Tensor, finite: Ten
 def jacobians(
     block: Block, raw: Tensor, fixed: Tensor, last: LastUpdate
 ) -> tuple[State, list[Tensor], Tensor]:
-    """Compute the last updates of a block's levels again, all at once.
+    """Recompute and differentiate the last updates of a block's levels, all at once.
+
+    Args:
+        block: a block above the lowest.
+        raw, fixed: its hyperparameters, [levels, slots].
+        last: its row of `Numbers.hyper_updates`.
 
     Returns:
         the states after the updates; for each level ∂(raw values below)/∂(its raw values), [tuned
-        slots below, tuned slots]; and which levels keep their state because the new one is not
-        finite, [levels]. An update that was not applied keeps the old state and has derivative 0.
+        slots below, tuned slots]; and which levels keep the old state because the new one is not
+        finite, [levels]. If an update was not applied, the state is the old one and the derivative
+        is 0.
     """
     n = raw.shape[1]
 
@@ -356,11 +378,14 @@ def jacobians(
 def update_weights(
     block: Block, raw: Tensor, fixed: Tensor, w: Tensor, g: Tensor, state: State, finite: Tensor
 ) -> tuple[Tensor, State]:
-    """Apply the lowest rule to one shard: its new weights, and the state after.
+    """Apply the lowest rule to one shard. Returns the new weights and the new state.
 
     Args:
+        block: the lowest level.
         raw, fixed: the owner's hyperparameters.
-        finite: `Numbers.grads_finite`; if it is 0 and the rule is tuned, nothing changes.
+        w, g: the weights and their gradient, [n].
+        state: the state of the rule.
+        finite: `Numbers.grads_finite`. If it is 0 and the rule is tuned, nothing changes.
     """
 
     def update(raw: Tensor) -> tuple[Tensor, State]:

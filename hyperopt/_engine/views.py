@@ -1,4 +1,4 @@
-"""The lowest level's hyperparameters as users see them in param groups."""
+"""The lowest level's hyperparameters in param groups, as users see and set them."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .torch_private import version_of
 
 
 class ScaledLr:
-    """The lr of one param group, where the level above tunes it: the learned lr times a factor.
+    """The tuned lr of one param group: the learned lr times a factor.
 
-    A scheduler keeps the lr that it started from in ``group["initial_lr"]``. While that is there,
+    A scheduler stores the initial lr in ``group["initial_lr"]``. While this key exists,
     ``group["lr"]`` is the scheduler's own number, and the factor is ``group["lr"] /
-    group["initial_lr"]``. Without it, ``group["lr"]`` shows the effective lr, and to set it sets
-    the factor.
+    group["initial_lr"]``. Without this key, ``group["lr"]`` is the effective lr, and setting it
+    changes the factor.
 
     Args:
         group: the param group.
         number: its number.
-        block, packed: where the lr is.
+        block, packed: the lowest level and the memory, for the learned lr.
         factor, effective: views of ``packed``, 0-dim.
-        base: the factor that the scheduler found, which its own multiplies.
+        base: the factor from before the scheduler, which multiplies the scheduler's factor.
 
     Raises:
-        ValueError: an ``initial_lr`` that nothing can be divided by.
+        ValueError: ``initial_lr`` is not a positive, finite number.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class ScaledLr:
         self.factor, self._effective, self.base = factor, effective, base
         self._start = group.get("initial_lr")
         self._start_number = math.nan if self._start is None else start_of(group)
-        self._shown: Tensor | None = None  # `effective`, as the group shows it
-        self._seen: Any = None  # a scheduler's number is read at the next `sync`
+        self._shown: Tensor | None = None  # the view of `effective` in the group
+        self._seen: Any = None  # the last known group["lr"]; with a scheduler, read at `sync`
         self._seen_version = 0
         if self._start is None:
             self._show(group)
@@ -59,13 +59,14 @@ class ScaledLr:
         return self._start is not None
 
     def sync(self, group: dict[str, Any], touched: bool) -> bool:
-        """Take over what was written to the group; returns whether anything was.
+        """Apply the user's changes to the group. Returns whether something was changed.
 
         Args:
-            touched: whether somebody may have written to the memory of `packed`.
+            group: the param group.
+            touched: whether the memory of `packed` may have been written to.
 
         Raises:
-            ValueError: it is no number, or one that cannot be reached by a factor.
+            ValueError: the new lr is not a number, or the learned lr is 0, which no factor scales.
         """
         if group.get("initial_lr") is not self._start:
             self._attach(group)
@@ -96,10 +97,10 @@ class ScaledLr:
         return True
 
     def _attach(self, group: dict[str, Any]) -> None:
-        """A scheduler has come, or gone."""
-        if group["lr"] is self._shown:  # it may have written there
+        """Follow a scheduler that was attached, detached or restarted."""
+        if group["lr"] is self._shown:  # the scheduler may have written to this tensor
             group["lr"] = float(self._effective)
-        # It may hold the tensor that was shown for a number, as timm's does.
+        # The scheduler may hold our tensor as its number, as timm's does: detach it from `packed`.
         if self._shown is not None:
             self._shown.data, self._shown = self._shown.clone(), None
         if "initial_lr" not in group:
@@ -152,18 +153,17 @@ def _to_float(name: str, value: Any) -> float:
 class ParamGroupView:
     """The current values in the param groups: tuned ones as views of `packed`, others as numbers.
 
-    Numbers may be set between two steps, by hand or by a scheduler; so may a tuned lr, which is
-    then scaled (`ScaledLr`). Torch's schedulers know the betas as a tuple, ``betas``, which is
-    therefore shown too.
+    Numbers may be set between two steps, by hand or by a scheduler. A tuned lr may be set, too,
+    which scales it (`ScaledLr`). The groups also have a tuple ``betas``, for torch's schedulers.
 
     Args:
-        groups: the param groups, into which the values are written. Constants are read from them.
-        stack: what they belong to; its lowest rule is that of all groups together.
-        layout, packed: where the values are.
+        groups: the param groups. The tuned values are written to them, and constants are read.
+        stack: the stack. Its lowest rule has the active hyperparameters of all groups.
+        layout, packed: the memory of the values.
         bases: `ScaledLr.base` of each group.
 
     Attributes:
-        lrs: the tuned lr of each group; nothing if lr is not tuned.
+        lrs: the tuned lr of each group; empty if lr is not tuned.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class ParamGroupView:
         bases: Sequence[float | Tensor],
     ) -> None:
         self._stack, self._layout, self._packed = stack, layout, packed
-        # The group's number, a name, what it shows, its place in `packed`.
+        # For each hyperparameter: group number, name, value in the group, index in `packed`.
         self._watched: list[list[Any]] = []
         self.lrs: list[ScaledLr] = []
         self._betas = betas(stack.levels[0])
@@ -199,7 +199,7 @@ class ParamGroupView:
                 place = layout.names.index(f"0.{slot}") if slot else 0
                 if slot in lowest.fixed:
                     group[name] = float(group[name])
-                elif slot in (first, None):  # per tensor, of which a group may have none
+                elif slot in (first, None):  # per tensor; None if the group has no tensors
                     group[name] = packed[place : place + end - start]
                 else:
                     group[name] = packed[place]
@@ -211,28 +211,28 @@ class ParamGroupView:
         self.mark_clean()
 
     def mark_clean(self) -> None:
-        """Accept what `packed` holds now as right."""
+        """Accept the current values of `packed` as correct."""
         self._clean_version = version_of(self._packed)
 
     def sync(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Take over the numbers that were set in the param groups.
+        """Apply the numbers that were set in the param groups.
 
         Args:
-            groups: the param groups, which may be other dicts by now.
+            groups: the param groups, which may be different dicts than before.
 
         Returns:
-            whether an lr that is tuned was set, or is scheduled.
+            whether a tuned lr was set or is scheduled.
 
         Raises:
-            ValueError: a tuned hyperparameter was set that cannot be scaled, or one that is not
-                active, or to no number.
+            ValueError: a tuned hyperparameter other than lr was set, an inactive hyperparameter was
+                set, or a value is not a number.
         """
         touched = version_of(self._packed) != self._clean_version
         if touched:
             self._check_tuned()
         for watch in self._watched:
             number, name, seen, _ = watch
-            # A group that was taken away is found when shards are rebuilt.
+            # Rebuilding the shards reports removed groups.
             if number < len(groups) and groups[number][name] is not seen:
                 self._take_over(watch, groups[number])
         scaled = False
@@ -243,7 +243,7 @@ class ParamGroupView:
 
     def _take_over(self, watch: list[Any], group: dict[str, Any]) -> None:
         number, name, seen, place = watch
-        if name == "betas":  # each of them is watched too, after it
+        if name == "betas":  # next, sync reads each beta
             group.update(unpack_betas(self._betas, group[name]))
             watch[2] = group[name]
             return
@@ -252,8 +252,8 @@ class ParamGroupView:
         value = _to_float(name, group[name])
         if value != 0 and not self._layout.blocks[0].rule.is_active(name):
             raise ValueError(
-                f"{name} was 0 when the optimizer was made, so that its step leaves it out; "
-                f"to set it later, give it a value then"
+                f"{name} was 0 when the optimizer was made, so that its step does not use it; "
+                f"to set it later, make the optimizer with a value other than 0"
             )
         self._packed[place] = watch[2] = group[name] = value
         if name in self._betas:
@@ -261,7 +261,7 @@ class ParamGroupView:
             joint[2] = group["betas"] = tuple(group[beta] for beta in self._betas)
 
     def _check_tuned(self) -> None:
-        """Raise if a tuned value is not that of its raw value: someone wrote to a view."""
+        """Raise if a tuned value does not match its raw value: the user wrote to a view."""
         lowest = self._layout.blocks[0]
         for slot, raw in zip(lowest.tuned, self._numbers.raw[0][0], strict=True):
             held = lowest.rule.tuned[slot.name].domain.value(raw)
@@ -276,7 +276,7 @@ class ParamGroupView:
         cycled = name in ("momentum", "beta1")
         return (
             f"{name} was set from outside, but {above} moves it; to set it yourself or by a "
-            f"scheduler, leave it out of what is tuned, as in {instead}"
-            + "; OneCycleLR and CyclicLR leave it alone with cycle_momentum=False"
+            f"scheduler, do not tune it, as in {instead}"
+            + "; OneCycleLR and CyclicLR do not set it with cycle_momentum=False"
             * cycled
         )
