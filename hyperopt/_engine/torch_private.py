@@ -1,26 +1,26 @@
-"""All that this package uses of torch's private parts, and the only place that does.
+"""All uses of torch's private API in this package.
 
-Each with the version that brought it:
+The numbers are the torch versions that introduced these names:
 
 - `torch.fx.experimental.symbolic_shapes`: ShapeEnv, DimDynamic (2.1)
 - `torch._guards`: TracingContext, tracing (2.1); `torch._dynamo.source.ConstantSource` (2.1)
 - `torch._subclasses.FakeTensorMode` (2.0)
 - `torch._functorch.compile_utils.fx_graph_cse` (2.0)
-- `torch._inductor.compile_fx.compile_fx_inner` (2.0), of whose result `current_callable` (2.2)
+- `torch._inductor.compile_fx.compile_fx_inner` (2.0), and `current_callable` of its result (2.2)
 - `torch._inductor.decomposition.select_decomp_table` (2.0)
 - `torch._inductor.virtualized.V` (2.0)
 - `torch._inductor.config`: size_asserts (2.0)
-- what saves time, and is passed over where it is not found: `codecache.triton_key`,
+- used only to save time, and skipped if missing: `codecache.triton_key`,
   `cpp_builder._get_optimization_cflags` and `.is_gcc` (2.6), `AsyncCompile.cpp_pybinding` and
   `CppPythonBindingsCodeCache.load_pybinding` (2.2),
   `codecache._get_cpp_prefix_header` (2.8), `cpu_vec_isa.valid_vec_isa_list`, `.x86_isa_checker`
   and `.supported_vec_isa_list` (2.5)
 - `torch.utils._pytree`, `torch._decomp.decompositions_for_jvp` (2.0)
-- of autograd, modes and lists: `torch._C._is_any_autocast_enabled`, `_len_torch_dispatch_stack`,
+- for autograd, modes and lists: `torch._C._is_any_autocast_enabled`, `_len_torch_dispatch_stack`,
   `torch._subclasses.fake_tensor`, `torch._foreach_copy_`, `torch._disable_dynamo`,
   `Tensor._version` (2.0)
-- of distributed training: `torch.ops._c10d_functional` (2.1), `DTensor._local_tensor` (2.0), and
-  `_fsdp_flattened`, a mark of the parameters of a FullyShardedDataParallel (2.0)
+- for distributed training: `torch.ops._c10d_functional` (2.1), `DTensor._local_tensor` (2.0), and
+  `_fsdp_flattened`, an attribute of the parameters of a FullyShardedDataParallel (2.0)
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 __all__ = ["FakeTensor", "make_fx", "unset_fake_temporarily"]
 __all__ += ["tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
-# The size with which a kernel of any size is made. Inductor asks for it where it has to decide what
-# pays, such as whether to use several threads.
+# The example size for tracing a kernel of any size. Inductor uses it in heuristics, such as whether
+# to use several threads.
 TYPICAL = 100_003
 
-# In a process that compiles more kernels than this, headers are compiled in advance.
+# A process that compiles more kernels than this precompiles the C++ headers.
 MANY = 8
 
-FLAGS = "_get_optimization_cflags"  # of Inductor: what gives the C++ compiler its -O3
+FLAGS = "_get_optimization_cflags"  # the Inductor function that sets -O3
 
 Run = Callable[[list], Any]
 
-_lock = threading.RLock()  # held by whoever traces or compiles
-_graphs = 0  # how many this process has compiled
+_lock = threading.RLock()  # held while tracing or compiling
+_graphs = 0  # the number of graphs that this process has compiled
 
 copy_lists = torch._foreach_copy_
-disable_dynamo = torch._disable_dynamo  # in a loop that is compiled as a whole
+disable_dynamo = torch._disable_dynamo  # for training loops inside torch.compile
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a tensor that lies on this process: all of it, unless it is a DTensor."""
+    """This process's part of a DTensor. Any other tensor is returned unchanged."""
     return getattr(tensor, "_local_tensor", tensor)
 
 
@@ -77,7 +77,7 @@ def is_flattened(p: Tensor) -> bool:
 
 
 def sum_over(group: str, tensor: Tensor) -> Tensor:
-    """The sum over the members of a process group, as an operation that can be traced."""
+    """Sum a tensor over the members of a process group, by an operation that can be traced."""
     whole = torch.ops._c10d_functional.all_reduce(tensor, "sum", group)
     return torch.ops._c10d_functional.wait_tensor(whole)
 
@@ -88,29 +88,29 @@ def version_of(tensor: Tensor) -> int:
 
 
 def has_modes() -> bool:
-    """Whether autocast or a dispatch mode, as FakeTensorMode, is on."""
+    """Whether autocast or a dispatch mode, such as FakeTensorMode, is on."""
     return bool(torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack())
 
 
 class Untraced(Exception):
-    """torch could not make a graph of this function. Other functions are not concerned."""
+    """torch could not trace a function. Other functions may still compile."""
 
 
 class Sized(Exception):
-    """A function depends on the length of its vectors, and so cannot have one kernel for all."""
+    """A function depends on the length of its vectors, so each length needs its own kernel."""
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """The type and the first line of an error."""
     lines = (line for line in str(error).splitlines() if line.strip())
     return f"{type(error).__name__}: {next(lines, '')}"
 
 
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
-    """One thread at a time.
+    """Let one thread compile at a time, with garbage collection turned off.
 
-    And without looking for garbage, which compiling makes little of, for a quarter of its time.
+    Compiling makes little garbage, and collecting it would take a quarter of the time.
     """
     with _lock:
         enabled = gc.isenabled()
@@ -123,7 +123,14 @@ def compiling() -> Iterator[None]:
 
 
 def trace(function: Callable[..., Any], arguments: Sequence[Tensor]) -> fx.GraphModule:
-    """The graph of what a function does to tensors like these; it writes to them at its end."""
+    """Trace a function into a graph of tensor operations.
+
+    The graph makes all writes to its arguments at its end.
+
+    Args:
+        function: a function of tensors. It may write to its arguments.
+        arguments: example arguments, with the shapes, dtypes and devices of later calls.
+    """
     with compiling():
         return _trace(function, arguments, "fake")
 
@@ -133,18 +140,18 @@ def _trace(function: Callable[..., Any], arguments: Sequence[Any], mode: Any) ->
 
     pure = torch.func.functionalize(function, remove="mutations")
     graph = make_fx(pure, select_decomp_table(), tracing_mode=mode)(*arguments)
-    # Inductor asks for it, and has no name in its cache for a graph of which it is a part. A graph
-    # has a class to itself.
+    # Inductor needs `shape_env`, but cannot cache a graph with this attribute. So move it to the
+    # class: each graph has its own class.
     type(graph).shape_env = vars(graph).pop("shape_env", None)
     _read_first(graph)
     return graph
 
 
 def _read_first(graph: fx.GraphModule) -> None:
-    """Let what is kept of an argument as it was be copied before the argument is written to.
+    """Reorder the writes at the end of a graph: copy an argument's old value before it changes.
 
-    At its end the graph writes to the arguments in their order. Inductor reads what is a mere copy
-    of one only there.
+    The graph writes to its arguments in their order. If a written value is only a copy of another
+    argument, Inductor reads that argument at the time of the write. It must still be unchanged.
     """
     aten = torch.ops.aten
 
@@ -166,19 +173,24 @@ def _read_first(graph: fx.GraphModule) -> None:
 def compile_graph(
     graph: fx.GraphModule, arguments: Sequence[Tensor], **options: Any
 ) -> Callable[..., Any]:
-    """A graph from `trace`, compiled by Inductor for arguments like these.
+    """Compile a graph from `trace` with Inductor.
 
     Args:
-        options: of Inductor, beside our own.
+        graph: the graph.
+        arguments: example arguments, with the shapes, dtypes and devices of later calls.
+        options: more Inductor options.
+
+    Returns:
+        a function of tensors.
 
     Raises:
-        Exception: whatever a missing or broken compiler raises.
+        Exception: an error of a missing or broken compiler.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    # Inductor looks into its cache on disk only where there is an environment of shapes; it need
-    # not be told that the shapes are fixed if the arguments are stand-ins of fixed shapes already.
+    # Inductor uses its cache on disk only if there is a ShapeEnv. The stand-ins have static shapes,
+    # so the ShapeEnv stays empty.
     mode = FakeTensorMode(shape_env=ShapeEnv())
     with compiling():
         stand_ins = [mode.from_tensor(t, static_shapes=True) for t in arguments]
@@ -193,12 +205,14 @@ def _start(
     options: dict[str, Any],
     together: bool = False,
 ) -> Callable[[], Run]:
-    """Let Inductor generate code; returns what has it compiled.
+    """Let Inductor generate code. Returns a function that compiles it and returns the kernel.
 
     Args:
-        mode: that of the stand-ins.
-        options: of Inductor, beside our own.
-        together: whether C++ functions are compiled with those of other graphs.
+        graph: the graph.
+        stand_ins: fake arguments.
+        mode: the FakeTensorMode of the stand-ins.
+        options: more Inductor options.
+        together: whether to compile C++ functions together with those of other graphs.
     """
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
@@ -224,7 +238,7 @@ def _start(
             mock.patch.object(AsyncCompile, "cpp_pybinding", collect if together else separately),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
             run = compile_fx_inner(graph, stand_ins, is_inference=True)
         return getattr(run, "current_callable", None) or run
 
@@ -235,7 +249,7 @@ def _start(
         return lambda: attempt(contextlib.nullcontext(), False)
 
     def finish() -> Run:
-        with contextlib.suppress(Exception):  # it is raised below, if it is not only of this way
+        with contextlib.suppress(Exception):  # if compiling separately fails too, that raises
             _compile_collected()
         if any(isinstance(f, _Function) and f.entry is None for f in _globals(run).values()):
             return attempt(contextlib.nullcontext(), False)
@@ -250,7 +264,7 @@ def _globals(run: Run) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """What makes Inductor's work shorter. Where it does not do, Inductor is asked without it."""
+    """Patch Inductor to compile faster. If that fails, the caller retries without the patches."""
     from torch._inductor import codecache, cpp_builder, cpu_vec_isa
 
     with contextlib.ExitStack() as stack:
@@ -258,16 +272,16 @@ def _settings() -> Iterator[None]:
         def replace(module: Any, name: str, function: Callable[..., Any]) -> None:
             stack.enter_context(mock.patch.object(module, name, function, create=True))
 
-        # Where there is no GPU, Inductor reads all of Triton for a hash, and then leaves it out.
+        # Without a GPU, Inductor reads all of Triton for a hash that it does not use.
         if not torch.cuda.is_available():
             replace(codecache, "triton_key", lambda: "")
 
-        # Its loops are vectors already: the C++ compiler finds nothing more in twice the time. But
-        # a loop over any number of elements ends with a rest, which has to be taken out of it.
+        # Inductor's loops are vectorized already, so -O3 gains nothing over -O2 and takes twice the
+        # time. But -O2 needs one more flag to split off the last elements of a loop.
         if flags := getattr(cpp_builder, FLAGS, None):
 
             def moderate(*args: Any) -> Any:
-                found = flags(*args)  # from torch 2.9 on two lists, for compiling and for linking
+                found = flags(*args)  # torch >= 2.9: two lists, for compiling and for linking
                 compiling = found[0] if isinstance(found, tuple) else found
                 compiling[:] = ["O2" if flag == "O3" else flag for flag in compiling]
                 if "O2" in compiling and cpp_builder.is_gcc():
@@ -276,21 +290,21 @@ def _settings() -> Iterator[None]:
 
             replace(cpp_builder, FLAGS, moderate)
 
-        # Taking the processor's word for what it can do saves the seconds in which Inductor would
-        # let the C++ compiler try its instruction sets, once on each machine.
+        # Read the instruction sets from the processor. Otherwise Inductor tests them with the C++
+        # compiler, which takes seconds, once on each machine.
         if sets := _instruction_sets():
             replace(cpu_vec_isa, "valid_vec_isa_list", lambda: sets)
 
-        # To compile the headers in advance takes as long as to compile four kernels with them.
+        # Precompiling the headers takes as long as compiling four kernels with them.
         if _graphs < MANY:
             replace(codecache, "_get_cpp_prefix_header", lambda device: None)
         yield
 
 
 class _Function:
-    """A C++ function of Inductor's that is compiled together with others.
+    """A C++ function from Inductor, to be compiled together with others.
 
-    Most of the compiler's time goes into the headers, which they have in common.
+    Most of the compile time goes into the headers, which the functions share.
     """
 
     def __init__(self, types: Sequence[str], source: str) -> None:
@@ -304,7 +318,7 @@ class _Function:
         self.number = self.spare_sizes = self.spare_pointers = 0
 
     def arrange(self, own: Sequence[Any], keep: Callable[[Any], Any]) -> list:
-        """Its arguments as ``entry`` takes them; what stands for a constant is made by ``keep``."""
+        """Arrange arguments in the order of ``entry``. ``keep`` converts constants to arguments."""
         zero, nothing = keep(0), keep(torch.empty(1))
         return [
             keep(self.number),
@@ -323,7 +337,7 @@ _collected: list[_Function] = []
 
 
 def _compile_collected() -> None:
-    """Compile what was collected, as one function that is told which of them is meant."""
+    """Compile the collected functions as one C++ function, which takes a number to select one."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     functions = [*_collected]
@@ -355,7 +369,7 @@ def _compile_collected() -> None:
 
 
 def _instruction_sets() -> list:
-    """Those of this processor that Inductor makes vectors for; none, where it should find out."""
+    """This processor's vector instruction sets. If empty, Inductor has to test for them."""
     from torch._inductor import cpu_vec_isa
 
     if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -365,15 +379,15 @@ def _instruction_sets() -> list:
     except AttributeError:
         return []
     ours = [type(one) for one in known if str(one) in ("avx512", "avx2") and str(one) in able]
-    # Whether one is true says whether the compiler and the processor have passed a trial of it.
+    # Inductor's bool() of an instruction set runs a test with the compiler. Skip that test.
     return [type(one.__name__, (one,), {"__bool__": lambda self: True})() for one in ours]
 
 
 def _realize_scalars(graph: fx.GraphModule, shape: list) -> None:
-    """Make the scalars that a vector operation reads outputs of the graph, in its precision.
+    """Make the scalars that vector operations read outputs of the graph, in the vectors' dtype.
 
-    Inductor writes outputs to memory. Without that it repeats the arithmetic of a scalar, powers
-    and rounding included, for each element of the vector.
+    Inductor computes an output once and writes it to memory. Otherwise it would repeat the
+    arithmetic of a scalar, with powers and rounding, for each element of a vector.
     """
 
     def is_vector(node: fx.Node) -> bool:
@@ -405,7 +419,7 @@ def _realize_scalars(graph: fx.GraphModule, shape: list) -> None:
 
 @functools.cache
 def load_forward_mode() -> None:
-    """Import what torch's forward mode needs, without torch's warning about itself."""
+    """Import the module that torch's forward mode needs, and ignore its FutureWarning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         importlib.import_module("torch._decomp.decompositions_for_jvp")
@@ -417,11 +431,20 @@ def compile_sized(
     vectors: Sequence[tuple],
     shapes: Sequence[torch.Size] | None,
 ) -> Callable[[], Run]:
-    """Trace a function and let the compiler start on it; returns what waits for the compiler.
+    """Trace a function and let Inductor generate its code.
 
     Args:
-        small, vectors: what its arguments are like.
-        shapes: of the vectors; None for 1-D ones of any length.
+        function: a function of small tensors and vectors. It may write to them.
+        small: (shape, dtype, device) of each small tensor.
+        vectors: (dtype, device) of each vector.
+        shapes: the shapes of the vectors; None for 1-D vectors of any length.
+
+    Returns:
+        a function that compiles the code and returns the kernel.
+
+    Raises:
+        Untraced: torch could not trace the function.
+        Sized: the function depends on the length of the vectors.
     """
     from torch._dynamo.source import ConstantSource
     from torch._functorch.compile_utils import fx_graph_cse
@@ -437,7 +460,7 @@ def compile_sized(
         source = ConstantSource("n")
         symbol = env.create_symbol(TYPICAL, source, DimDynamic.DYNAMIC, None)
         size = [env.create_symintnode(symbol, hint=TYPICAL, source=source)]
-    # Each argument has a memory of its own here, also where two of them will be given the same.
+    # Each argument has its own memory here, although later calls pass some tensors twice.
     with mode:
         arguments = [torch.empty(shape, dtype=d, device=on) for shape, d, on in small]
         of: Sequence[Any] = shapes or [size] * len(vectors)
@@ -452,13 +475,13 @@ def compile_sized(
 
     try:
         graph = _trace(silent, [*size, *arguments], "symbolic")
-    except ImportError:  # of a broken torch
+    except ImportError:  # torch is broken
         raise
     except Exception as error:
         raise Untraced(reason(error)) from error
     if size and (env.guards or env.replacements):
         raise Sized
-    # What is there twice is, for the most part, a move beside its own derivative.
+    # Merge equal operations: mostly those of an update and of its derivative.
     graph.graph.eliminate_dead_code()
     graph.graph = fx_graph_cse(graph.graph)
     if vectors and [*of[0]] != [1]:
@@ -473,12 +496,17 @@ def direct(
     shapes: Sequence[torch.Size] | None,
     again: int,
 ) -> Run:
-    """A kernel that is given its last ``again`` vectors once: those before them are the same.
+    """Wrap a kernel for faster calls, which pass the vectors to read and write only once.
 
-    On a CPU, Inductor's own caller takes as long as the kernel of a small vector: for each scalar
-    it makes a tensor anew. Where it does nothing but that, and calls one C++ function, this one is
-    called as it has been called before, with what was made then. The function holds the global
-    interpreter lock, so that no other thread writes to that.
+    On a CPU, Inductor's Python caller takes as long as the kernel of a small vector, because it
+    makes a new tensor for each scalar. If it only makes such tensors and calls one C++ function,
+    the wrapper calls this function directly, with tensors that are made once. The function holds
+    the global interpreter lock, so that no other thread can write to these tensors.
+
+    Args:
+        run: the kernel.
+        small, vectors, shapes: as for `compile_sized`.
+        again: the number of vectors at the end of ``vectors`` that equal the ones before them.
     """
     sized = bool(vectors) and shapes is None
     until = int(sized) + len(small) + len(vectors) - again
@@ -533,7 +561,7 @@ def direct(
     return lambda tensors: kernel(*pick(tensors + kept))
 
 
-# What a caller of Inductor's uses to make a tensor.
+# The names that Inductor's caller uses to make a tensor.
 _MAKES_TENSORS = {"clear", "empty_strided_cpu", "reinterpret_tensor", "torch", "float32", "float64"}
 
 
