@@ -1,4 +1,4 @@
-"""The models of the experiments. Each module of this folder that has `MODELS` is found here."""
+"""The models of the experiments, collected from `MODELS` of each module in this folder."""
 
 import pkgutil
 from importlib import import_module

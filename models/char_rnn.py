@@ -1,7 +1,7 @@
 """Karpathy's char-rnn: a character-level language model of stacked LSTMs.
 
-Input characters are one-hot, which is what an embedding into the first layer's gates amounts to.
-Weights start uniform in +-0.08 and the forget gates' biases at 1, as in char-rnn's ``train.lua``.
+Input characters are one-hot, which equals an embedding into the first layer's gates. Initial
+weights are uniform in +-0.08, and the forget gates' biases are 1, as in char-rnn's ``train.lua``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Hidden = tuple[Tensor, Tensor]
 
 
 class CharRNN(nn.Module):
-    """Log-probabilities (batch, time, vocabulary) of what follows characters (batch, time), int64.
+    """Log-probabilities (batch, time, vocabulary) of the character after each of (batch, time).
 
     Args:
         vocabulary: the number of distinct characters.
-        hidden: units of each layer.
-        layers: LSTM layers on top of each other.
+        hidden: the number of units of each layer.
+        layers: the number of LSTM layers.
     """
 
     def __init__(self, vocabulary: int, hidden: int = 128, layers: int = 2) -> None:
@@ -38,13 +38,14 @@ class CharRNN(nn.Module):
                 getattr(self.lstm, f"bias_hh_l{layer}")[hidden : 2 * hidden] = 0.0
 
     def forward(self, characters: Tensor, state: Hidden | None = None) -> tuple[Tensor, Hidden]:
-        """The log-probabilities, and the hidden state to go on from.
+        """Compute the log-probabilities, and the hidden state after the last character.
 
         Args:
-            state: what an earlier call returned for the text before, a pair of tensors (layers,
-                batch, hidden); zeros if None.
+            characters: (batch, time), int64.
+            state: the hidden state that a call on the preceding text returned, a pair of tensors
+                (layers, batch, hidden); zeros if None.
         """
-        # Time first, as the LSTM has it inside, which spares it the copies.
+        # Time first: this is the LSTM's internal order, so it makes no copies.
         one_hot = F.one_hot(characters.T, self.vocabulary).to(self.linear.weight.dtype)
         output, state = self.lstm(one_hot, state)
         return F.log_softmax(self.linear(output), dim=-1).transpose(0, 1), state
@@ -53,12 +54,17 @@ class CharRNN(nn.Module):
     def sample(
         self, start: Tensor, length: int, temperature: float, generator: torch.Generator
     ) -> Tensor:
-        """`length` characters that go on from `start`, drawn one by one, as int64 (length,).
+        """Draw characters that continue ``start``, one by one.
 
         Args:
             start: characters (time,), int64, at least one.
-            temperature: what the log-probabilities are divided by: below 1 the likely becomes more
+            length: the number of characters to draw.
+            temperature: divides the log-probabilities. Below 1, likely characters become more
                 likely.
+            generator: the source of randomness.
+
+        Returns:
+            the drawn characters (length,), int64.
         """
         drawn = []
         characters, state = start[None], None

@@ -1,4 +1,4 @@
-"""What a model declares of itself, beside its class."""
+"""The declaration of a model for the experiments."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the experiments. It is one of the `MODELS` of its module, by its name in configs.
+    """A model of the experiments. Its module lists it in `MODELS`, by its name in configs.
 
     Attributes:
-        make: makes it.
-        reads: the kind of data that it reads, as a data set of `experiments.data` declares it.
-        sizes: the arguments of `make` that a config has to give, as keys of its `model`.
+        make: the function that makes the model.
+        reads: the kind of data that it reads, as declared by a data set of `experiments.data`.
+        sizes: the arguments of `make` that a config must have as keys of its `model`.
     """
 
     make: Callable[..., nn.Module]

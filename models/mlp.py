@@ -9,7 +9,7 @@ from models.declared import Model
 class MLP(nn.Module):
     """784-128-10 with tanh after *both* layers, then log-softmax; torch's default Linear init.
 
-    The second tanh is the paper's: it bounds the logits by 1 in size, so that the loss cannot fall
+    The second tanh is the paper's. It bounds the logits to [-1, 1], so that the loss cannot fall
     below log(1 + 9 exp(-2)) = 0.797 nats. (Chandra et al. 2022, section 4.1 and its code.)
     """
 
@@ -19,7 +19,7 @@ class MLP(nn.Module):
         self.output = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Log-probabilities, shape (n, 10), of images of shape (n, 28, 28), pixels in [0, 1]."""
+        """Compute log-probabilities (n, 10) of images (n, 28, 28) with pixels in [0, 1]."""
         hidden = torch.tanh(self.hidden(images.flatten(1)))
         return torch.log_softmax(torch.tanh(self.output(hidden)), dim=1)
 

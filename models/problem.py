@@ -1,4 +1,4 @@
-"""The model of a small problem, which the problem itself makes."""
+"""The model of a small problem. The problem itself makes it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """He et al.'s residual networks for CIFAR-10 ("Deep Residual Learning", 2016, section 4.2).
 
 Depth 6n + 2: a 3x3 convolution, three stages of n blocks with 16, 32 and 64 channels at 32x32,
-16x16 and 8x8 pixels, global average pooling and one linear layer. Shortcuts are of type A: where
-the shape changes, every second pixel with zeros for the new channels, without parameters.
+16x16 and 8x8 pixels, global average pooling and one linear layer. Shortcuts are of type A, without
+parameters: if the shape changes, they take every second pixel and fill new channels with zeros.
 
     ResNet-20   269,722 parameters        ResNet-44   658,586
     ResNet-32   464,154                   ResNet-56   853,018
@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In place, where the backward pass does not need what was there.
+        # In place: the backward pass does not need the old values.
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
         if self.stride > 1:
@@ -44,10 +44,14 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Log-probabilities (batch, classes) of images (batch, 3, 32, 32), by 6n + 2 layers.
 
-    Weights start as He et al. (2015) have it: normal with variance 2 / fan-out.
+    Initial weights are normal with variance 2 / fan-out (He et al. 2015).
+
+    Args:
+        depth: the number of layers.
+        classes: the number of classes.
 
     Raises:
-        ValueError: a depth that is not 6n + 2.
+        ValueError: the depth is not 6n + 2.
     """
 
     def __init__(self, depth: int = 20, classes: int = 10) -> None:

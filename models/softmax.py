@@ -1,4 +1,4 @@
-"""Softmax regression, 784-10: the convex problem among the experiments."""
+"""Softmax regression, 784-10: a convex problem."""
 
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,8 @@
 """A small character-level transformer: causal, pre-norm, with tied embeddings.
 
-4 layers of width 128 and 4 heads have 788,736 parameters beside the embeddings. Matrices start
-normal with deviation 0.02, those that write to the residual stream with less (Radford et al. 2019).
+4 layers of width 128 with 4 heads have 788,736 parameters, not counting the embeddings. Initial
+matrices are normal with standard deviation 0.02. For matrices that write to the residual stream it
+is smaller (Radford et al. 2019).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from models.declared import Model
 
 
 class Block(nn.Module):
-    """Self-attention and a perceptron, each added to the stream (batch, time, width)."""
+    """Self-attention and a perceptron, each added to the residual stream (batch, time, width)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -36,13 +37,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Log-probabilities (batch, time, vocabulary) of what follows characters (batch, time), int64.
+    """Log-probabilities (batch, time, vocabulary) of the character after each of (batch, time).
 
     Args:
         vocabulary: the number of distinct characters.
-        hidden: the width. There is a head for each 32 of it, or one if that leaves a rest.
-        layers: blocks on top of each other.
-        context: the longest time.
+        hidden: the width. It has hidden / 32 heads, or one head if 32 does not divide the width.
+        layers: the number of blocks.
+        context: the largest number of characters in a text.
     """
 
     def __init__(
@@ -63,10 +64,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * layers) if outward else 1))
 
     def forward(self, characters: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """The log-probabilities; nothing is carried from one call to the next.
+        """Compute the log-probabilities. The model has no state between calls.
+
+        Args:
+            characters: (batch, time), int64.
 
         Raises:
-            ValueError: more time than the context.
+            ValueError: the text is longer than the context.
         """
         if characters.shape[1] > self.places.num_embeddings:
             raise ValueError(
