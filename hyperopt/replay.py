@@ -72,13 +72,13 @@ class Schedule:
         """
         if not isinstance(optimizer, HyperOptimizer):
             kind = type(optimizer).__name__
-            raise TypeError(f"a schedule is learned from a HyperOptimizer, not from {kind}")
+            raise TypeError(f"a schedule needs a HyperOptimizer, not {kind}")
         if optimizer.names != self._names:
             known, new = [*self.values], [*_lowest(optimizer.names)]
             if known and known != new:
                 raise ValueError(
-                    f"the schedule so far is of {', '.join(known)}, and the optimizer now has "
-                    f"{', '.join(new)}; begin a new one where param groups are added"
+                    f"the schedule has {', '.join(known)}, but the optimizer now has "
+                    f"{', '.join(new)}; start a new schedule after adding param groups"
                 )
             self._names = optimizer.names
         self._snapshots.append(optimizer.snapshot())
@@ -124,7 +124,7 @@ class Schedule:
         """
         if not self.steps:
             raise ValueError(
-                f"the schedule has no steps to write to {path}; append the optimizer after each"
+                f"the schedule has no steps to write to {path}; call append after each step"
             )
         columns = {"step": self.steps, **self.values}
         if Path(path).suffix == ".json":
@@ -190,7 +190,7 @@ class Replay:
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
         if not schedule.steps:
-            raise ValueError("the schedule has no steps to replay; append the optimizer after each")
+            raise ValueError("the schedule has no steps to replay; call append after each step")
         self.optimizer, self.schedule = optimizer, schedule
         self.last_step = 0
         self._targets = {
@@ -235,8 +235,8 @@ class Replay:
         if isinstance(groups[0][key], Tensor) and isinstance(self.optimizer, HyperOptimizer):
             stack = self.optimizer.stack
             raise ValueError(
-                f"{name} cannot be replayed, since {stack.levels[1]} moves it; make the optimizer "
-                f"of {stack.levels[0].name} alone"
+                f"{name} cannot be replayed, since {stack.levels[1]} moves it; make an "
+                f"optimizer with {stack.levels[0].name} only"
             )
         chosen = groups if match[2] is None else [groups[int(match[2])]]
         return [(group, key, place) for group in chosen]

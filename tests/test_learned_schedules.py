@@ -147,14 +147,14 @@ def test_what_cannot_be_replayed(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Replay(torch.optim.SGD([p], 0.1), Schedule([1], {name: [0.9]}))
-    with pytest.raises(ValueError, match="the schedule has no steps to replay; append"):
+    with pytest.raises(ValueError, match="the schedule has no steps to replay; call append"):
         Replay(torch.optim.SGD([p], 0.1), Schedule())
     tower = HyperOptimizer([p], "SGD(0.1) / SGD(0.2)", compile=False)
     with pytest.raises(ValueError, match=r"lr cannot be replayed, since SGD\(0.2\) moves it"):
         Replay(tower, Schedule([1], {"lr": [0.1]}))
-    with pytest.raises(TypeError, match="learned from a HyperOptimizer, not from SGD"):
+    with pytest.raises(TypeError, match="needs a HyperOptimizer, not SGD"):
         Schedule().append(torch.optim.SGD([p], 0.1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no steps to write to .*none.csv; append the optimizer"):
+    with pytest.raises(ValueError, match=r"no steps to write to .*none.csv; call append"):
         Schedule().save(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="steps of a schedule must increase"):
         Schedule([2, 1], {"lr": [0.1, 0.2]})

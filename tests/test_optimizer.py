@@ -532,11 +532,11 @@ def test_states_that_do_not_fit():
     before, state = other.state_dict(), trained(stack, w, w)
     state["param_groups"][0]["eps"] = 0.7
     del state["state"][1]["exp_avg"]
-    with refused(ValueError, "not a whole one", "a parameter has no 'exp_avg'"):
+    with refused(ValueError, "incomplete", "a parameter has no 'exp_avg'"):
         other.load_state_dict(state)
     state = trained(stack, w, w)
     state["state"][1]["exp_avg"] = torch.zeros(3, dtype=torch.float64)
-    with refused(ValueError, "not a whole one: number 1 has tensors of [4] and others"):
+    with refused(ValueError, "incomplete: number 1 has tensors of [4] and others"):
         other.load_state_dict(state)
     for name, where in (
         ("lr", lambda group: group),
@@ -546,7 +546,7 @@ def test_states_that_do_not_fit():
     ):
         state = trained(stack, w, w)
         del where(state["param_groups"][0])[name]
-        with refused(ValueError, f"not a whole one: it has no {name!r}"):
+        with refused(ValueError, f"incomplete: it has no {name!r}"):
             other.load_state_dict(state)
     for name, value, sentence in (
         ("eps", "small", "eps is 'small' in this state; it must be a number"),
@@ -562,7 +562,7 @@ def test_states_that_do_not_fit():
             other.load_state_dict(state)
     state = trained(stack, w, w)
     del state["param_groups"][0]["tower"]["levels"][1]
-    with refused(ValueError, "not a whole one: it has not all levels of Adam(0.1) / SGD(0.01)"):
+    with refused(ValueError, "incomplete: it does not have all levels of Adam(0.1) / SGD(0.01)"):
         other.load_state_dict(state)
     assert str(other.state_dict()) == str(before)
 

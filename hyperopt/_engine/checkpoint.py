@@ -389,7 +389,7 @@ def check(
     for mapping, keys in needed:
         for name in keys:
             if name not in mapping:
-                raise ValueError(f"this state is not a whole one: it has no {name!r}")
+                raise ValueError(f"this state is incomplete: it has no {name!r}")
     theirs = tower["stack"]
     # Do not parse an equal notation: some options cannot be parsed.
     if theirs != str(stack):
@@ -397,7 +397,7 @@ def check(
         if _kind(fold(parse(theirs, known))) != _kind(stack):
             raise ValueError(f"this is the state of the stack {theirs}, not of {stack}")
     if len(tower.get("levels", ())) != len(stack.levels):
-        raise ValueError(f"this state is not a whole one: it has not all levels of {stack}")
+        raise ValueError(f"this state is incomplete: it does not have all levels of {stack}")
     if tower["on"] != active:
         raise ValueError(
             f"this is the state of the stack {theirs} with {', '.join(tower['on'])} in "
@@ -444,7 +444,7 @@ def check(
         shapes = lowest.state_shapes(p)
         if any(value.shape != shapes.get(name, p.shape) for name, value in kept.items()):
             raise ValueError(
-                f"this state is not a whole one: number {i} has tensors of {[*p.shape]} and others"
+                f"this state is incomplete: number {i} has tensors of {[*p.shape]} and others"
             )
         if any(_division(value) != _division(p) for value in kept.values()):
             raise ValueError(

@@ -241,7 +241,7 @@ class Engine:
             if p.layout != torch.strided:
                 raise TypeError(f"a parameter is sparse ({p.layout}); only dense ones can be moved")
             if p.dtype.itemsize < 2:
-                raise TypeError(f"a parameter is of {p.dtype}, which is too coarse to be moved")
+                raise TypeError(f"a parameter is of {p.dtype}, which is too coarse for updates")
             if is_flattened(p):
                 raise TypeError(
                     "a parameter is part of a FullyShardedDataParallel, which hides how it is "
@@ -253,7 +253,7 @@ class Engine:
                 )
             if p.device.type == "meta":
                 raise ValueError(
-                    "the parameters have no values yet (they are on the meta device); make the "
+                    "the parameters are on the meta device and have no values yet; make the "
                     "optimizer after model.to_empty and the initialization"
                 )
 
@@ -716,9 +716,7 @@ class Engine:
         try:
             shards = checkpoint.load_shards(entries, params, lowest)
         except KeyError as missing:
-            raise ValueError(
-                f"this state is not a whole one: a parameter has no {missing}"
-            ) from None
+            raise ValueError(f"this state is incomplete: a parameter has no {missing}") from None
         return shards, copy.deepcopy(state_dict["param_groups"]), foreign, others
 
     @keeps
