@@ -22,7 +22,7 @@ COLUMNS = 3  # panels side by side in a figure
 
 
 class History:
-    """The hyperparameters of all levels after each step.
+    """A record of the hyperparameters of all levels after each step.
 
     It is a hook of ``optimizer.step``, so the training loop stays as it is. Copies and checkpoints
     of the optimizer do not contain the history.

@@ -53,7 +53,7 @@ class Owner:
     parameter: int | None = None
 
     def places(self, slots: Sequence[Slot]) -> list[int]:
-        """The index of this owner's slot for each hyperparameter."""
+        """The index of this owner's slot among the slots, for each hyperparameter."""
         mine = (f"p{self.parameter}", self.group, None)
         candidates = ([Slot(name, owner) for owner in mine] for name in names_of(slots))
         return [slots.index(next(s for s in each if s in slots)) for each in candidates]
@@ -96,7 +96,7 @@ class Block:
 
     @property
     def estimator(self) -> Estimator:
-        """How the level above estimates the hypergradients of this one."""
+        """The estimator of the level above, for the hypergradients of this level."""
         return Estimator() if self.above is None else self.above.policy.estimator
 
     @property

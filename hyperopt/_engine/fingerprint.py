@@ -137,7 +137,7 @@ def _attributes(members: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _reads(function: FunctionType) -> Iterator[Any]:
-    """The globals that a function or its inner functions may read, also those in modules."""
+    """The globals that a function or its inner functions may read, and attributes of modules."""
     names: dict[str, None] = {}
     codes = [function.__code__]
     while codes:
