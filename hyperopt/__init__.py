@@ -21,6 +21,7 @@ from .rule import RULES, Rule, Stack
 from .rules import (
     ASGD,
     SGD,
+    SOAP,
     Adadelta,
     Adafactor,
     AdaGrad,
@@ -42,6 +43,7 @@ __all__ = [
     "DOMAINS",
     "RULES",
     "SGD",
+    "SOAP",
     "AdaGrad",
     "Adadelta",
     "Adafactor",

@@ -578,3 +578,77 @@ class Adafactor(Rule):
 def rms(x: Tensor) -> Tensor:
     """The root mean square, 0-dim, with derivative 0 at 0."""
     return root((x * x).sum() / x.numel())
+
+
+class SOAP(Rule):
+    """Adam in the eigenbases of Shampoo's factors. For matrices only.
+
+    It is Algorithm 3 of Vyas et al. 2024 (arXiv 2409.11321), with Adam's bias correction. The
+    factors, ``left`` and ``right``, are moving averages of g gᵀ and gᵀ g. The moments are kept in
+    their eigenbases. ``eigh`` finds the first bases. After every ``precondition_frequency``
+    updates, one power iteration and a QR decomposition refresh them.
+
+    As in the authors' code, the first gradient makes the factors and their bases, and moves no
+    weight. An update uses bases of earlier gradients only, so that they are constants in its
+    hypergradients.
+    """
+
+    elementwise, ndim = False, 2
+    compiles = False  # it branches on the number of the step, and matrix products take the time
+
+    lr = Hyper(3e-3)
+    beta1 = Hyper(0.95, UNIT, high=1.0)
+    beta2 = Hyper(0.95, UNIT, high=1.0)
+    eps = Hyper(1e-8, LOG, tuned=False)
+    weight_decay = Hyper(1e-2, LOG, tuned=False)
+    precondition_frequency = Option(10, low=1)
+
+    def init(self, w: Tensor) -> State:
+        rows, columns = w.shape
+        return {
+            "step": counter(),
+            "exp_avg": torch.zeros_like(w),
+            "exp_avg_sq": torch.zeros_like(w),
+            "left": w.new_zeros(rows, rows),
+            "right": w.new_zeros(columns, columns),
+            "left_basis": w.new_zeros(rows, rows),
+            "right_basis": w.new_zeros(columns, columns),
+        }
+
+    def update(self, w: Tensor, g: Tensor, s: State, h: Values) -> tuple[Tensor, State]:
+        step, beta2 = s["step"], h.beta2.detach()
+        left, right = average(s["left"], g @ g.T, beta2), average(s["right"], g.T @ g, beta2)
+        state = {**s, "step": step + 1, "left": left, "right": right}
+        if step == 0:
+            bases = {"left_basis": eigenbasis(left), "right_basis": eigenbasis(right)}
+            return w, {**state, **bases}
+        q_left, q_right = s["left_basis"], s["right_basis"]
+        rotated = q_left.T @ g @ q_right
+        exp_avg = average(s["exp_avg"], rotated, h.beta1)
+        exp_avg_sq = average(s["exp_avg_sq"], rotated * rotated, h.beta2)
+        lr = h.lr / (1 - h.beta1**step)
+        correction = torch.rsqrt(1 - h.beta2**step)
+        direction = exp_avg * torch.reciprocal(root(exp_avg_sq) * correction + h.eps)
+        w = w - lr * (q_left @ direction @ q_right.T)
+        if self.is_active("weight_decay"):
+            w = w * (1 - h.lr * h.weight_decay)
+        if step % self.precondition_frequency == 0:
+            in_rows, q_left_new = refreshed(left, q_left)
+            in_columns, q_right_new = refreshed(right, q_right)
+            exp_avg = q_left_new.T @ (q_left @ exp_avg.detach() @ q_right.T) @ q_right_new
+            exp_avg_sq = exp_avg_sq[in_rows][:, in_columns]
+            state |= {"left_basis": q_left_new, "right_basis": q_right_new}
+        return w, {**state, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+
+
+def eigenbasis(factor: Tensor) -> Tensor:
+    """The eigenvectors of a symmetric matrix, [n, n], in columns from the largest eigenvalue."""
+    finite = torch.where(factor.isfinite(), factor, 0.0)  # eigh raises an error at NaN
+    return torch.linalg.eigh(finite).eigenvectors.flip(1)
+
+
+def refreshed(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of a basis by eigenvalue, and the basis after one power iteration (Algorithm 4)."""
+    power = factor @ basis
+    order = (basis * power).sum(0).argsort(descending=True)
+    return order, torch.linalg.qr(power[:, order]).Q

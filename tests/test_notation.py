@@ -165,7 +165,8 @@ def test_what_the_level_above_moves():
         (
             "Foo(1)",
             "there is no rule 'Foo'; known are SGD, AdaGrad, RMSProp, Adadelta, Adam, Adamax, "
-            "NAdam, AdamW, RAdam, Lion, ScheduleFreeAdam, Rprop, ASGD, Muon, Adafactor (column 1",
+            "NAdam, AdamW, RAdam, Lion, ScheduleFreeAdam, Rprop, ASGD, Muon, Adafactor, "
+            "SOAP (column 1",
         ),
         ("Adam(0.001, bata1=0.9)", "Adam has no argument 'bata1'; did you mean 'beta1'? (column 1"),
         ("Adam(1)[l] / SGD(1)", "Adam has no hyperparameter 'l'; did you mean 'lr'? (column 9"),

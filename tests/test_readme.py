@@ -143,6 +143,7 @@ def test_the_table_of_rules_is_that_of_the_code() -> None:
         own = {n: option.default for n, option in rule.options.items() if n not in vars(Rule)}
         options = ", ".join(f"`{n}={format_value(default)}`" for n, default in own.items())
         elsewhere = {"Lion": "its paper", "AdamWScheduleFree": "its authors' package"}
+        elsewhere["SOAP"] = "its authors' code"
         peer = elsewhere.get(peers[name], f"`torch.optim.{peers[name]}`")
         rows.append(
             f"| `{name}` | {cell(rule, tuned)} | {cell(rule, not_tuned)} | {options} | {peer} "
