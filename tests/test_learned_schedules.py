@@ -124,10 +124,10 @@ def test_a_schedule_of_an_optimizer_that_gets_another_group():
     schedule.append(optimizer)
     optimizer.add_param_group({"params": [q], "lr": 0.5})
     optimizer.step()
-    with pytest.raises(ValueError, match=r"is of lr, .*now has lr, lr\[1\].*; begin a new one"):
+    with pytest.raises(ValueError, match=r"has lr, .*now has lr, lr\[1\].*; start a new schedule"):
         schedule.append(optimizer)
     assert schedule.steps == [1]
-    with pytest.raises(ValueError, match=r"so far is of lr, and the optimizer now has"):
+    with pytest.raises(ValueError, match=r"the schedule has lr, but the optimizer now has"):
         Schedule([1], {"lr": [0.1]}).append(optimizer)
 
 
