@@ -1,4 +1,4 @@
-"""What all commands share: help, `key=value` options, errors of one line."""
+"""Shared by all commands: help, `key=value` options, one-line errors."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def asked_for_help(
     settable: Sequence[str] = (),
     arguments: Sequence[str] | None = None,
 ) -> bool:
-    """Whether the command line asks for help, which is printed then: `doc` and what may be set.
+    """Print `doc` and all options if the command line asks for help; returns whether it does.
 
     Args:
-        kind, settable: as `split` has them.
-        arguments: those of the command line by default.
+        kind, settable: see `split`.
+        arguments: by default, those of the command line.
     """
     if not set(sys.argv[1:] if arguments is None else arguments) & {"-h", "--help"}:
         return False
@@ -55,18 +55,17 @@ def split(
 
     Args:
         kind: a dataclass of strings, the options with their defaults.
-        settable: the keys of the runs' config that may be set.
+        settable: the keys of the runs' config that the command line may set.
 
     Raises:
-        ValueError: anything else, in one line.
+        ValueError: an unknown option, in one line.
     """
     own, overrides = {}, []
     known = [*(f.name for f in fields(kind)), *settable]  # type: ignore[arg-type]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or key not in known:
-            near = difflib.get_close_matches(key, known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            hint = did_you_mean(key, known)
             raise ValueError(f"{argument!r} is not an option of this command, as key=value; {hint}")
         if key in settable:
             overrides.append(argument)
@@ -76,10 +75,10 @@ def split(
 
 
 def number(options: Any, name: str, kind: type = int) -> Any:
-    """The option of a name, as an int or a float.
+    """Return an option as an int or a float.
 
     Raises:
-        ValueError: it is no such number.
+        ValueError: its text is not such a number.
     """
     text = getattr(options, name)
     try:
@@ -90,10 +89,10 @@ def number(options: Any, name: str, kind: type = int) -> Any:
 
 
 def choose(name: str, value: str, known: Sequence[str]) -> str:
-    """`value`, which must be one of those that are known.
+    """Return `value`.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not in `known`.
     """
     if value not in known:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
@@ -101,18 +100,18 @@ def choose(name: str, value: str, known: Sequence[str]) -> str:
 
 
 def seed_list(text: str) -> list[int]:
-    """The seeds in a text as "0,1,2"."""
+    """Parse seeds such as "0,1,2"."""
     try:
         seeds = [int(seed) for seed in text.split(",")]
     except ValueError:
-        raise ValueError(f"seeds={text!r} is no list of numbers as in 0,1,2") from None
+        raise ValueError(f"seeds={text!r} is not a list of numbers such as 0,1,2") from None
     if len({*seeds}) < len(seeds):
-        raise ValueError(f"seeds={text!r} has a seed twice, which would be counted as two runs")
+        raise ValueError(f"seeds={text!r} has a seed twice; give each seed once")
     return seeds
 
 
 class Terminated(KeyboardInterrupt):
-    """A SIGTERM, which is handled as Ctrl-C."""
+    """Raised on SIGTERM, which is handled like Ctrl-C."""
 
 
 def _terminate(*_: object) -> None:
@@ -120,10 +119,11 @@ def _terminate(*_: object) -> None:
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Call `main`; what was asked wrongly becomes one line and status 2.
+    """Call `main` and return the exit status.
 
-    Ctrl-C becomes a hint and status 130, SIGTERM the same and 143. All processes of the command
-    find its name in HYPEROPT_COMMAND.
+    A user error prints one line and returns 2. Ctrl-C prints a hint and returns 130; SIGTERM does
+    the same and returns 143. The environment variable HYPEROPT_COMMAND identifies this command in
+    all its processes.
     """
     os.environ["HYPEROPT_COMMAND"] = f"{time.time_ns():x}-{os.getpid()}"
     if threading.current_thread() is threading.main_thread():
@@ -133,7 +133,7 @@ def guarded(main: Callable[[], int]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as of `| head`, which has read enough
+    except BrokenPipeError:  # for example `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
@@ -141,28 +141,28 @@ def guarded(main: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         print(
-            "\nInterrupted. What is done is kept; the same command goes on from there.",
+            "\nInterrupted. Finished work is kept; give the same command again to continue.",
             file=sys.stderr,
         )
         return 143 if isinstance(interrupt, Terminated) else 130
 
 
 def one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf has against a command line, with its reason and what is near."""
+    """Turn an error of Hydra or OmegaConf into one line with its reason and a suggestion."""
     reasons = [error, *([error.__cause__] if error.__cause__ else [])]
     text = ": ".join(str(reason).splitlines()[0] for reason in reasons)
     if "INTERVAL_SWEEP" in text:
         return f"{text}; give hydra/sweeper=optuna"
     if "Ambiguous value" in text or "requires --multirun" in text:
         return f"{text}; for a sweep over several values give -m, as in: experiments.run -m ..."
-    node = getattr(reasons[-1], "parent_node", None)  # of a key that is not in it
+    node = getattr(reasons[-1], "parent_node", None)  # set if the key is unknown
     if isinstance(reasons[-1], (ConfigAttributeError, ConfigKeyError)) and node is not None:
         return f"{text}; {did_you_mean(str(reasons[-1].key), list(node))}"
     _, _, files = str(error).partition("Available options in")
     if files:
         name = text.rpartition("/")[2].strip("'")
-        there, _, _ = files.partition("Config search path")
-        return f"{text}; {did_you_mean(name, there.split()[1:])}"
+        listed, _, _ = files.partition("Config search path")
+        return f"{text}; {did_you_mean(name, listed.split()[1:])}"
     return text
 
 

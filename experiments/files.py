@@ -1,4 +1,4 @@
-"""Files that are whole whenever they are there: atomic writes, folders, locks, CSV text."""
+"""Atomic writes, so that no file is ever half written; folders, locks, CSV text."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write` on a file that then takes the place of `path`, whole or not at all.
+    """Call `write` on a temporary file, then replace `path` with it.
 
     Raises:
-        OSError: it cannot be written; where the disk is full or the place no good, what to do.
+        OSError: it cannot be written. See `named` for the advice in the message.
     """
-    # Two processes may write the same file. What a killed one leaves has a name that none reads.
+    # The process id keeps two writers of one file apart. Nothing reads a leftover .tmp file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,23 +39,21 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def named(error: OSError, path: Path) -> OSError:
-    """What has kept `path` from being written, with what to do where that is known."""
+    """Add advice to an error from writing `path`, if the cause is known."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OSError(
-            f"the disk is full, {path} is not written; make room and give the command again"
+            f"the disk is full, so {path} is not written; free space and give the command again"
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.ENOTDIR):
-        return OSError(
-            f"{path} cannot be written: {error.strerror}; give a folder that can be written to"
-        )
+        return OSError(f"{path} cannot be written: {error.strerror}; give a writable folder")
     return error
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder if need be, and see whether it can be written to.
+    """Make a folder if it does not exist, and check that it is writable.
 
     Raises:
-        OSError: it cannot.
+        OSError: it is not.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +65,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, waiting until no other process does."""
+    """Hold an exclusive lock on a folder; wait for other processes."""
     make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -90,7 +88,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, state: dict[str, Any]) -> None:
-    content = io.BytesIO()  # torch.save calls a full disk an internal error of its own
+    content = io.BytesIO()  # torch.save reports a full disk as an internal error
     torch.save(state, content)
     write_atomically(path, lambda file: file.write(content.getbuffer()))
 

@@ -1,4 +1,4 @@
-"""What declares itself: modules of a folder that have something under one name."""
+"""Plug-in discovery: find all modules of a package that define a given name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def found(package: str, name: str) -> list[Any]:
-    """What the modules of a package have under a name, in the order of the modules."""
+    """Return `name` from each module of a package that defines it, in the order of the modules."""
     path = import_module(package).__path__
     modules = sorted(module.name for module in pkgutil.iter_modules(path))
     loaded = (import_module(f"{package}.{module}") for module in modules if module != "catalog")

@@ -1,10 +1,10 @@
-"""The command line of the experiments, by Hydra.
+"""Command line of the experiments: one training run, or a sweep with -m.
 
     python -m experiments.run experiment=table1 'stack=SGD(0.01) / SGD(0.01)'
     python -m experiments.run -m stack.rule=SGD stack.height=0,1,2,3 stack.lr=1e-4,1e-3 seed=0,1,2
 
-Hydra composes the configs and, by its launchers, says where a sweep's runs are done; what they find
-goes to the store.
+Hydra composes the configs. Its launchers decide where the runs of a sweep execute. All results go
+to the run store.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from experiments.training.distributed import joined
 
 
 def _check_shared(arguments: Sequence[str]) -> None:
-    """Raise a ValueError for a sweep over what it has one of, or without a store."""
+    """Raise a ValueError if a sweep has several values of `store` or `workers`, or no store."""
     for argument in arguments:
         key, _, value = argument.lstrip("+").partition("=")
         if key not in ("store", "workers"):
@@ -38,14 +38,14 @@ def _check_shared(arguments: Sequence[str]) -> None:
         (override,) = OverridesParser.create().parse_overrides([argument])
         if override.is_sweep_override():
             raise ValueError(
-                f"{key}={value}, but {key} is for a whole sweep; give one command each"
+                f"{key}={value}, but a sweep has one value of {key}; give a command for each"
             )
         if key == "store":
             check_store(str(override.value()))
 
 
 def _own_folder(arguments: Sequence[str]) -> str:
-    """A new folder for a sweep's notes, in that of `hydra.sweep.dir`; it is removed at the end."""
+    """Name a new folder under `hydra.sweep.dir` for the sweep's notes; the sweep removes it."""
     folder = "${store}/.sweep"
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -69,7 +69,7 @@ def main() -> int:
         _check_shared(arguments)
         arguments.append(f"hydra.sweep.dir={_own_folder(arguments)}")
     sys.argv[1:] = arguments
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come as they are, and not to standard error
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors and does not print them
     try:
         hydra.main(config_path=str(CONFIGS), config_name="config", version_base="1.3")(sweep.job)()
     except KeyboardInterrupt:
@@ -77,7 +77,7 @@ def main() -> int:
             sweep.interrupted(sweep.folders[-1])
         raise
     except Exception as error:
-        # A sweep ends with the error of the first of its runs that failed, when all have ended.
+        # After all runs have ended, Hydra raises the error of the first that failed.
         if not sweep.folders:
             raise
         return 0 if sweep.conclude(sweep.folders[-1], error) else 1

@@ -1,10 +1,10 @@
-"""Text written by a finished run of the character RNN.
+"""Sample text from a finished run of the character RNN.
 
     python -m experiments.sample run=0123456789abcdef
     python -m experiments.sample run=0123456789abcdef temperature=0.7 length=2000 'start=Prince '
 
-The run is named by its hash. It needs the run's own directory in the store: records of runs, as in
-results/, hold no weights.
+`run` is the run's hash. The weights are in the run's directory in the store. The records in
+results/ have no weights.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from models.char_rnn import CharRNN
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     run: str = ""
     temperature: str = "0.8"
     length: str = "1000"  # characters
     seed: str = "0"
-    start: str = "\n"  # what the text goes on from
+    start: str = "\n"  # the text before the first sampled character
     store: str = "runs"
 
 
 def sample(options: Options) -> str:
-    """The start and the text that goes on from it.
+    """Return the start and the sampled text after it.
 
     Raises:
-        ValueError: an option that cannot be used, or a run that has no weights, in one line.
+        ValueError: an invalid option, or a run without weights, in one line.
     """
     temperature = number(options, "temperature", float)
     length, seed = number(options, "length"), number(options, "seed")
@@ -51,10 +51,10 @@ def sample(options: Options) -> str:
     path = store.run(options.run).path / "model.pt"
     summary = store.summary(options.run)
     if summary is None or not path.is_file():
-        what = "is not finished" if summary is None else "has kept no weights"
+        what = "is not finished" if summary is None else "has no weights"
         raise ValueError(
             f"run {options.run} {what} in {options.store!r}; give the hash of a run of "
-            "experiment=char_rnn that was trained there, or store= its store"
+            "experiment=char_rnn that was trained there, or its store as store="
         )
     kept = torch.load(path, map_location="cpu", weights_only=True)
     numbers = {character: number for number, character in enumerate(kept["vocabulary"])}

@@ -1,23 +1,25 @@
-"""Means over finished runs, by any columns of their tidy CSV.
+"""Print means over finished runs, grouped by columns of their tidy CSV.
 
     python -m experiments.summarise
     python -m experiments.summarise stack.rule=SGD stack.height=0,1,2 by=stack.height,0.lr
     python -m experiments.summarise data=mnist show=test_error,learned.0.lr csv=tidy.csv store=runs
     python -m experiments.summarise by=stack.height over=0.lr,stack
 
-prints, of the runs in the store that have one of the given values in each of the given columns (as
-diverged=false, or schedule.name=null where it is empty; a column may be given twice), the mean ±
-standard deviation of what `show` names (by default the test error in percent or the test
-perplexity, and train_loss in nats) over all that `by` does not name (by default it names every
-setting in which the runs differ, but the seed). Runs that stand in one line may differ in their
-seed, and in the settings that `over` names; other differences are an error. `csv` names a file for
-the selected runs themselves, a line each; where they come from is written beside it, as .json.
+Each column=values selects the runs with one of these values: diverged=false; schedule.name=null
+selects an empty column. A column may be given twice. Each line of the output is the mean ± standard
+deviation over the runs of one group.
+
+    show  columns to average; by default the test error in percent or the test perplexity, and
+          train_loss in nats
+    by    columns that define the groups; by default every setting that differs, except the seed
+    over  settings that may differ within a group, as the seed may; other differences are an error
+    csv   a file for the selected runs, one line each; a .json beside it has their provenance
 
 The columns are the keys of a run's config (model, data, stack, stack.rule, stack.height, seed,
 trainer.epochs, ...), the initial hyperparameters of each level (0.lr, 0.momentum, 1.lr, ...), and
-the results: test_error (with trainer.l2 also objective; of a text test_loss,
-test_bits_per_character, test_perplexity), train_loss, diverged, epochs, steps, and learned.0.lr and
-the like, the values at the end.
+the results: test_error (with trainer.l2 also objective; for a text test_loss,
+test_bits_per_character, test_perplexity), train_loss, diverged, epochs, steps, and the final values
+(learned.0.lr, ...).
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from hyperopt import did_you_mean
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets beside the values of columns."""
+    """Options of the command, beside the values of columns."""
 
     store: str = "runs"
     by: str = ""
@@ -51,7 +53,10 @@ class Options:
 
 
 def select(table: pd.DataFrame, wanted: dict[str, list[str]]) -> pd.DataFrame:
-    """The lines that have, in each of the columns, one of the values; 1e-2 is 0.01, null empty."""
+    """Select the lines with one of the given values in each column.
+
+    1e-2 equals 0.01; null selects an empty cell.
+    """
     for column, values in wanted.items():
         table = table[table[column].map(_canonical).isin([_canonical(value) for value in values])]
     return table
@@ -62,13 +67,13 @@ def _canonical(value: Any) -> str:
     if text in ("nan", "none", "null"):
         return "null"
     try:
-        return str(float(text))  # which a bool's text is not
+        return str(float(text))
     except ValueError:
         return text
 
 
 def settings_that_differ(table: pd.DataFrame) -> list[str]:
-    """The settings that tell the runs apart: the stack itself rather than what is read from it."""
+    """Name the settings in which the runs differ: the stack, but not the columns read from it."""
     own = [c for c in table if c not in RESULTS and not c.startswith(("learned.", "stack."))]
     read_from_stack = [c for c in own if c.partition(".")[0].isdigit()]
     candidates = [c for c in own if c not in ("hash", "seed", *read_from_stack)]
@@ -78,7 +83,7 @@ def settings_that_differ(table: pd.DataFrame) -> list[str]:
 def means(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> pd.DataFrame:
     """One line for each combination of `by`: how many runs, how many diverged, mean ± sd of `show`.
 
-    The standard deviation is that of a sample; a value that a diverged run lacks is left out.
+    The standard deviation is the sample's. Missing values of diverged runs are ignored.
     """
     lines = []
     groups = table.groupby(list(by), dropna=False, sort=True) if by else [((), table)]
@@ -93,7 +98,7 @@ def means(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> pd.Dat
 
 
 def check_alike(table: pd.DataFrame, by: Sequence[str], over: Sequence[str]) -> None:
-    """Raise a ValueError where means would be over runs of settings that differ."""
+    """Raise a ValueError if the runs of a group differ in a setting."""
     groups = [runs for _, runs in table.groupby(list(by), dropna=False)] if by else [table]
     settings = settings_that_differ(table)
     mixed = {
@@ -105,13 +110,13 @@ def check_alike(table: pd.DataFrame, by: Sequence[str], over: Sequence[str]) -> 
     if mixed:
         told = ", ".join(f"{name} ({count} values)" for name, count in mixed.items())
         raise ValueError(
-            f"runs in one line differ in {told}; name these in by=, choose one value of each, or "
+            f"runs in one group differ in {told}; name these in by=, choose one value of each, or "
             f"average over them with over={','.join([*over, *mixed])}"
         )
 
 
 def why_empty(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> Iterator[str]:
-    """A sentence for each of `show` that no run of some line has a value of."""
+    """Explain each empty mean in a sentence."""
     groups = [runs for _, runs in table.groupby(list(by), dropna=False)] if by else [table]
     for name in show:
         empty = [runs for runs in groups if runs[name].isna().all()]
@@ -125,13 +130,13 @@ def why_empty(table: pd.DataFrame, by: Sequence[str], show: Sequence[str]) -> It
 
 
 def check_numbers(table: pd.DataFrame, show: Sequence[str]) -> None:
-    """Raise a ValueError for a column of words, which has no mean."""
+    """Raise a ValueError for a column that is not numeric."""
     for name in show:
         values = table[name].dropna()
         if values.dtype == bool or pd.to_numeric(values, errors="coerce").isna().any():
             raise ValueError(
-                f"show={name} has no mean, its values are such as {values.iloc[0]}; "
-                "name it in by= to have a line for each"
+                f"show={name} has no mean: it has values such as {values.iloc[0]}; "
+                "name it in by= for a line for each value"
             )
 
 
@@ -148,10 +153,10 @@ def _arguments(arguments: Sequence[str]) -> tuple[Options, dict[str, list[str]]]
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(f"{argument!r} is not of the form column=value; see --help")
+            raise ValueError(f"{argument!r} does not have the form column=value; see --help")
         if key in known:
             own[key] = value
-        elif key == "stack":  # which has commas of its own
+        elif key == "stack":  # its notation contains commas
             wanted.setdefault(key, []).append(str(parse(value)))
         else:
             wanted.setdefault(key, []).extend(value.split(","))
@@ -163,7 +168,7 @@ def main() -> int:
         return 0
     options, wanted = _arguments(sys.argv[1:])
     if Path(options.csv).suffix == ".json":
-        raise ValueError(f"csv={options.csv} is the name of what goes beside a CSV; give another")
+        raise ValueError(f"csv={options.csv} must not end in .json; give a name such as tidy.csv")
     summaries = [*filter(is_known, read_summaries(Path(options.store)))]
     if not summaries:
         raise ValueError(f"there is no finished run in store={options.store}")

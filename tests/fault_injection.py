@@ -232,7 +232,7 @@ class Faults:
         shutil.copy(found[1], found[0])
         found[1].write_bytes(found[1].read_bytes()[:1000])
         status, _, complaint = self.sweep(store)
-        if status or complaint.count("the run starts again from its beginning") != 2:
+        if status or complaint.count("the run starts again from the beginning") != 2:
             raise Harm(f"two bad checkpoints ended with status {status} and: {complaint}")
         return self.csv(store), complaint.strip()
 

@@ -101,7 +101,7 @@ def test_a_peer_of_the_suite_goes_on_or_starts_again(
     again = train(broken)
     assert result(again) == result(whole)
     assert again["provenance"]["resumed"] == SUITE[stack]
-    assert ("cannot go on from a checkpoint" in capsys.readouterr().err) != SUITE[stack]
+    assert ("cannot resume from a checkpoint" in capsys.readouterr().err) != SUITE[stack]
 
 
 def test_a_peer_that_needs_the_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +183,8 @@ def test_averages_of_batch_normalisation_follow_the_weights_that_are_judged() ->
     ("stack", "message"),
     [
         ("Prodigy() / SGD(1e-5)", "Prodigy(1.0) has no tuned hyperparameter"),
-        ("Prodigy()[lr] / SGD(1e-5)", "stands alone"),
-        ("SGD(0.1) / Prodigy()", "stands alone"),
+        ("Prodigy()[lr] / SGD(1e-5)", "cannot tune another level or be tuned"),
+        ("SGD(0.1) / Prodigy()", "cannot tune another level or be tuned"),
         ("Prodogy()", "did you mean 'Prodigy'?"),
         ("Prodigy(-1)", "lr must lie in [0, inf), but is -1"),
     ],

@@ -315,5 +315,5 @@ def test_a_bad_option_of_a_sample_gets_one_clear_line(
 def test_a_run_from_records_has_no_weights_to_write_with(done: Path, tmp_path: Path) -> None:
     options = run_of(done)
     import_runs(results_of(done) / "records", RunStore(tmp_path))
-    with pytest.raises(ValueError, match="has kept no weights in"):
+    with pytest.raises(ValueError, match="has no weights in"):
         sample.sample(replace(options, store=str(tmp_path)))

@@ -94,7 +94,7 @@ def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
     [
         ("preset=short", "preset='short' is not one of cpu, cpu_bf16, paper"),
         ("start=own", "start='own' is not one of scratch, records"),
-        ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
+        ("seeds=all", "seeds='all' is not a list of numbers such as 0,1,2"),
         ("seeds=0,0", "seeds='0,0' has a seed twice"),
         ("seed=1", "did you mean seeds"),
         ("trainer.epochs=1", "is not an option of this command"),

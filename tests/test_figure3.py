@@ -59,7 +59,7 @@ def test_starts_and_seeds_share_compiled_steps() -> None:
     ("argument", "message"),
     [
         ("preset=short", "preset='short' is not one of cpu, paper, quick"),
-        ("seeds=all", "seeds='all' is no list of numbers as in 0,1,2"),
+        ("seeds=all", "seeds='all' is not a list of numbers such as 0,1,2"),
         ("worker=2", "did you mean workers"),
         ("trainer.epochs=1", "is not an option of this command"),
     ],

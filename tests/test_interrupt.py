@@ -94,7 +94,7 @@ def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path: Path, sweep: bool)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 143
-    assert "Interrupted. What is done is kept; the same command goes on" in said
+    assert "Interrupted. Finished work is kept; give the same command again" in said
     assert "Traceback" not in said and "leaked" not in said
     stores = [RunStore(tmp_path).run(path.parent.name) for path in tmp_path.glob("*/config.json")]
     states = [run.checkpoint() for run in stores]

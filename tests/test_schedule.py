@@ -81,7 +81,7 @@ def test_a_replay_of_what_a_tower_moves_is_refused(tmp_path: Path) -> None:
     path.write_text("step,lr\n1,0.1\n")
     replay = ("schedule=replay", f"schedule.file={path}")
     said = refused("stack=SGD(0.1) / SGD(0.01)", *replay)
-    assert "schedule replay sets lr, but SGD(0.01) moves it" in said
+    assert "schedule replay sets lr, but SGD(0.01) tunes it" in said
     resolve(composed("stack=SGD(0.1, momentum=0.9)[momentum] / SGD(0.01)", *replay), "mnist")
 
 
@@ -129,4 +129,4 @@ def test_a_schedule_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
     path.write_text("epoch,lr\n1,0.1\n")
     assert "expected a CSV or JSON of numbers with a column step" in refused(*replay)
     path.write_text("step,beta1\n1,0.1\n")
-    assert "has a column 'beta1', which SGD has not" in refused(*replay)
+    assert "has a column 'beta1', but SGD has no such" in refused(*replay)

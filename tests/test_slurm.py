@@ -135,16 +135,20 @@ def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
     second.communicate(timeout=300)
     err = said.read_text()
     assert second.returncode == 130
-    assert "2 jobs go on without this command" in err and f"scancel {' '.join(queued)}" in err
+    assert "2 jobs continue without this command" in err and f"scancel {' '.join(queued)}" in err
     third = start(store, environment)
-    wait_for(lambda: "do these runs already" in said.read_text() or third.poll() is not None)
+    wait_for(
+        lambda: (
+            "queued jobs already have these runs" in said.read_text() or third.poll() is not None
+        )
+    )
     for seed in (0, 3):
         gate.open(run_of(seed))
     out, _ = third.communicate(timeout=300)
     err = said.read_text()
     assert third.returncode == 0, err
     assert "4 runs: 4 finished, 0 failed, 0 not started." in err
-    assert f"2 jobs do these runs already: {', '.join(queued)}" in err
+    assert f"2 queued jobs already have these runs: {', '.join(queued)}" in err
     ids = ask("squeue", "--array", "--states=all", "--noheader", "--format=%i").split()
     assert {*ids} <= {"1_0", "1_1", "1_2", "1_3", *queued}  # nothing was queued a third time
     path = Path(re.findall(r"The tidy CSV of 4 runs is (\S+)", out)[0])
@@ -227,6 +231,6 @@ def test_without_slurm_there_is_one_line(tmp_path: Path) -> None:
     process.communicate(timeout=300)
     assert process.returncode == 2
     assert (tmp_path / "said").read_text() == (
-        "error: Slurm took no job: there is no sbatch here; give the command on a machine of the "
+        "error: Slurm took no job: sbatch is not installed; give the command on a machine of the "
         "cluster\n"
     )

@@ -74,5 +74,7 @@ def test_what_is_committed_is_of_the_experiment() -> None:
 )
 def test_a_penalty_that_cannot_be_is_refused(overrides: tuple[str, ...]) -> None:
     data = "war_and_peace" if "experiment=char_rnn" in overrides else "mnist-5k"
-    with pytest.raises(ValueError, match=r"trainer\.l2=.* (must be a number|is not for text)"):
+    with pytest.raises(
+        ValueError, match=r"trainer\.l2=.* (must be a number|does not apply to text)"
+    ):
         resolve(compose(["device=cpu", *overrides]), data)

@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written_to_is_named(
         raise OSError(number, os.strerror(number), "somewhere")
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    told = f"{os.strerror(number)}; give a folder that can be written to"
+    told = f"{os.strerror(number)}; give a writable folder"
     path = tmp_path / "folder" / "file"
     with pytest.raises(OSError, match=f"{path} cannot be written: {told}"):
         write_text(path, "new")

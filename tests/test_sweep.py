@@ -74,7 +74,7 @@ def test_a_run_that_fails_is_listed_and_the_same_command_does_it_later(
     alone = command_of(resolve(replace(config, store=str(tmp_path)), "mnist-5k"))
     assert said.err == (
         f"\n1 run failed: [Errno 17] File exists: '{in_its_place}'\n"
-        f"To do it alone:\n    {alone}\n\n3 runs: 2 finished, 1 failed, 0 not started.\n"
+        f"To run it alone:\n    {alone}\n\n3 runs: 2 finished, 1 failed, 0 not started.\n"
     )
     *_, last = said.out.splitlines()
     some = Path(last.removeprefix("The tidy CSV of 2 runs is ")).read_text()
@@ -141,13 +141,13 @@ def test_a_search_is_given_the_training_loss(
             "stack=SGD,Adam",
             "no stack 'SGD'; give each rule its learning rate, as in stack='SGD(0.01)'",
         ),
-        ("stack=sgd/Adam", "as in stack='SGD(0.01) / Adam(0.0001)', or all levels the same with"),
+        ("stack=sgd/Adam", "as in stack='SGD(0.01) / Adam(0.0001)', or give all levels one rule"),
         ("stack.height=0,one", "height=one: Value 'one' of type 'str' could not"),
         ("hydra/launcher=jobli", "Could not find 'hydra/launcher/jobli'; did you mean joblib?"),
         ("stack=", "Could not find 'stack/'; known are notation, tower\n"),
         ("hydra/lancher=joblib", "no config key 'hydra/lancher'; did you mean hydra/launcher"),
-        ("store=a,b", "error: store=a,b, but store is for a whole sweep; give one command each"),
-        ("workers=1,2", "workers=1,2, but workers is for a whole sweep"),
+        ("store=a,b", "error: store=a,b, but a sweep has one value of store; give a command for"),
+        ("workers=1,2", "workers=1,2, but a sweep has one value of workers"),
         ("store=''", "error: store= is empty; give the folder of the runs, as in store=runs"),
         ("seed=range(0,0)", "error: the sweep has no runs"),
         ("hydra.sweeper.max_batch_sise=2", "in 'BasicSweeperConf'; did you mean max_batch_size?"),
@@ -377,17 +377,17 @@ def test_the_readmes_means(
         (["by=0.l"], "no column '0.l'; did you mean '0.lr'?"),
         (["stor=runs"], "no column 'stor'; did you mean 'store'?"),
         (["seed=7"], "of 6 runs in {store} none has seed=7"),
-        (["seed"], "'seed' is not of the form column=value"),
+        (["seed"], "'seed' does not have the form column=value"),
         (["store=nowhere"], "there is no finished run in store=nowhere"),
         (
             ["by=stack.height"],
-            "runs in one line differ in stack (2 values); name these in by=, choo",
+            "runs in one group differ in stack (2 values); name these in by=, choo",
         ),
         (["by=seed", "show=test_error"], "or average over them with over=stack"),
         (["by=stack", "over=sed"], "no column 'sed'; did you mean 'seed'?"),
-        (["show=stack"], "show=stack has no mean, its values are such as Adam(1e+42); name it in"),
-        (["show=diverged"], "show=diverged has no mean, its values are such as True"),
-        (["csv=tidy.json"], "csv=tidy.json is the name of what goes beside a CSV; give another"),
+        (["show=stack"], "show=stack has no mean: it has values such as Adam(1e+42); name it in"),
+        (["show=diverged"], "show=diverged has no mean: it has values such as True"),
+        (["csv=tidy.json"], "csv=tidy.json must not end in .json; give a name such as tidy.csv"),
     ],
 )
 def test_a_bad_question_gets_one_clear_line(
@@ -438,7 +438,7 @@ def test_a_folder_of_results_is_tried_before_anything_is_trained(
 ) -> None:
     monkeypatch.setattr("experiments.studies.study.run_all", None)
     config, path = resolve(compose([*FIXED, f"store={tmp_path}"]), "mnist-5k"), Path("/dev/null")
-    told = "/dev/null/x cannot be written: Not a directory; give a folder that can be written to"
+    told = "/dev/null/x cannot be written: Not a directory; give a writable folder"
     with pytest.raises(OSError, match=told):
         train_and_archive([[config]], path / "x" / "new.jsonl.gz", "scratch")
     with pytest.raises(OSError, match=told):

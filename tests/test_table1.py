@@ -294,5 +294,5 @@ def test_ctrl_c_ends_the_command_with_a_hint(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert "give the same command again to continue" in said and "Traceback" not in said
     assert not any(path.is_file() for path in (tmp_path / "results").rglob("*"))

@@ -385,16 +385,19 @@ def test_a_run_that_diverges_is_a_result(tiny: Path, tmp_path: Path) -> None:
         (["data=mnist-5k"], "model.name='char_rnn' does not read grey images"),
         (["stack.matrices=Muon(x)"], "expected '=' after x, found ')' (column 7"),
         (["stack.matrices=Muon(0.1)", "stack=Prodigy(1.0)"], "Prodigy(1.0) is a peer"),
-        (["stack.matrices=Muon(0.1)", "schedule=linear"], "linear does not know stack.matrices"),
+        (["stack.matrices=Muon(0.1)", "schedule=linear"], "stack.matrices needs schedule=constant"),
         (["trainer.sequence_length=null"], "trainer.sequence_length=None must be 1 or more for"),
         (["model.hidden=0"], "model.hidden=0 must be 1 or more for text"),
         (
             ["trainer.compile_model=true"],
-            "trainer.compile_model=true is not for text; give trainer.compile_model=f",
+            "trainer.compile_model=true does not apply to text; give trainer.compile_mod",
         ),
         (["trainer.clip_value=0"], "trainer.clip_value=0.0 must be a number above 0, or null"),
         (["trainer.checkpoint_every=0"], "trainer.checkpoint_every=0 must be 1 or more, or null"),
-        (["data.augment=true"], "data.augment=true is not for text; give data.augment=false"),
+        (
+            ["data.augment=true"],
+            "data.augment=true does not apply to text; give data.augment=false",
+        ),
     ],
 )
 def test_a_bad_value_gets_one_clear_line(tiny: Path, overrides: list[str], message: str) -> None:
@@ -407,7 +410,7 @@ def test_a_bad_value_gets_one_clear_line(tiny: Path, overrides: list[str], messa
     "override", ["data.validation=true", "trainer.sequence_length=5", "model.hidden=3"]
 )
 def test_what_only_a_text_has_is_refused_for_images(override: str) -> None:
-    with pytest.raises(ValueError, match=f"{override} is not for grey images; "):
+    with pytest.raises(ValueError, match=f"{override} does not apply to grey images; "):
         resolve(compose(["data=mnist-5k", override]), "mnist-5k")
 
 

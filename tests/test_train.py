@@ -180,7 +180,7 @@ def test_a_bad_checkpoint_is_reported_and_the_run_starts_again(
         torch.save(state, path)
     assert result(train(broken)) == result(whole)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "starts again from its beginning" in said
+    assert said.count("\n") == 1 and "starts again from the beginning" in said
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
@@ -264,7 +264,7 @@ def test_the_compiled_gradient_updates_buffers_once() -> None:
         (["data.augment=true"], "data.augment=true is for images in colour, not for grey images"),
         (["schedule=hee"], "there is no schedule 'hee'; did you mean he?"),
         (["seed=-1"], "seed=-1 must be 0 or more"),
-        (["workers=-1"], "workers=-1 must be 1 or more, or null for one for each core"),
+        (["workers=-1"], "workers=-1 must be 1 or more, or null for a worker on each core"),
         (["trainer.clip_value=inf"], "trainer.clip_value=inf must be a number above 0, or null"),
         (["trainer.l2=nan"], "trainer.l2=nan must be a number above 0, or null"),
         (["model.name=mpl"], "model.name='mpl' is not one of char_rnn, mlp"),
@@ -361,7 +361,7 @@ def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path: Path) -> N
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert "give the same command again to continue" in said and "Traceback" not in said
     (run,) = tmp_path.glob("[0-9a-f]*")
     assert not (run / "summary.json").exists()
     state = torch.load(run / "checkpoint.pt", weights_only=True)

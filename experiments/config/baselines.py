@@ -1,32 +1,30 @@
-"""Optimizers of other packages, which a run trains with in place of a stack.
+"""Peer optimizers: optimizers of other packages that a run can use in place of a stack.
 
     python -m experiments.run 'stack=Prodigy()'
     python -m experiments.run -m 'stack=AdamWScheduleFree(0.001),AdamWScheduleFree(0.01)'
 
-A config writes them as plain rules; nothing can stand on top of them. The extra `peers` has their
-packages. All that is not said here is at their default, which is what their authors recommend:
+A config writes a peer like a rule. No level can stand on top of it. The extra `peers` installs the
+packages. All other options keep their defaults, which are the authors' recommendations:
 
-    AdamWScheduleFree  Schedule-Free AdamW (Defazio et al. 2024), lr 0.0025 where none is given. As
-                       its README has it, there is no schedule, and a model's batch normalisation
-                       is renewed, with 50 training batches, at the weights that are to be judged.
-                       It recommends a warm-up, of no given length; its own example on MNIST is
-                       without, and so is this.
-    Prodigy            Mishchenko and Defazio 2024, lr 1 "for all networks", as its README has it.
-    DAdaptAdam         D-Adaptation (Defazio and Mishchenko 2023), lr 1, as its README has it.
+    AdamWScheduleFree  Schedule-Free AdamW (Defazio et al. 2024), default lr 0.0025. Following its
+                       README, it uses no schedule, and 50 training batches renew the model's batch
+                       normalisation at the evaluation weights. Its README recommends a warm-up but
+                       gives no length. Its example on MNIST has no warm-up, so this has none.
+    Prodigy            Mishchenko and Defazio 2024, lr 1 "for all networks" (its README).
+    DAdaptAdam         D-Adaptation (Defazio and Mishchenko 2023), lr 1 (its README).
     DAdaptSGD          the same for SGD, without momentum.
     ProdigyPlusScheduleFree
                        the package prodigy-plus-schedule-free, lr 1.
-    MomoAdam           MoMo-Adam (Schaipp et al. 2023), lr 0.01, the most that it takes.
-    Mechanic           Cutkosky et al. 2023, around AdamW, lr 1; its README calls that arbitrary.
-    Trac               TRAC (Muppidi et al. 2024), around Adam, lr 1e-3, as its README has it.
+    MomoAdam           MoMo-Adam (Schaipp et al. 2023), lr 0.01, an upper bound on its adaptive lr.
+    Mechanic           Cutkosky et al. 2023, around AdamW, lr 1; its README calls this arbitrary.
+    Trac               TRAC (Muppidi et al. 2024), around Adam, lr 1e-3 (its README).
 
-A run of MomoAdam, Mechanic or Trac that is cut short starts again from its beginning: their
-state_dict lacks a part of what they keep. GeN is not here since it needs batches within a step, nor
-is DoWG: the package of that name keeps its starting point by reference, so that it never sees a
-distance from it.
+An interrupted run of MomoAdam, Mechanic or Trac starts again from the beginning, because their
+state_dict is incomplete. GeN is missing: it needs batches within a step. DoWG is missing: the
+package of that name stores its starting point by reference, so it measures a distance of 0.
 
-Prodigy and D-Adaptation estimate a distance d, from d0 = 1e-6 on, and step with lr * d: they have
-no lr to start from.
+Prodigy and D-Adaptation estimate a distance d, starting at d0 = 1e-6, and step with lr * d. They
+need no initial lr.
 """
 
 from __future__ import annotations
@@ -48,14 +46,14 @@ from hyperopt import RULES, Hyper, HyperOptimizer, Rule, Stack, split_matrices
 class Baseline(Rule, known=False):
     """An optimizer class of another package, by the class's name."""
 
-    package: ClassVar[str]  # that is imported
-    distribution: ClassVar[str] = ""  # its name on PyPI, where it is another one
-    resumable: ClassVar[bool] = True  # whether its state_dict has all of its state
+    package: ClassVar[str]  # to import
+    distribution: ClassVar[str] = ""  # the name on PyPI, if it differs
+    resumable: ClassVar[bool] = True  # whether its state_dict is complete
     needs_loss: ClassVar[bool] = False  # whether its step reads the loss
     lr = Hyper(1.0, tuned=False)
 
     def make(self, params: Iterable[nn.Parameter]) -> Any:
-        """The optimizer itself.
+        """Construct the optimizer.
 
         Raises:
             ValueError: the package is not installed.
@@ -114,7 +112,7 @@ class Trac(Baseline, known=False):
     lr = Hyper(0.001, tuned=False)
 
     def kind(self, module: Any) -> Callable[..., Any]:
-        return module.start_trac(os.devnull, torch.optim.Adam)  # its log
+        return module.start_trac(os.devnull, torch.optim.Adam)  # no log file
 
 
 KINDS = (
@@ -125,26 +123,25 @@ BASELINES: dict[str, type[Baseline]] = {kind.__name__: kind for kind in KINDS}
 
 
 def parse(notation: str) -> Stack:
-    """The stack that a config's notation stands for, which may be a peer alone.
+    """Parse a config's notation: a stack of rules, or a single peer.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: the notation is wrong, in one line.
     """
     stack = hyperopt.parse(notation, RULES | BASELINES)
     for level in stack.levels:
         if isinstance(level, Baseline) and stack.height:
             raise ValueError(
-                f"{level} stands alone: it is an optimizer of the package {level.package}, which "
-                f"no level can tune and which tunes none; the stack {notation!r} has "
-                f"{stack.height + 1} levels"
+                f"{level} is an optimizer of the package {level.package}; it cannot tune another "
+                f"level or be tuned, but the stack {notation!r} has {stack.height + 1} levels"
             )
     return stack
 
 
 class BaselineOptimizer:
-    """A peer's optimizer, with what a run asks of a `HyperOptimizer`.
+    """A peer's optimizer with the interface of `HyperOptimizer` that a run needs.
 
-    On record are its lr and, where it estimates one, the distance d that lr is multiplied by.
+    A run records its lr and, if it estimates one, the distance d that multiplies lr.
     """
 
     compiled = False
@@ -165,17 +162,17 @@ class BaselineOptimizer:
         return self.optimizer.state_dict() if self.peer.resumable else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave.
+        """Restore the result of `state_dict`.
 
         Raises:
-            ValueError: that is not all that the peer keeps.
+            ValueError: the peer's state_dict is incomplete.
         """
         if not self.peer.resumable:
-            raise ValueError(f"{self.peer} cannot go on from a checkpoint")
+            raise ValueError(f"{self.peer} cannot resume from a checkpoint")
         self.optimizer.load_state_dict(state)
 
     def watch(self, gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The same function of a batch; where the peer needs the loss, its step is told."""
+        """Wrap a function of a batch, so that the peer's step receives the loss if it needs it."""
         if not self.peer.needs_loss:
             return gradient
 
@@ -210,10 +207,10 @@ class BaselineOptimizer:
 def make_optimizer(
     model: nn.Module, notation: str, compile: bool, matrices: str | None = None
 ) -> HyperOptimizer | BaselineOptimizer:
-    """What moves the parameters of a model as a config's notation says.
+    """Make the optimizer that a config's notation describes.
 
     Args:
-        matrices: the notation of the stack of the hidden matrices, if they have one of their own.
+        matrices: the notation of a separate stack for the hidden matrices; None for no such stack.
     """
     stack = parse(notation)
     if matrices is not None:
@@ -228,12 +225,12 @@ def make_optimizer(
 def judged(
     optimizer: HyperOptimizer | BaselineOptimizer, renew: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Within it, the model has the weights that it is to be judged by.
+    """Give the model its evaluation weights within the context.
 
-    They are those that it is trained at, but for Schedule-Free, which trains at others.
+    Only Schedule-Free optimizers have evaluation weights that differ from the training weights.
 
     Args:
-        renew: called with them in place where they are others; what else of the model is to follow.
+        renew: updates the rest of the model, such as batch normalisation, if the weights differ.
     """
     peer: Any = optimizer.optimizer if isinstance(optimizer, BaselineOptimizer) else None
     if not hasattr(peer, "eval"):

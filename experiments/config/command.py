@@ -1,4 +1,4 @@
-"""The command line that does a run alone."""
+"""Build the command line of a single run."""
 
 from __future__ import annotations
 
@@ -13,27 +13,23 @@ from typing import Any
 from experiments.config.compose import compose
 from experiments.config.schema import CONFIGS, Config
 
-ELSEWHERE = (
-    "workers",
-    "progress",
-    "trainer.processes",
-    "experiment",
-)  # what a run alone need not be told
+# Keys that a single run does not need.
+ELSEWHERE = ("workers", "progress", "trainer.processes", "experiment")
 
 WORD = string.ascii_letters + string.digits + "_-./"
 
 
 def command_of(config: Config) -> str:
-    """The shortest command that asks for a config: what differs from the defaults.
+    """Return the shortest command for a config: only the keys that differ from the defaults.
 
-    A file of a group that has the run's values (`model=char_rnn`) stands for all of them.
+    A group's file with the run's values (`model=char_rnn`) replaces the single keys.
     """
     flat = dict(_flat(config))
     overrides: list[str] = []
     for group in ("experiment", *(f.name for f in fields(Config))):
         name = flat.get(f"{group}.name", flat.get(group))
         is_file = isinstance(name, str) and (CONFIGS / group / f"{name}.yaml").exists()
-        with suppress(ValueError):  # a file that leaves a value to the command line
+        with suppress(ValueError):  # the file needs a value from the command line
             if is_file and name != _composed(tuple(overrides)).get(f"{group}.name"):
                 _composed((*overrides, f"{group}={name}"))
                 overrides.append(f"{group}={name}")
@@ -60,7 +56,7 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _quoted(value: Any) -> str:
-    """A value in Hydra's grammar."""
+    """Write a value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""A config from the overrides of a command line, by Hydra."""
+"""Compose a config from command-line overrides, by Hydra."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.config.schema import CONFIGS, Config, to_config
 
 
 def compose(overrides: Sequence[str]) -> Config:
-    """The config that the command line `overrides` would give.
+    """Return the config of a command line with these overrides.
 
     Raises:
         ValueError: an unknown key or value, in one line.

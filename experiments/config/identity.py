@@ -1,4 +1,4 @@
-"""The hash that identifies a run: what decides its result is in it, and nothing else."""
+"""The hash that identifies a run. It covers exactly the settings that decide the result."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from experiments.config.schema import Config
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The part of a resolved config that decides the run's result.
+    """Return the part of a resolved config that decides the run's result.
 
-    What is left at a default that changes nothing is left out, so that a new option leaves the
-    hashes of earlier runs alone.
+    Newer options are left out at their default, so that a new option keeps the hashes of earlier
+    runs.
     """
     trainer = asdict(config.trainer)
-    del trainer["checkpoint_every"]  # a run that is resumed ends as if it had not been
+    del trainer["checkpoint_every"]  # resuming does not change the result
     if config.precision != "float32":
-        trainer["autocast"] = True  # as earlier versions named it; the hashes of runs stay
+        trainer["autocast"] = True  # the name in earlier versions, so that hashes stay
     for name in ("steps", "record_loss", "sequence_length", "clip_value", "l2"):
         if not trainer[name]:
             del trainer[name]
@@ -47,7 +47,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def run_hash(config: Config) -> str:
-    """The hash that names the run of a resolved config."""
+    """The hash of the run of a resolved config."""
     return identity_hash(identity(config))
 
 

@@ -1,19 +1,19 @@
 """Schedules: hyperparameters of the lowest level as a function of the step.
 
-All but a replay are factors on the lr that the run starts from or, if a tower tunes it, on the
-learned lr. They stretch to any number of steps: a number of epochs below is a share of the
-schedule's own `epochs`.
+Every schedule except replay is a factor on the initial lr or, if a tower tunes lr, on the learned
+lr. Schedules stretch to any number of steps: `exponential` divides the run into `epochs` epochs of
+its own.
 
     constant      1
     steps         times `factor` at each of the `milestones`, shares of the run (He et al. 2016)
-    linear        from 1 down to `final` at the share `until` of the run, constant from there
+    linear        from 1 down to `final` at the share `until` of the run, then constant
                   (Goodfellow et al., *Deep Learning*, equation 8.14, whose tau is `until`)
-    exponential   times `factor` at the end of each of `epochs` epochs from the `after`-th on
+    exponential   times `factor` at the end of each epoch, from epoch number `after` on
                   (Karpathy's char-rnn)
     cosine        from 1 down to `final` along half a cosine (Loshchilov and Hutter 2017)
     warmup_cosine the same after a linear increase from 0 over the share `warmup` of the run
-    replay        the values in `file`, a CSV with a column `step`, which counts from 1, and one for
-                  each hyperparameter; between two lines on the line between their values
+    replay        the values in `file`, a CSV with a column `step`, which counts from 1, and a
+                  column for each hyperparameter; linear interpolation between the lines
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Schedule = Callable[[int], dict[str, float]]
 
 @dataclass
 class ScheduleConfig:
-    """A schedule's name and what it reads; the rest is null. See the head of this file."""
+    """A schedule's name and its settings; the others are null. See the head of this file."""
 
     name: str = "constant"
     factor: float | None = None
@@ -43,7 +43,7 @@ class ScheduleConfig:
     warmup: float | None = None
     epochs: int | None = None
     after: int | None = None
-    file: str | None = None  # in a run's identity, its checksum stands for it
+    file: str | None = None  # a run's identity has its checksum, not its name
 
 
 def _steps(step: int, steps: int, factor: float, milestones: list[float]) -> float:
@@ -93,14 +93,14 @@ READS = {"constant": (), **{k: reads for k, (_, reads) in FACTORS.items()}, "rep
 
 
 def make_schedule(config: ScheduleConfig, start: Mapping[str, float], steps: int) -> Schedule:
-    """A function from a step, counted from 0, to the hyperparameters that it is made with.
+    """Return a function from a step, counted from 0, to the scheduled hyperparameters of that step.
 
     Args:
-        start: the lowest level's values at the start.
-        steps: those of the whole run.
+        start: the lowest level's initial values.
+        steps: the steps of the whole run.
 
     Raises:
-        ValueError: a file that cannot be replayed.
+        ValueError: the file cannot be replayed.
     """
     if config.name == "constant":
         return lambda step: {}
@@ -113,7 +113,7 @@ def make_schedule(config: ScheduleConfig, start: Mapping[str, float], steps: int
 
 
 def check_schedule(config: ScheduleConfig, stack: Stack) -> None:
-    """Raise a ValueError, in one line, for a schedule that cannot be followed on this stack."""
+    """Raise a ValueError, in one line, for a schedule that does not fit the stack."""
     if config.name not in READS:
         raise ValueError(
             f"there is no schedule {config.name!r}; {did_you_mean(config.name, READS)}"
@@ -131,16 +131,18 @@ def check_schedule(config: ScheduleConfig, stack: Stack) -> None:
     lowest = stack.levels[0]
     for name in make_schedule(config, lowest.values, steps=1)(0):  # type: ignore[arg-type]
         if name not in lowest.hypers:
-            raise ValueError(f"{config.file} has a column {name!r}, which {lowest.name} has not")
+            raise ValueError(
+                f"{config.file} has a column {name!r}, but {lowest.name} has no such hyperparameter"
+            )
         if stack.height and name in lowest.tuned and (name != "lr" or config.name == "replay"):
             raise ValueError(
-                f"schedule {config.name} sets {name}, but {stack.levels[1]} moves it; leave it out "
-                f"of what the stack {stack} tunes, or give schedule=constant"
+                f"schedule {config.name} sets {name}, but {stack.levels[1]} tunes it; remove it "
+                f"from the tuned hyperparameters of {stack}, or give schedule=constant"
             )
 
 
 def schedule_identity(config: ScheduleConfig) -> dict[str, Any]:
-    """What of a schedule decides a run's result."""
+    """The part of a schedule that decides a run's result."""
     found = {name: value for name, value in asdict(config).items() if value is not None}
     if config.file is not None:
         found["file"] = hashlib.sha256(Path(config.file).read_bytes()).hexdigest()

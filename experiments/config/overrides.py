@@ -1,4 +1,4 @@
-"""The command line of `experiments.run`, before Hydra reads it."""
+"""Prepare and check the command line of `experiments.run` before Hydra reads it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ HYDRAS_GROUPS = tuple(
     f"hydra/{name}" for name in ("launcher", "sweeper", "sweeper/sampler", "help")
 )
 
-# The plugin's launcher ends with the first job that fails; ours waits for each.
+# The plugin's launcher stops at the first job that fails; ours waits for all jobs.
 RENAMED = {"hydra/launcher=submitit_slurm": "hydra/launcher=slurm"}
 
 
 def protect_notation(arguments: Sequence[str]) -> list[str]:
-    """Quote the stacks on a command line, which Hydra's grammar would read as function calls.
+    """Quote the stacks on a command line, because Hydra's grammar reads them as function calls.
 
-    ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the file of the group
-    that leaves the rest unset) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``: commas
-    outside brackets separate the values of a sweep, as elsewhere in Hydra. ``stack=tower``, which
-    has no bracket, stays as it is. ``logger=[csv,wandb]`` becomes ``logger.name="csv,wandb"``.
+    ``stack=SGD(0.01) / SGD(0.01),Adam(0.001)`` becomes ``stack=notation`` (the config file without
+    the other keys) and ``stack.notation="SGD(0.01) / SGD(0.01)","Adam(0.001)"``. As elsewhere in
+    Hydra, commas outside brackets separate the values of a sweep. ``stack=tower`` has no bracket
+    and stays unchanged. ``logger=[csv,wandb]`` becomes ``logger.name="csv,wandb"``.
     """
     protected = []
     for argument in arguments:
@@ -53,9 +53,9 @@ def protect_notation(arguments: Sequence[str]) -> list[str]:
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
-    """Raise a ValueError that names what is near, for a key or a file of a group that is not there.
+    """Raise a ValueError with a suggestion for an unknown key or an unknown file of a group.
 
-    What Hydra knows of itself, and values in more than words and commas, are left for it to judge.
+    Hydra itself checks its own keys, and values with other characters than words and commas.
     """
     groups = {folder.name: folder for folder in CONFIGS.iterdir() if folder.is_dir()}
     known = [*_keys(Config), *HYDRAS_GROUPS]
@@ -78,15 +78,15 @@ def check_overrides(arguments: Sequence[str]) -> None:
 
 
 def not_a_stack(text: str) -> str:
-    """What a stack looks like, for a text that is none."""
+    """Describe how to write a stack, for a text that is not one."""
     rules = {name.lower(): name for name in RULES}
     words = re.findall(r"[a-z]\w*", text.lower())
     names = [rules[word] for word in words if word in rules] or ["SGD"]
     stack = " / ".join(f"{name}({0.01 if k == 0 else 1e-4})" for k, name in enumerate(names))
     return (
         f"there is no stack {text!r}; give each rule its learning rate, as in stack='{stack}', "
-        f"or all levels the same with stack.rule={names[0]} stack.height={len(names) - 1} "
-        "stack.lr=0.01"
+        f"or give all levels one rule and lr: stack.rule={names[0]} "
+        f"stack.height={len(names) - 1} stack.lr=0.01"
     )
 
 

@@ -1,4 +1,4 @@
-"""The processes that `torchrun` has started to do one run together."""
+"""The processes that `torchrun` has started for one run."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def size() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that keeps the records and speaks."""
+    """Whether this process writes the records and prints."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -1,4 +1,4 @@
-"""From a config as it was asked for to one with everything decided, or an error of one line."""
+"""Resolve a config: choose the device, the data and the canonical stack, or raise an error."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from models import MODELS
 
 
 def resolve_all(configs: list[Config]) -> list[Config]:
-    """Resolve configs, after the data that they need were found, or a banner says what stands in.
+    """Find the data of all configs, then resolve the configs.
+
+    It prints a banner if it finds other data than the config names.
 
     Raises:
-        ValueError: a value that cannot be used, named in one line.
+        ValueError: an invalid value, in one line.
     """
     found: dict[tuple, str] = {}
     for config in configs:
@@ -40,7 +42,7 @@ def resolve_all(configs: list[Config]) -> list[Config]:
 
 
 def banner(config: Config, found: str) -> None:
-    """Say loudly that other data are used than were asked for."""
+    """Print a banner: the run uses other data than its config names."""
     data = config.data
     text = catalog.find(data.name).warning(found, data.root, data.download)
     title = catalog.label(found)
@@ -48,13 +50,13 @@ def banner(config: Config, found: str) -> None:
 
 
 def resolve(config: Config, data: str) -> Config:
-    """`config` with everything decided: canonical stack, kind of device, and the data found.
+    """Return `config` with the canonical stack, the kind of device, and the data set found.
 
     Args:
-        data: the name of the data set that will be used, from `experiments.data.resolve`.
+        data: the name of the data set, from `experiments.data.catalog.resolve`.
 
     Raises:
-        ValueError: a value that cannot be used, named in one line.
+        ValueError: an invalid value, in one line.
     """
     if config.model.name not in MODELS:
         raise ValueError(f"model.name={config.model.name!r} is not one of {', '.join(MODELS)}")
@@ -67,10 +69,10 @@ def resolve(config: Config, data: str) -> Config:
     for name in ("clip_value", "l2"):
         value = getattr(config.trainer, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"trainer.{name}={value} must be a number above 0, or null for none")
+            raise ValueError(f"trainer.{name}={value} must be a number above 0, or null")
     if config.workers is not None and config.workers < 1:
         raise ValueError(
-            f"workers={config.workers} must be 1 or more, or null for one for each core"
+            f"workers={config.workers} must be 1 or more, or null for a worker on each core"
         )
     if config.seed < 0:
         raise ValueError(f"seed={config.seed} must be 0 or more")
@@ -93,10 +95,10 @@ def resolve(config: Config, data: str) -> Config:
 
 
 def device_kind(device: str) -> str:
-    """The one place where the device is chosen: "auto" is a GPU where there is one.
+    """Choose the device; no other code does. "auto" is a GPU if torch sees one.
 
     Raises:
-        ValueError: an unknown device, or a GPU that is not there.
+        ValueError: an unknown device, or no GPU for device=cuda.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={device!r} is not known; give auto, cpu or cuda")
@@ -108,10 +110,10 @@ def device_kind(device: str) -> str:
 
 
 def notation(stack: StackConfig) -> str:
-    """The canonical notation of the stack that a config asks for.
+    """The canonical notation of a config's stack.
 
     Raises:
-        ValueError: the stack is given twice, or not fully, or its notation does not parse.
+        ValueError: the stack is given twice or incompletely, or its notation does not parse.
     """
     parts = {"stack.rule": stack.rule, "stack.height": stack.height, "stack.lr": stack.lr}
     given = [name for name, value in parts.items() if value is not None]
@@ -125,7 +127,7 @@ def notation(stack: StackConfig) -> str:
     if stack.rule is None or stack.height is None or stack.lr is None:
         missing = [name for name in parts if name not in given]
         raise ValueError(
-            f"{' and '.join(missing)} of the stack is not set; give it, or a notation as in "
+            f"{' and '.join(missing)} of the stack is not set; give it, or a notation such as "
             "stack='Adam(0.001) / SGD(1e-5)'"
         )
     if stack.height < 0:
@@ -134,34 +136,38 @@ def notation(stack: StackConfig) -> str:
 
 
 def matrices(config: Config) -> str | None:
-    """The canonical notation of the stack of the hidden matrices, if they have one of their own.
+    """The canonical notation of the hidden matrices' own stack; None if they have none.
 
     Raises:
-        ValueError: a schedule, or a peer: neither knows param groups of different stacks.
+        ValueError: a schedule or a peer: neither supports param groups of different stacks.
     """
     if config.stack.matrices is None:
         return None
     for text in (config.stack.matrices, config.stack.notation):
         if isinstance(parse(text or "").levels[0], Baseline):
-            raise ValueError(f"stack.matrices is for stacks of this project, and {text} is a peer")
+            raise ValueError(
+                f"stack.matrices needs stacks of this project, but {text} is of another package"
+            )
     if config.schedule.name != "constant":
-        raise ValueError(f"schedule {config.schedule.name} does not know stack.matrices")
+        raise ValueError(
+            f"stack.matrices needs schedule=constant, not schedule={config.schedule.name}"
+        )
     return str(parse(config.stack.matrices))
 
 
 def _trainer_of_processes(config: Config, task: Any) -> TrainerConfig:
-    """The trainer, with as many processes as torchrun has started."""
+    """The trainer's config with the number of processes that torchrun has started."""
     count, trainer = processes.size(), config.trainer
     if trainer.processes not in (1, count):
         raise ValueError(
-            f"trainer.processes={trainer.processes}, but there are {count}; leave it out and start "
-            f"with torchrun --nproc-per-node {trainer.processes} -m experiments.run"
+            f"trainer.processes={trainer.processes}, but {count} are running; leave it out and "
+            f"start with torchrun --nproc-per-node {trainer.processes} -m experiments.run"
         )
     if count == 1:
         return trainer
     if not task.distributed or trainer.checkpoint_every or trainer.record_loss:
         raise ValueError(
-            "several processes do runs on images, without trainer.checkpoint_every and "
+            "several processes can train on images only, and without trainer.checkpoint_every and "
             "trainer.record_loss; start without torchrun"
         )
     # DistributedDataParallel needs autograd's own backward pass.
@@ -169,7 +175,7 @@ def _trainer_of_processes(config: Config, task: Any) -> TrainerConfig:
 
 
 def check_kind(config: Config, kind: str) -> None:
-    """Raise a ValueError for a model or a value that is not for data of this kind."""
+    """Raise a ValueError for a model or a value that does not fit data of this kind."""
     able = [name for name, model in MODELS.items() if model.reads == kind]
     if config.model.name not in able:
         raise ValueError(
@@ -189,7 +195,7 @@ def check_kind(config: Config, kind: str) -> None:
         elif key not in task.keys and value != off:
             given, left_out = (str(v).lower() if isinstance(v, bool) else v for v in (value, off))
             hint = "leave it out" if off is None else f"give {key}={left_out}"
-            raise ValueError(f"{key}={given} is not for {kind}; {hint}")
+            raise ValueError(f"{key}={given} does not apply to {kind}; {hint}")
     task.check(config, kind)
 
 

@@ -1,7 +1,4 @@
-"""What a run is: its typed configuration.
-
-The dataclasses give the types, the files under configs/ the values.
-"""
+"""Typed configuration of a run. The files under configs/ have the values."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from omegaconf import MISSING, OmegaConf
 from experiments.config.lr_schedules import ScheduleConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
 PRECISIONS = ("float32", "bf16")
 
 
@@ -32,17 +27,17 @@ class DataConfig:
     name: str = MISSING
     root: str = MISSING  # not part of the identity
     download: bool = MISSING  # not part of the identity
-    shuffle: bool = True  # images in a new order in every epoch; else in that of the file
+    shuffle: bool = True  # a new order of the images in every epoch; false keeps the file's order
     augment: bool = False  # random crops and flips; see experiments/tasks/classification.py
-    validation: bool = False  # judge on a part of the training text, not on the test part
+    validation: bool = False  # evaluate on a part of the training text, not on the test part
 
 
 @dataclass
 class StackConfig:
     """Either the notation of a stack, or a rule, a height and an lr that all its levels share."""
 
-    notation: str | None = None  # or that of a peer; see experiments/config/baselines.py
-    matrices: str | None = None  # that of the hidden matrices; see hyperopt.split_matrices
+    notation: str | None = None  # of a stack or a peer; see experiments/config/baselines.py
+    matrices: str | None = None  # a stack for the hidden matrices; see hyperopt.split_matrices
     rule: str | None = None
     height: int | None = None
     lr: float | None = None
@@ -53,16 +48,16 @@ class TrainerConfig:
     epochs: int = MISSING
     batch_size: int = MISSING
     record_every: int = MISSING  # steps between two records of the hyperparameters
-    record_loss: bool = False  # beside them, that of the batch of the step
+    record_loss: bool = False  # record the batch's loss too
     compile: bool = MISSING  # the optimizer's step; compiled and eager differ in rounding
     compile_model: bool = MISSING  # the gradient; see experiments/tasks/compiled_gradient.py
-    threads: int = MISSING  # of one run on a CPU; their number changes the rounding of sums
-    steps: int | None = None  # where the last epoch ends early; null is at the end of the data
-    processes: int = 1  # that do the run together; torchrun says how many
-    sequence_length: int | None = None  # characters of a text that a step reads of each stream
-    clip_value: float | None = None  # what no element of the gradient exceeds
-    l2: float | None = None  # times half the squared norm of the weights is added to the loss
-    checkpoint_every: int | None = None  # steps; null is at the end of an epoch alone. Not identity
+    threads: int = MISSING  # of one run on a CPU; the number changes the rounding of sums
+    steps: int | None = None  # of the whole run, at most; null is all of the epochs
+    processes: int = 1  # that torchrun has started for this run
+    sequence_length: int | None = None  # characters that a step reads from each stream of a text
+    clip_value: float | None = None  # bound on each element of the gradient
+    l2: float | None = None  # adds l2 / 2 times the squared norm of the weights to the loss
+    checkpoint_every: int | None = None  # steps; null: only after each epoch. Not in the identity
 
 
 @dataclass
@@ -73,7 +68,7 @@ class LoggerConfig:
 
 @dataclass
 class Config:
-    """Everything about one run."""
+    """The configuration of one run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -84,10 +79,10 @@ class Config:
     seed: int = MISSING
     device: str = MISSING  # auto, cpu or cuda
     experiment: str | None = None  # the table or figure that this run belongs to
-    preset: str | None = None  # the one of its presets
-    row: str | None = None  # the row or curve in it
+    preset: str | None = None  # of the experiment
+    row: str | None = None  # of the table, or curve of the figure
     store: str = MISSING  # folder of the runs
-    workers: int | None = None  # runs side by side; null is one for each core
+    workers: int | None = None  # parallel runs; null is one for each core
     precision: str = "float32"  # or bf16: the forward pass in bfloat16, weights in float32
     progress: bool = True
 

@@ -1,4 +1,4 @@
-"""All data sets by their names. Each module of this folder that has `SOURCES` is found here."""
+"""All data sets by their names: the `SOURCES` of the modules in this folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def sources() -> tuple[Source, ...]:
 
 
 def find(name: str) -> Source:
-    """The data set of a name.
+    """Return the data set of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: an unknown name.
     """
     for source in sources():
         if source.knows(name):
@@ -29,16 +29,16 @@ def find(name: str) -> Source:
 
 
 def label(name: str) -> str:
-    """What a data set is called in tables."""
+    """The label of a data set in tables."""
     return find(name).label_of(name)
 
 
 @functools.lru_cache(maxsize=1)
 def load(name: str, root: str | Path) -> Any:
-    """The data set of a name, from the disk; the last one is kept in memory. See `Source.load`."""
+    """Load a data set from the disk; the last one stays in memory. See `Source.load`."""
     return find(name).load(name, root)
 
 
 def resolve(name: str, root: str | Path, download: bool = True) -> str:
-    """The name of the data that a run asking for `name` gets. See `Source.resolve`."""
+    """The name of the data that a run gets if its config names `name`. See `Source.resolve`."""
     return find(name).resolve(name, root, download)

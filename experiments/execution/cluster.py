@@ -1,7 +1,7 @@
-"""Jobs of a sweep on a cluster: queued, watched each for itself, adopted by the next command.
+"""Run a sweep on a Slurm cluster: queue its jobs, watch each one, adopt them in a later command.
 
-submitit writes the jobs' scripts and runs them. What becomes of a job is read from the note that it
-leaves and from Slurm's own state. `jobs.json` in the sweep's folder says which jobs do which runs.
+submitit writes the jobs' scripts and runs them. The state of a job comes from its note and from
+Slurm. `jobs.json` in the sweep's folder lists the jobs and their runs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from experiments.files import write_json
 from experiments.records.store import RunStore
 
 JOBS = "jobs.json"
-POLL = 2.0  # seconds between two questions to Slurm
-TOLD = 30.0  # seconds at most between two counts
-GRACE = 10.0  # seconds in which the note of a job that has ended may still appear
-# Slurm's states of jobs that have ended, in words.
+POLL = 2.0  # seconds between two queries to Slurm
+TOLD = 30.0  # seconds, at most, between two progress lines
+GRACE = 10.0  # seconds to wait for the note of a job that has ended
+# Slurm's final states, in words.
 ENDED = {
     "BOOT_FAIL": "its node did not boot",
     "CANCELLED": "it was cancelled",
@@ -52,12 +52,12 @@ GONE = "GONE"
 
 @dataclass
 class Job:
-    """A job that does a run.
+    """A job with one run.
 
     Attributes:
-        key: of what is asked for; see `request_key`.
-        folder, number: where it leaves its note.
-        log: what it prints.
+        key: see `request_key`.
+        folder, number: the place of its note; see `note_of`.
+        log: the file of its standard error.
     """
 
     id: str
@@ -68,7 +68,7 @@ class Job:
 
 
 def request_key(config: Config) -> str:
-    """What a run is asked for by, before a machine has decided on its device and data."""
+    """A hash of a requested run, before a machine resolves its device and data."""
     asked = asdict(config)
     for name in ("workers", "progress", "logger", "experiment", "preset", "row"):
         del asked[name]
@@ -77,7 +77,7 @@ def request_key(config: Config) -> str:
 
 
 def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
-    """Queue the jobs of a sweep that are not done or queued already, and wait for all."""
+    """Queue the jobs of a sweep that are neither finished nor queued, and wait for all jobs."""
     configs = [_config(launcher, one) for one in overrides]
     folder = Path(str(launcher.config.hydra.sweep.dir))
     outcomes = [Outcome(config) for config in configs]
@@ -89,7 +89,7 @@ def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> lis
     new = [k for k, outcome in enumerate(outcomes) if k not in known and not outcome.summary]
     if known:
         told = ", ".join(job.id for job in known.values())
-        print(f"{len(known)} jobs do these runs already: {told}", file=sys.stderr)
+        print(f"{len(known)} queued jobs already have these runs: {told}", file=sys.stderr)
     if new:
         queued = _submit(launcher, [(overrides[k], first + k) for k in new])
         keys = {k: request_key(configs[k]) for k in new}
@@ -109,7 +109,7 @@ def launch(launcher: Any, overrides: Sequence[Sequence[str]], first: int) -> lis
 
 
 def is_live(folder: Path) -> bool:
-    """Whether a job of a sweep's folder waits or runs."""
+    """Whether a job of a sweep's folder is waiting or running."""
     with suppress(OSError, ValueError):
         jobs = [Job(**job) for job in json.loads((folder / JOBS).read_text())]
         return any(state not in (*ENDED, GONE) for state, _ in states(jobs).values())
@@ -117,7 +117,7 @@ def is_live(folder: Path) -> bool:
 
 
 def states(jobs: Iterable[Job]) -> dict[str, tuple[str, str]]:
-    """Slurm's state of each job, with its reason; GONE for a job that it has forgotten."""
+    """Slurm's state of each job, and the reason; GONE for a job that Slurm no longer lists."""
     ids = [job.id for job in jobs]
     known = {id: (GONE, "") for id in ids}
     if ids:
@@ -130,7 +130,7 @@ def states(jobs: Iterable[Job]) -> dict[str, tuple[str, str]]:
 
 
 def _call(command: Sequence[str], text: str | None = None) -> str:
-    """What a command of Slurm's prints; nothing where it fails, as for a job that is forgotten."""
+    """The output of a Slurm command; empty if it fails, for example for an unlisted job."""
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -148,18 +148,18 @@ def _config(launcher: Any, overrides: Sequence[str]) -> Config:
 
 
 def _finished(config: Config, params: Any) -> dict[str, Any] | None:
-    """The summary of a run that is done, where this machine can tell."""
+    """The summary of a finished run, if this machine can resolve the run; else None."""
     gpus = any(params.get(name) for name in ("gpus_per_node", "gpus_per_task", "gres"))
     if config.device == "auto" and gpus:
         return None
-    with suppress(Exception):  # what this machine lacks, those of the cluster may have
+    with suppress(Exception):  # this machine may lack data that the cluster has
         (resolved,) = resolve_all([config])
         return RunStore(config.store).finished(run_hash(resolved))
     return None
 
 
 def _adopted(configs: Sequence[Config], folder: Path) -> list[Job | None]:
-    """For each run the job that an earlier command has queued for it, if it waits or runs."""
+    """For each run, the waiting or running job of an earlier command; else None."""
     jobs: list[Job] = []
     for path in folder.parent.glob(f"*/{JOBS}"):
         with suppress(OSError, ValueError):
@@ -191,12 +191,12 @@ def _submit(launcher: Any, asked: Sequence[tuple[Sequence[str], int]]) -> list[A
         folder.mkdir(parents=True, exist_ok=True)
         state = Singleton.get_state()
         jobs = [(list(one), "hydra.sweep.dir", k, f"job_id_for_{k}", state) for one, k in asked]
-        with redirect_stderr(io.StringIO()):  # what sbatch says is in the error
+        with redirect_stderr(io.StringIO()):  # the exception has sbatch's message
             return executor.map_array(launcher, *zip(*jobs, strict=True))
     except (RuntimeError, OSError, submitit.core.utils.FailedJobError) as error:
         text = str(error)
         if 'detect "srun"' in text or isinstance(error, FileNotFoundError):
-            text = "there is no sbatch here; give the command on a machine of the cluster"
+            text = "sbatch is not installed; give the command on a machine of the cluster"
         lines = [line for line in text.splitlines() if "error:" in line] or text.splitlines()[:1]
         raise ValueError(f"Slurm took no job: {lines[0].removeprefix('sbatch: error: ')}") from None
 
@@ -217,12 +217,12 @@ def _name(jobs: dict[str, Config]) -> None:
 
 
 class _Watch:
-    """Waits for jobs, and says how far they are."""
+    """Waits for jobs, and prints their progress."""
 
     def __init__(self, jobs: dict[int, tuple[Job, Outcome]], outcomes: Sequence[Outcome]) -> None:
         self.left = dict(jobs)
         self.outcomes = outcomes
-        self.ended: dict[int, float] = {}  # since when, of those without a note
+        self.ended: dict[int, float] = {}  # when a job without a note was first seen ended
         self.began = time.monotonic()
         self.told, self.told_at = "", 0.0
 
@@ -248,7 +248,7 @@ class _Watch:
                 if time.monotonic() - since > GRACE:
                     outcome.error = _why(job, state, reason)
                     del self.left[k]
-            else:  # such as one that is requeued
+            else:  # for example requeued
                 self.ended.pop(k, None)
         counts = Counter(now[job.id][0].lower() for job, _ in self.left.values())
         finished = sum(outcome.summary is not None for outcome in self.outcomes)
@@ -267,27 +267,27 @@ class _Watch:
             self.told, self.told_at = text, now
 
     def _leave(self, interrupt: KeyboardInterrupt) -> None:
-        """Say what becomes of the jobs, and cancel them where that is wanted."""
+        """On an interrupt, cancel the jobs if the user wants it; else print how to cancel them."""
         ids = [job.id for job, _ in self.left.values()]
         cancel = f"scancel {' '.join(ids)}"
         if sys.stdin.isatty() and not isinstance(interrupt, Terminated):
-            asked = f"\n{len(ids)} jobs wait or run. Cancel them? [y/N] "
+            asked = f"\n{len(ids)} jobs are queued or running. Cancel them? [y/N] "
             with suppress(EOFError, KeyboardInterrupt):
                 if input(asked).strip().lower().startswith("y"):
                     _call(["scancel", *ids])
                     for folder in {job.folder for job, _ in self.left.values()}:
                         Path(folder, JOBS).unlink(missing_ok=True)
-                    print("They are cancelled.", file=sys.stderr)
+                    print("The jobs are cancelled.", file=sys.stderr)
                     return
         print(
-            f"\n{len(ids)} jobs go on without this command. The same command waits for them again; "
-            f"to cancel them: {cancel}",
+            f"\n{len(ids)} jobs continue without this command. To wait for them, give the same "
+            f"command again. To cancel them: {cancel}",
             file=sys.stderr,
         )
 
 
 def _read_note(job: Job, outcome: Outcome) -> bool:
-    """Whether a job has left the note of its end; what it says is in the outcome then."""
+    """Copy a job's final note into its outcome; returns whether the job has left one."""
     try:
         noted = read_note(note_of(Path(job.folder), job.number))
     except (OSError, ValueError):
@@ -300,11 +300,11 @@ def _read_note(job: Job, outcome: Outcome) -> bool:
 
 def _why(job: Job, state: str, reason: str) -> str:
     """Slurm's reason for the end of a job, in words."""
-    if state == GONE:  # a cluster that keeps accounts remembers longer
+    if state == GONE:  # Slurm's accounting, if enabled, remembers longer
         command = ["sacct", "-X", "--noheader", "--parsable2", "--format=State", "--jobs", job.id]
         state = _call(command).strip().partition(" ")[0] or GONE
-    words = ENDED.get(state, "Slurm has forgotten it")
-    with suppress(OSError):  # a Slurm without control groups calls this a failure
+    words = ENDED.get(state, "Slurm no longer lists it")
+    with suppress(OSError):  # without control groups, Slurm reports out-of-memory as FAILED
         if state == "FAILED" and "memory limit" in Path(job.log).read_text():
             words = ENDED["OUT_OF_MEMORY"]
     more = f", {reason}" if reason not in ("", "None", "NonZeroExitCode") else ""

@@ -1,4 +1,4 @@
-"""What became of runs, and how it is said."""
+"""Outcomes of runs: notes, one-line descriptions, and lists of failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from experiments.tasks.catalog import headline
 
 @dataclass
 class Outcome:
-    """What became of one run: its summary, or the error that ended it, or neither before it."""
+    """A run with its summary or its error; both are None until the run ends."""
 
     config: Config
     summary: dict[str, Any] | None = None
@@ -37,18 +37,18 @@ class Outcome:
         return (self.error or "").rpartition("\n")[2]
 
 
-here: list[Outcome] = []  # of the sweep of this process, where its launcher knows them
+here: list[Outcome] = []  # of this process's sweep, if its launcher fills the list
 
 
 def objective(outcome: Outcome) -> float:
-    """The training loss of the last epoch; infinite where the run diverged."""
+    """The training loss of the last epoch; infinite if the run diverged."""
     assert outcome.summary is not None
     loss = outcome.summary["train_loss"]
     return math.inf if outcome.summary["diverged"] or loss is None else loss
 
 
 def returned(outcomes: Sequence[Outcome], overrides: Sequence[Sequence[str]]) -> list[JobReturn]:
-    """What Hydra's sweeper is told of jobs; None of one that failed."""
+    """The jobs' results for Hydra's sweeper; a failed job has the value None."""
     done = []
     for outcome, job in zip(outcomes, overrides, strict=True):
         done.append(JobReturn(overrides=job, status=JobStatus.COMPLETED))
@@ -57,7 +57,7 @@ def returned(outcomes: Sequence[Outcome], overrides: Sequence[Sequence[str]]) ->
 
 
 def note_of(folder: Path, number: int) -> Path:
-    """Where a job of a sweep leaves what became of it."""
+    """The path of the note with a job's outcome."""
     return folder / f"job-{number:06d}.json"
 
 
@@ -68,10 +68,10 @@ def leave_note(path: Path, outcome: Outcome) -> None:
 
 
 def read_note(path: Path) -> Outcome:
-    """What became of a job.
+    """Read the outcome of a job.
 
     Raises:
-        OSError, ValueError: it has left no note, or a part of one.
+        OSError, ValueError: the note is missing or incomplete.
     """
     note = json.loads(path.read_text())
     config = to_config(OmegaConf.merge(OmegaConf.structured(Config), note["config"]))
@@ -79,7 +79,7 @@ def read_note(path: Path) -> Outcome:
     if note["hash"] is not None:
         outcome.summary = RunStore(config.store).summary(note["hash"])
         if outcome.summary is None:
-            outcome.error = "its summary is gone"
+            outcome.error = "its summary is missing"
     return outcome
 
 
@@ -106,12 +106,12 @@ def describe(outcome: Outcome) -> str:
 
 
 def report_failures(outcomes: Sequence[Outcome]) -> bool:
-    """Count what became of runs, and list those that failed, with their commands.
+    """Print the counts of all outcomes, and the failed runs with their commands.
 
-    Runs that failed by the same error stand together, and the error once.
+    Runs with the same error are listed together.
 
     Returns:
-        whether any failed, or was not started.
+        Whether any run has no summary.
     """
     failed: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -125,7 +125,7 @@ def report_failures(outcomes: Sequence[Outcome]) -> bool:
             sep=": ",
             file=sys.stderr,
         )
-        print("To do each alone:" if many else "To do it alone:", file=sys.stderr)
+        print("To run each alone:" if many else "To run it alone:", file=sys.stderr)
         for command in dict.fromkeys(command_of(outcome.config) for outcome in those):
             print(f"    {command}", file=sys.stderr)
     if len(outcomes) > 1 or failed:
@@ -151,7 +151,7 @@ def count(outcomes: Sequence[Outcome]) -> str:
 
 
 def explain(error: Exception) -> str:
-    """One line for what the command's user can mend; a traceback for a mistake in the program."""
+    """One line for a user error; a traceback for a bug."""
     if isinstance(error, (ValueError, OSError)) and str(error):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()

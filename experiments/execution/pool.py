@@ -1,4 +1,4 @@
-"""Many runs side by side: one process for each core, each keeping its compiled optimizer steps."""
+"""Parallel runs: one worker process for each core. Each worker keeps its compiled steps."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from experiments.records.loggers.catalog import find
 from experiments.records.store import RunStore
 from experiments.training.trainer import Progress, train
 
-GRACE = 20.0  # seconds in which interrupted workers may write their checkpoints
+GRACE = 20.0  # seconds for interrupted workers to write their checkpoints
 REPORT_INTERVAL = 0.2  # seconds between two reports of one worker
 
 
 def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outcome]:
-    """Do all runs that are not finished yet, the longest first, and return what became of each.
+    """Do all runs that are not finished yet, the longest first.
 
-    A run that fails, or whose process dies, takes no other with it. When this process dies, however
-    it does, its workers end too.
+    A run that fails, or whose process dies, does not affect the others. If this process dies, for
+    any reason, its workers end too.
 
     Args:
-        configs: resolved ones.
-        workers: runs side by side; None is one for each core that this process may use, or for each
-            GPU where the runs are on several.
+        configs: resolved configs.
+        workers: parallel runs; None is one for each available core, or one for each GPU if there
+            are several.
 
     Returns:
-        One outcome for each config, in their order.
+        One outcome for each config, in the same order.
     """
     outcomes = [Outcome(config) for config in configs]
     fill(outcomes, workers)
@@ -46,7 +46,7 @@ def run_all(configs: Sequence[Config], workers: int | None = None) -> list[Outco
 
 
 def fill(outcomes: Sequence[Outcome], workers: int | None = None) -> None:
-    """Do as `run_all` does; where it is interrupted, what is known is in the outcomes."""
+    """Do the runs of `outcomes` as `run_all` does; an interrupt leaves the finished ones filled."""
     waiting: list[Outcome] = []
     for outcome in outcomes:
         outcome.summary = RunStore(outcome.config.store).finished(run_hash(outcome.config))
@@ -70,7 +70,7 @@ def run_one(config: Config) -> Outcome:
 
 
 def use_gpu(number: int) -> None:
-    """Give the `number`-th of the runs side by side a GPU of its own, where there are several."""
+    """With several GPUs, give each of the parallel runs its own; `number` counts the runs."""
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
@@ -84,19 +84,19 @@ def _side_by_side(device: str) -> int:
 
 
 def structure(config: Config) -> tuple:
-    """What one compiled step serves: runs that differ in numbers alone have the same structure."""
+    """The part of a config that a compiled step depends on: rules and tuned names, not numbers."""
     levels = parse(config.stack.notation or "").levels
     return tuple((type(rule).__name__, *rule.tuned) for rule in levels)
 
 
 class _Worker:
-    """A process that does one run after another, and this side's view of it."""
+    """A process that does one run after another, as its parent sees it."""
 
     def __init__(self, slot: int) -> None:
-        # A fresh interpreter: forking one in which torch's threads run is not safe.
+        # A fresh interpreter: forking a process with torch's threads is not safe.
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        # Large pages: a tenth of ResNet-20's step on a CPU went into being given small ones.
+        # Large pages: allocating small pages took a tenth of ResNet-20's step on a CPU.
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
         self.process = context.Process(target=_work, args=(other, slot), daemon=True)
         self.process.start()
@@ -105,21 +105,25 @@ class _Worker:
         self.job: Outcome | None = None
 
     def give(self, job: Outcome) -> None:
-        """Raises an OSError where the process has died."""
+        """Start a job.
+
+        Raises:
+            OSError: the process has died.
+        """
         job.started = True
-        self.job = job  # first: if interrupted in between, `end` must not wait for it
+        self.job = job  # before sending, so that `stop` terminates the process on an interrupt
         self.structures.add(structure(job.config))
         self.pipe.send(job.config)
 
     def stop(self) -> None:
-        """Ask the process to end: after a checkpoint where it still has a run."""
+        """Ask the process to end; a worker with a run first writes a checkpoint."""
         if self.job is None:
             self.pipe.close()
         else:
             self.process.terminate()
 
     def end(self, patience: float = 5.0) -> None:
-        """Wait until the process has ended, but not for ever."""
+        """Wait for the process to end; kill it after `patience` seconds."""
         try:
             self.process.join(timeout=patience)
         finally:
@@ -150,7 +154,7 @@ class _Pool:
                     worker.end(max(0.0, last - time.monotonic()))
 
     def _next_job(self, slot: int) -> None:
-        """Give a worker the longest run; of equals one whose step it has already compiled."""
+        """Give a worker the longest run; among equals, prefer a step that it has compiled."""
         if not self.waiting:
             return
         worker = self.workers[slot]
@@ -164,7 +168,7 @@ class _Pool:
         job = max(self.waiting, key=preference)
         try:
             worker.give(job)
-        except OSError:  # it died since its last run
+        except OSError:  # the process died after its last run
             worker.end(0.0)
             self.workers[slot] = worker = _Worker(slot)
             worker.give(job)
@@ -182,7 +186,8 @@ class _Pool:
             except (EOFError, ConnectionError):  # the process died
                 worker.process.join()
                 config = worker.job.config
-                summary = RunStore(config.store).summary(run_hash(config))  # it may have been done
+                # It may have died after the run was finished.
+                summary = RunStore(config.store).summary(run_hash(config))
                 message = f"its process died with exit code {worker.process.exitcode}"
                 self._ended(slot, summary, message if summary is None else None)
                 worker.end(0.0)
@@ -207,8 +212,8 @@ class _Pool:
 
 
 def _work(pipe: Connection, slot: int) -> None:
-    """What a worker process does: receive configs; send Progress, then a summary or an error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Main loop of a worker process: receive configs; send Progress, then a summary or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     use_gpu(slot)
     last = 0.0
@@ -223,7 +228,7 @@ def _work(pipe: Connection, slot: int) -> None:
     while True:
         try:
             config = pipe.recv()
-        except EOFError:  # there are no more
+        except EOFError:  # no more configs
             return
         try:
             pipe.send(train(config, report))
@@ -234,7 +239,7 @@ def _work(pipe: Connection, slot: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has ended, by SIGKILL too."""
+    """End this process when its parent ends, even by SIGKILL."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,4 +1,4 @@
-"""What is shown while runs go on: bars on a terminal, lines in a log, or nothing."""
+"""Progress of runs: bars on a terminal, lines in a log, or nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.execution.outcome import Outcome
 from experiments.tasks.catalog import headline
 from experiments.training.trainer import Progress
 
-PLAIN_INTERVAL = 30.0  # seconds between two lines where there is no terminal
+PLAIN_INTERVAL = 30.0  # seconds between two lines without a terminal
 
 
 def _numbers(progress: Progress) -> str:
@@ -27,17 +27,17 @@ def _numbers(progress: Progress) -> str:
 
 
 class Display:
-    """How far runs are: a bar for all and one for each in flight, or a line every half minute.
+    """Shows a bar for all runs and one for each active run, or a line every half minute.
 
     Args:
-        total, finished: runs of the command, and those of them that were done before.
-        show: whether anything is shown.
+        total, finished: the number of all runs, and of those finished before this command.
+        show: whether to show anything.
     """
 
     def __init__(self, total: int, finished: int, show: bool) -> None:
         self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
         self.total, self.finished, self.failed = total, finished, 0
-        self.flight: dict[int, TaskID] = {}  # by the worker's slot
+        self.flight: dict[int, TaskID] = {}  # active runs, by the worker's slot
         self.began = self.last = time.monotonic()
         self.bars = Bars(
             TextColumn("{task.description}", markup=False),
@@ -88,7 +88,7 @@ class Display:
         self.bars.update(self.all, completed=done, numbers=f"{done}/{self.total}{failed}")
 
     def _say(self) -> None:
-        """A line, where there is no terminal."""
+        """Print a line if there is no terminal."""
         if self.console.is_terminal:
             return
         self.last = time.monotonic()

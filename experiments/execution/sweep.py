@@ -1,9 +1,8 @@
-"""A sweep: what Hydra calls for each of its jobs, and what is known of them all afterwards.
+"""Sweeps: the function that Hydra calls for each job, and the report at the end.
 
-The jobs may run anywhere, in this process's pool or on the machines of a cluster. All share the run
-store. Those elsewhere than in the pool each leave a note of their outcome in the sweep's folder, in
-`.sweep/` in the store. The command and each of its jobs hold that folder, so that a later sweep can
-tell the folder of a sweep that was killed, and remove it.
+Jobs run in this process's pool or on a cluster. All share the run store. A job outside the pool
+writes a note of its outcome to the sweep's folder, in `.sweep/` in the store. The command and its
+jobs lock that folder. A later sweep removes folders that nobody locks: their sweeps were killed.
 """
 
 from __future__ import annotations
@@ -54,20 +53,20 @@ from experiments.training.trainer import train
 
 LOCK = "lock"
 TELL = 1.0  # seconds between two looks at the notes of jobs
-OWN = "hydra_plugins.hyperopt_"  # launchers that say themselves how far they are
-SEARCHED = "optimization_results.yaml"  # what Optuna's sweeper leaves in the sweep's folder
+OWN = "hydra_plugins.hyperopt_"  # launchers that print their own progress
+SEARCHED = "optimization_results.yaml"  # written to the sweep's folder by Optuna's sweeper
 
 single: list[Config] = []  # the config of a command line without -m
-folders: list[Path] = []  # that of the sweep which this process has started
+folders: list[Path] = []  # the folder of the sweep that this process has started
 
 
 class Begin(Callback):
-    """Keeps in this process where the jobs of its sweep leave their notes."""
+    """Stores the sweep's folder in `folders` when a sweep begins, and locks it."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         folders.append(folder)
-        with suppress(OSError):  # of a full disk the runs tell
+        with suppress(OSError):  # the runs themselves report a full disk
             remove_abandoned(folder.parent)
             atexit.register(hold(folder))
         launcher = str(config.hydra.launcher.get("_target_", ""))
@@ -76,7 +75,7 @@ class Begin(Callback):
 
 
 def _tell(folder: Path) -> None:
-    """Say how far the jobs of another launcher are, from their notes, as long as there are any."""
+    """Print the progress of another launcher's jobs from their notes, until the sweep ends."""
     began, told = time.monotonic(), ""
     while folders and folders[-1] == folder:
         with suppress(OSError, ValueError):
@@ -93,7 +92,7 @@ def _tell(folder: Path) -> None:
 
 
 def hold(folder: Path) -> Callable[[], None]:
-    """Hold a sweep's folder, beside others that do; returns what lets it go."""
+    """Take a shared lock on a sweep's folder; returns the function that releases it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -101,7 +100,7 @@ def hold(folder: Path) -> Callable[[], None]:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders of sweeps that nobody holds any more, and that have no queued jobs."""
+    """Remove the folders of sweeps that nobody locks and that have no queued jobs."""
     for lock in parent.glob(f"*/{LOCK}"):
         if re.fullmatch(r"[0-9a-f]+-\d+", lock.parent.name):
             with suppress(OSError), open(lock) as file:
@@ -111,18 +110,18 @@ def remove_abandoned(parent: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a sweep's folder, and that of all sweeps where it is empty then."""
+    """Remove a sweep's folder, and the parent folder if it is then empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
         folder.parent.rmdir()
 
 
 def job(composed: DictConfig) -> float | None:
-    """What Hydra calls, for each job of a sweep in a process of the launcher's choice.
+    """Do one job; Hydra calls this function, for a sweep in a process of the launcher's choice.
 
     Returns:
-        What a sweeper that searches is to make small: the training loss of the last epoch. None
-        for a run that failed: of an error Hydra would print more than `conclude` wants to say.
+        The objective of a search: the training loss of the last epoch. None for a failed run,
+        because Hydra prints too much for an exception; `conclude` reports the error instead.
     """
     config = to_config(composed)
     hydra = HydraConfig.get()
@@ -148,8 +147,8 @@ def job(composed: DictConfig) -> float | None:
 
 
 def launch(composed: Sequence[DictConfig]) -> list[JobReturn]:
-    """Do the jobs of a sweep through the pool."""
-    if not composed:  # as of range(0,0)
+    """Do the jobs of a sweep in the pool."""
+    if not composed:  # for example range(0,0)
         return []
     overrides = [list(config.hydra.overrides.task) for config in composed]
     for config in composed:
@@ -163,7 +162,7 @@ def launch(composed: Sequence[DictConfig]) -> list[JobReturn]:
 
 
 def outcomes_of(folder: Path) -> list[Outcome]:
-    """What became of the jobs of a sweep, in their order, each run once."""
+    """The outcomes of a sweep's jobs, in their order, each run once."""
     named = [(str(k), outcome) for k, outcome in enumerate(here)]
     named += [(path.name, read_note(path)) for path in sorted(folder.glob("job-*.json"))]
     found = {str(o.summary["hash"]) if o.summary else name: o for name, o in named}
@@ -171,14 +170,14 @@ def outcomes_of(folder: Path) -> list[Outcome]:
 
 
 def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
-    """Say what became of a sweep and write its tidy CSV; whether all went well.
+    """Print the outcome of a sweep and write its tidy CSV; returns whether all went well.
 
     Args:
-        ended_by: what ended Hydra's part of it.
+        ended_by: the exception that ended Hydra's part.
     """
     outcomes = outcomes_of(folder)
-    folders.clear()  # which ends `_tell`
-    if not outcomes:  # nothing was begun
+    folders.clear()  # ends `_tell`
+    if not outcomes:  # no run was started
         if isinstance(ended_by, OSError) and not folder.exists():
             raise named(ended_by, folder)
         discard(folder)
@@ -202,10 +201,10 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
         print(f"error: {ended_by}", file=sys.stderr)
     if unwritten is not None:
         print(f"error: {unwritten}", file=sys.stderr)
-    logs = [path for path in folder.glob("*") if path.is_dir()]  # of a launcher that keeps them
+    logs = [path for path in folder.glob("*") if path.is_dir()]  # some launchers write them
     if failed and logs:
         told = " and ".join(map(str, logs))
-        print(f"What the jobs said is in {told}, until the next sweep", file=sys.stderr)
+        print(f"The logs of the jobs are in {told}, until the next sweep", file=sys.stderr)
         for note in folder.glob("job-*.json"):
             note.unlink()
     else:
@@ -214,7 +213,7 @@ def conclude(folder: Path, ended_by: Exception | None = None) -> bool:
 
 
 def interrupted(folder: Path) -> None:
-    """Say how far a sweep is that is stopped."""
+    """Print the counts of an interrupted sweep, and remove its folder if no jobs are queued."""
     if outcomes := outcomes_of(folder):
         print(f"\n{count(outcomes)}.", file=sys.stderr)
     if not (folder / cluster.JOBS).exists():

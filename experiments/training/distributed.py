@@ -1,7 +1,7 @@
-"""Several processes that do one run together, as `torchrun ... -m experiments.run` starts them.
+"""One run in several processes, started by `torchrun ... -m experiments.run`.
 
-Each has its share of every batch, and DistributedDataParallel the mean of their gradients. All hold
-the same weights and hyperparameters; the first alone keeps the records.
+Each process has a share of every batch. DistributedDataParallel computes the weighted sum of the
+gradients. All processes have the same weights and hyperparameters. Only the first writes records.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Be one of the processes that torchrun has started, on a GPU of its own if on any."""
+    """Join the process group of torchrun; with device=cuda, each process takes its own GPU."""
     if size() == 1:
         yield
         return
@@ -37,7 +37,7 @@ def joined(device: str) -> Iterator[None]:
 
 
 def agreed(find: Callable[[], Value]) -> Value:
-    """What `find` returns or raises in the first process, in all of them."""
+    """Call `find` in the first process; return its result, or raise its error, in all processes."""
     if size() == 1:
         return find()
     found: list[Any] = [None, None]
@@ -53,14 +53,14 @@ def agreed(find: Callable[[], Value]) -> Value:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum of the processes' values."""
+    """Sum a value over all processes."""
     if size() > 1:
         dist.all_reduce(values)
     return values
 
 
 class Shares:
-    """Divides each batch, and weighs each process's gradient by its share of it.
+    """Divides each batch among the processes, and weights each gradient by the share's size.
 
     Args:
         model: on this process's device; its parameters receive the gradient of the whole batch.
@@ -79,7 +79,7 @@ class Shares:
             return images, labels
         if len(labels) < size():
             raise ValueError(
-                f"a batch of {len(labels)} is not enough for {size()} processes; give another "
+                f"a batch of {len(labels)} is too small for {size()} processes; give another "
                 "trainer.batch_size or fewer processes"
             )
         own = slice(dist.get_rank(), None, size())
@@ -87,6 +87,6 @@ class Shares:
         return images[own], labels[own]
 
 
-def _weighted_sum(shares: Shares, bucket):  # torch refuses annotations that are strings
+def _weighted_sum(shares: Shares, bucket):  # torch rejects string annotations
     work = dist.all_reduce(bucket.buffer().mul_(shares.weight), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])

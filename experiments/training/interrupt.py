@@ -1,6 +1,6 @@
-"""Signals that end a run: Ctrl-C, SIGTERM, and a cluster's warning that the time is up.
+"""Signals that end a run: Ctrl-C, SIGTERM, and a cluster's time-limit warning.
 
-A run that has made steps stops after the one under way, so that it can write a checkpoint.
+During training, a run finishes the current step and writes a checkpoint before it stops.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 from experiments.cli import Terminated
 
-# A launcher's own handler of the last one (submitit's asks Slurm to queue the job again) is called
-# after the checkpoint.
+# A launcher may have its own SIGUSR2 handler; submitit's requeues the job. It runs after the
+# checkpoint.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -22,7 +22,7 @@ class Interrupts:
     """A context in which signals wait for `check`.
 
     Attributes:
-        armed: whether they wait; else they interrupt at once. A second Ctrl-C always does.
+        armed: whether signals wait; else they interrupt at once. A second Ctrl-C never waits.
     """
 
     def __init__(self) -> None:
@@ -43,14 +43,14 @@ class Interrupts:
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.earlier.items():
             signal.signal(number, handler)
-        if error[0] is None:  # the run has ended meanwhile
+        if error[0] is None:  # a signal may have come after the last step
             self.check()
 
     def check(self, save: Callable[[], object] = lambda: None) -> None:
-        """Where a signal has come, call `save` and interrupt.
+        """If a signal has come, call `save` and raise.
 
         Raises:
-            KeyboardInterrupt: by SIGINT; its subclass Terminated by SIGTERM.
+            KeyboardInterrupt: on SIGINT; its subclass Terminated on SIGTERM.
         """
         if self.pending is not None:
             save()

@@ -1,4 +1,4 @@
-"""The training run: one config in, one finished directory in the run store out."""
+"""The training run: it takes a config and writes a finished directory to the run store."""
 
 from __future__ import annotations
 
@@ -33,24 +33,22 @@ from experiments.training import distributed
 from experiments.training.interrupt import Interrupts
 from models import MODELS
 
-# Compiling makes it say, once for each process, that there is no GPU.
+# Without a GPU, compiling logs a warning in each process.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
-
-# The name of a tuned lr times the factor of its schedule.
-EFFECTIVE_LR = "0.effective_lr"
+EFFECTIVE_LR = "0.effective_lr"  # the tuned lr times the factor of its schedule
 
 
 @dataclass
 class Progress:
-    """How far a run is; the values are those of the last finished epoch, None before it."""
+    """Progress of a run; losses and lr are of the last finished epoch, None before the first."""
 
-    epoch: int  # finished ones
+    epoch: int  # finished epochs
     epochs: int
     step: int
     steps: int
     train_loss: float | None = None  # nats, mean over the epoch
-    test: dict[str, float] | None = None  # what the task measures on what is held out
+    test: dict[str, float] | None = None  # the task's metrics on held-out data
     lr: float | None = None
 
 
@@ -58,20 +56,20 @@ Report = Callable[[Progress], None]
 
 
 def train(config: Config, report: Report = lambda progress: None) -> dict[str, Any]:
-    """Do the run of a resolved config, or what is left of it, and return its summary.
+    """Do or resume the run of a resolved config, and return its summary.
 
-    A finished run is only read. One that another process works on is waited for. A run that was cut
-    short goes on from its last checkpoint, and ends bit for bit as if it had not been. There is one
-    at the end of each epoch, as `trainer.checkpoint_every` has it, and after the step in which
-    Ctrl-C or SIGTERM came.
-    A loss or a weight that is not finite ends the run, which is then recorded as diverged.
+    A finished run is only read. If another process works on the run, this call waits. An
+    interrupted run resumes from its last checkpoint and ends bit for bit as an uninterrupted one.
+    Checkpoints are written after each epoch, every `trainer.checkpoint_every` steps, and after the
+    step in which Ctrl-C or SIGTERM came.
+    A loss or a weight that is not finite ends the run; the run is recorded as diverged.
 
     Raises:
-        FileNotFoundError: the data are not there.
-        ValueError: the stack does not fit the model, or the like.
+        FileNotFoundError: the data are missing.
+        ValueError: for example, the stack does not fit the model.
     """
     store = RunStore(config.store)
-    identified = identity(config)  # once: a file that a schedule replays may change meanwhile
+    identified = identity(config)  # only once, as a replayed file may change during the run
     name = identity_hash(identified)
     if (summary := distributed.agreed(lambda: store.finished(name))) is not None:
         return summary
@@ -84,13 +82,13 @@ def train(config: Config, report: Report = lambda progress: None) -> dict[str, A
 
 @dataclass
 class _Epoch:
-    """What an epoch under way has gathered; its numbers are read from the device at its end."""
+    """Records of an unfinished epoch. They stay on the device until the epoch ends."""
 
-    shuffle: Tensor  # the generator's state at its beginning
+    shuffle: Tensor  # the generator's state at the beginning
     losses: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     snapshots: list[Tensor] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)  # those of the snapshots
+    steps: list[int] = field(default_factory=list)  # of the snapshots
 
     def state_dict(self) -> dict[str, Any]:
         lists = {name: getattr(self, name) for name in ("losses", "snapshots")}
@@ -103,7 +101,7 @@ class _Epoch:
 
 
 class _Run:
-    """The moving parts of a run: model, optimizer, generator, curves."""
+    """The state of a run: model, optimizer, generator, curves."""
 
     def __init__(
         self,
@@ -127,14 +125,14 @@ class _Run:
         self._start()
 
     def _start(self) -> None:
-        """The state before the first step; initialisation and shuffling have a seed each."""
+        """Set the state before the first step; initialisation and shuffling have separate seeds."""
         init_seed, shuffle_seed = np.random.SeedSequence(self.config.seed).generate_state(2)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(init_seed))
             sizes = {k: v for k, v in asdict(self.config.model).items() if v is not None}
             make = MODELS[sizes.pop("name")].make
             self.model = make(**self.task.model_arguments, **sizes)
-        # Convolutions are faster with the channels of a pixel beside each other.
+        # Convolutions are faster in the channels_last format.
         self.model.to(self.device).to(memory_format=torch.channels_last)
         trainer = self.config.trainer
         self.optimizer = make_optimizer(
@@ -151,7 +149,7 @@ class _Run:
             self.gradient = self.optimizer.watch(self.gradient)
         start = self.optimizer.hyperparameters()[0]
         self.schedule = make_schedule(self.config.schedule, start, self.steps)
-        # A schedule scales an lr that is tuned: see `HyperOptimizer`.
+        # A schedule scales a tuned lr; see `HyperOptimizer`.
         stack = self.optimizer.stack
         self.scales_lr = stack.height > 0 and "lr" in stack.levels[0].tuned
         self.scales_lr &= "lr" in self.schedule(0)
@@ -160,8 +158,8 @@ class _Run:
                 group["initial_lr"] = start["lr"]
         if identity(self.config) != self.identity:
             raise ValueError(
-                f"{self.config.schedule.file} has changed since this run was asked for; give the "
-                "command again for a run by what it is now"
+                f"{self.config.schedule.file} has changed since the command began; give the "
+                "command again for a run with the new file"
             )
         self.shuffle = torch.Generator().manual_seed(int(shuffle_seed))
         self.epoch = 0
@@ -176,7 +174,7 @@ class _Run:
         self.times: list[float] = []  # since 1970, of the start and of each epoch's end
         peer = self.optimizer.version if isinstance(self.optimizer, BaselineOptimizer) else None
         made = {**of_process(), "device": device_name(self.device)}
-        # What has done the run: this process, and before it those from which it goes on, if other.
+        # Provenance of this process, then of earlier processes of this run that differ.
         self.made: list[dict[str, Any]] = [{**made, "peer": peer} if peer else made]
 
     def finish(self, report: Report) -> dict[str, Any]:
@@ -186,7 +184,7 @@ class _Run:
         self._resume()
         self._write_curves()
         logger = make_logger(config, directory)
-        logger.log(self._history(0))  # those that it has already it leaves out
+        logger.log(self._history(0))  # the logger skips rows that it already has
         report(self._progress())
         try:
             while self.step < self.steps and not self.diverged:
@@ -203,7 +201,8 @@ class _Run:
         with judged(self.optimizer):
             if (kept := self.task.kept(self.model)) is not None:
                 directory.save_model(kept)
-        logger.finish(summary)  # first: a run that is killed in between goes on, and shows the rest
+        # The logger first: a run killed between the two resumes and logs again.
+        logger.finish(summary)
         directory.finish(summary)
         return {"hash": directory.hash, **summary}
 
@@ -222,7 +221,7 @@ class _Run:
         report(self._progress())
 
     def _train_epoch(self, report: Report) -> None:
-        """One pass over the data, or what is left of it."""
+        """Train for one pass over the data, or the rest of a pass."""
         trainer = self.config.trainer
         model, optimizer = self.model, self.optimizer
         began = time.perf_counter()
@@ -266,13 +265,13 @@ class _Run:
         self.curves.append([self.epoch, self.step, train_loss, *measured.values()])
 
     def _save_under_way(self, began: float) -> float:
-        """Save a checkpoint within an epoch; returns the time after it."""
+        """Save a checkpoint within an epoch; returns the time afterwards."""
         self.seconds += time.perf_counter() - began
         self.directory.save_checkpoint(self._state())
         return time.perf_counter()
 
     def _batches(self) -> tuple[_Epoch, Iterator[tuple[Tensor, Tensor]]]:
-        """The epoch under way, or a new one, and the batches that are left of it."""
+        """The unfinished epoch, or a new one, and its remaining batches."""
         carried = self.task.state_dict()
         if self.under_way is None:
             self.under_way = _Epoch(self.shuffle.get_state())
@@ -285,9 +284,9 @@ class _Run:
         return self.under_way, itertools.islice(batches, self.steps - self.step)
 
     def _snapshot(self, loss: Tensor) -> Tensor:
-        """What is recorded every few steps, in the order of `_recorded` and then of `_tuned`."""
+        """The values to record, in the order of `_recorded` and then of `_tuned`."""
         values, hypergradients = self.optimizer.snapshot(), self.optimizer.hypergradients()
-        if len(values) < len(self._hyperparameters()):  # the effective lr is the learned one still
+        if len(values) < len(self._hyperparameters()):  # effective lr = learned lr so far
             values = torch.cat([values, values[self.optimizer.names.index("0.lr")].view(1)])
         if self.config.trainer.record_loss:
             return torch.cat([values, loss.to(values).view(1), hypergradients])
@@ -306,7 +305,7 @@ class _Run:
         return [f"hypergradient.{name}" for name in self.optimizer.names[:count]]
 
     def _follow_schedule(self) -> None:
-        """Set what the schedule says of the next step."""
+        """Set the scheduled hyperparameters of the next step."""
         for name, value in self.schedule(self.step).items():
             for group in self.optimizer.param_groups:
                 if group[name] != value:
@@ -332,7 +331,7 @@ class _Run:
         }
 
     def _resume(self) -> None:
-        """Go back to the checkpoint, if there is one that can be used."""
+        """Restore the checkpoint, if a valid one exists."""
         try:
             state = distributed.agreed(self.directory.checkpoint)
             if state is None:
@@ -342,18 +341,18 @@ class _Run:
             self.shuffle.set_state(state["shuffle"])
             for name in ("epoch", "step", "seconds", "diverged", "curves", "trajectory"):
                 setattr(self, name, state[name])
-            for name in ("hypergradients", "times"):  # which earlier checkpoints do not have
+            for name in ("hypergradients", "times"):  # missing in older checkpoints
                 setattr(self, name, state.get(name, []))
             if state["under_way"] is not None:
                 self.under_way = _Epoch.from_state_dict(state["under_way"], self.device)
                 self.task.load_state_dict(state["task"])
             self.made += [made for made in state.get("made", []) if made not in self.made]
             self.resumed = state["resumed"] + 1
-        except Exception as error:  # a flipped bit may be anything to what reads it
+        except Exception as error:  # a damaged checkpoint can raise anything
             reason = (str(error) or type(error).__name__).splitlines()[0]
             if is_first():
                 print(
-                    f"run {self.directory.hash}: {reason}; the run starts again from its beginning",
+                    f"run {self.directory.hash}: {reason}; the run starts again from the beginning",
                     file=sys.stderr,
                 )
             self._start()
@@ -364,11 +363,11 @@ class _Run:
             row = self._last_row()
             progress.train_loss = row["train_loss"]
             progress.test = {name: row[name] for name in self.task.metrics}
-            progress.lr = row.get("0.lr")  # None where groups or tensors have their own
+            progress.lr = row.get("0.lr")  # None if groups or tensors have their own lr
         return progress
 
     def _last_row(self) -> dict[str, float]:
-        """The last finished epoch's numbers, by their names."""
+        """The values of the last finished epoch, by name."""
         values = [*self.curves[-1], *self.trajectory[-1][1:]]
         return dict(zip(self._curve_names(), values, strict=True))
 
@@ -376,12 +375,12 @@ class _Run:
         return ["epoch", "step", "train_loss", *self.task.metrics, *self._recorded()]
 
     def _curve_rows(self, epoch: int = 0) -> list[list[float]]:
-        """One row for each epoch from one on, with the hyperparameters' values at its end."""
+        """A row for each epoch, from `epoch` on, with the hyperparameters at the epoch's end."""
         values = {row[0]: row[1:] for row in self.trajectory}
         return [[*row, *values[row[1]]] for row in self.curves[epoch:]]
 
     def _history(self, epoch: int) -> list[Row]:
-        """What is logged of the epochs from one on, counted from 0."""
+        """The rows to log, from `epoch` on; epochs count from 0."""
         start = self.curves[epoch - 1][1] if epoch else 0
 
         def named(names: list[str], rows: list[list[float]]) -> list[Row]:
@@ -403,7 +402,7 @@ class _Run:
 
     def _summary(self) -> dict[str, Any]:
         _, _, train_loss, *tested = self.curves[-1]
-        metrics = dict(zip(self.task.metrics, tested, strict=True))  # of the last epoch
+        metrics = dict(zip(self.task.metrics, tested, strict=True))
         stack = self.optimizer.stack
         made, *earlier = self.made
         return {
@@ -435,5 +434,5 @@ class _Run:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Replace infinity and NaN, which JSON lacks, by None."""
     return value if math.isfinite(value) else None
