@@ -369,7 +369,7 @@ def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
         ("fault_injection epochs=0", "kills=10 and epochs=0 must be 1 or more"),
         ("logging_cost rounds=0", "rounds=0 must be 1 or more"),
         ("experiments.records.push_wandb store=nosuch", "there is no store=nosuch"),
-        ("experiments.records.push_wandb results=nosuch", "results=nosuch is no folder"),
+        ("experiments.records.push_wandb results=nosuch", "results=nosuch is not a folder"),
     ],
 )
 def test_a_command_that_is_asked_wrongly_says_so_and_does_nothing(

@@ -413,7 +413,7 @@ def test_a_run_of_an_unknown_rule_does_not_hide_the_others(
     assert command(summarise.main, f"store={tmp_path / 'runs'}") == 0
     said = capsys.readouterr()
     assert said.out == expected
-    assert "run stray is left out: there is no rule 'QHM'" in said.err
+    assert "run stray is ignored: there is no rule 'QHM'" in said.err
 
 
 def test_a_folder_that_cannot_be_written_to_gets_one_line(

@@ -83,7 +83,7 @@ def test_the_vocabulary_is_the_training_parts() -> None:
 
 def test_a_character_that_only_the_test_part_has_is_named() -> None:
     for place in (188, 386, 584):  # in the test part of each stream
-        with pytest.raises(ValueError, match=r"held-out part of .* has 'é', which the training"):
+        with pytest.raises(ValueError, match=r"held-out part of .* has 'é', but the training"):
             text(TINY[:place] + "é" + TINY[place + 1 :])
         text(TINY[:place] + "é" + TINY[place + 1 :], validation=True)
 

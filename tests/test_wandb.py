@@ -307,10 +307,10 @@ def test_what_a_server_loses_is_pushed(
     assert read_note(directory)["state"] == "incomplete"
     server.room = None
     push(tmp_path, monkeypatch)
-    assert capsys.readouterr().out == "1 of 1 runs and 0 artifacts are new there\n"
+    assert capsys.readouterr().out == "pushed 1 of 1 runs and 0 artifacts\n"
     each_once(server, directory.path)
     push(tmp_path, monkeypatch)
-    assert capsys.readouterr().out == "0 of 1 runs and 0 artifacts are new there\n"
+    assert capsys.readouterr().out == "pushed 0 of 1 runs and 0 artifacts\n"
 
 
 def test_a_server_that_is_away_is_tried_once(
@@ -330,11 +330,11 @@ def test_a_server_that_is_away_is_tried_once(
     assert server.attempts == ["/"]
     assert moments[0] < began + 5 and time.monotonic() < began + 30
     said = capfd.readouterr().err
-    assert said.count("does not answer; the rows are kept, to be sent by: python -m") == 1
+    assert said.count("does not answer; the rows are kept; to send them: python -m") == 1
     server.delay = 0.0
     monkeypatch.setenv("HYPEROPT_COMMAND", "another")
     push(tmp_path, monkeypatch)
-    assert capfd.readouterr().out == "3 of 3 runs and 0 artifacts are new there\n"
+    assert capfd.readouterr().out == "pushed 3 of 3 runs and 0 artifacts\n"
     for path in tmp_path.glob("*/summary.json"):
         each_once(server, path.parent)
 
@@ -374,7 +374,7 @@ def test_offline_says_why(
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(config(tmp_path, "logger=wandb", "trainer.epochs=1"))
     say_how_to_sync(tmp_path)
-    assert "W&B has WANDB_MODE=offline and keeps its files" in capfd.readouterr().err
+    assert "WANDB_MODE is offline, so its files are kept here" in capfd.readouterr().err
     monkeypatch.delenv("WANDB_MODE")
     wandb.teardown()  # which forgets what mode there was
     push(tmp_path, monkeypatch)  # and the file goes, which would bring them a second time
@@ -436,7 +436,7 @@ def test_runs_are_replayed_once_with_their_times(
 
     push(tmp_path / "later", monkeypatch)
     said = capsys.readouterr()
-    assert said.out == "2 of 2 runs and 0 artifacts are new there\n"
+    assert said.out == "pushed 2 of 2 runs and 0 artifacts\n"
     # The pattern of artifacts matches nothing, which wandb sync would refuse.
     assert said.err.endswith(f" wandb sync {tmp_path}/later/*/wandb/offline-run-*\n")
     assert said.err.count("\n") == 1
@@ -454,7 +454,7 @@ def test_runs_are_replayed_once_with_their_times(
 
     push(tmp_path / "later", monkeypatch)
     push(tmp_path / "live", monkeypatch)
-    assert capsys.readouterr().out == "0 of 2 runs and 0 artifacts are new there\n" * 2
+    assert capsys.readouterr().out == "pushed 0 of 2 runs and 0 artifacts\n" * 2
     assert len(read(tmp_path / "later")) == len(read(tmp_path / "live")) == 2
 
 

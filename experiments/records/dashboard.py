@@ -1,13 +1,13 @@
-"""The dashboard of the runs on Weights & Biases, as code.
+"""Make the dashboard of the runs on Weights & Biases.
 
     python -m experiments.records.dashboard entity=NAME
     python -m experiments.records.dashboard entity=NAME project=hyperopt
     python -m experiments.records.dashboard picture=docs/dashboards.png
 
-makes a view of the project: lr, momentum, loss and error (of a text the perplexity) over training,
-by the height of the tower and by the initial lr, and the error at the end by both. Its heat map is
-a chart of its own beside the view. It needs a key (wandb login). The last draws the panels over
-training here, without W&B, from the runs in the folder `records`.
+The dashboard shows lr, momentum, loss and error (for a text, perplexity) over training, grouped by
+the height of the tower and by the initial lr, and the final error by both. The heat map is a
+separate custom chart. W&B needs a key (wandb login). The last command draws the panels over
+training without W&B, from the runs in the folder `records`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from experiments.records.loggers.logger import initial
 from experiments.records.loggers.wandb import PROJECT, describe, metric, offline
 from experiments.tasks.catalog import tasks
 
-# How runs are judged.
+# The metrics of all tasks.
 MEASURES = {task.judged_by.name: task.judged_by.words.capitalize() for task in tasks()}
 
-# W&B has no heat map of its own. In this one, in Vega-Lite, a cell is the mean over its runs.
+# W&B has no heat map, so this is one in Vega-Lite. A cell is the mean over its runs.
 HEAT_MAP: dict[str, Any] = {
     "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
     "data": {"name": "wandb"},
@@ -60,13 +60,13 @@ HEAT_MAP: dict[str, Any] = {
         },
     },
 }
-# Another specification is another chart.
+# The hash makes each version of the specification a new chart.
 HEAT_MAP_NAME = f"height-by-lr-{hashlib.sha256(json.dumps(HEAT_MAP).encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     entity: str = ""
     project: str = PROJECT
@@ -74,7 +74,7 @@ class Options:
     records: str = "results/figure2/cpu/records"
 
 
-# What is shown over training, by the height of the tower and by the initial lr.
+# Metrics over training, grouped by the height of the tower and by the initial lr.
 OVER_TIME = {
     metric("0.lr"): "lr",
     metric("0.momentum"): "momentum",
@@ -86,7 +86,7 @@ GROUPS = {"height": "by height", "lr": "by start"}
 
 
 def workspace(entity: str, project: str) -> workspaces.Workspace:
-    """The dashboard; nothing is sent before its `save`."""
+    """Build the dashboard; only its `save` sends anything."""
     sections: dict[str, list[Any]] = {
         f"Over training, {words}": [
             _over_time(f"{name} {words}", column, group) for column, name in OVER_TIME.items()
@@ -154,7 +154,7 @@ def _at_the_end(entity: str, column: str, words: str) -> list[Any]:
 
 
 def draw(records: Path, path: Path) -> None:
-    """The panels over training, as W&B shows them: means over the runs of a group, and their sd."""
+    """Draw the panels over training as W&B does: mean and sd over the runs of a group."""
     from matplotlib import pyplot as plt
 
     runs = [_history(files) for files in read_records(records).values()]
@@ -188,7 +188,7 @@ def draw(records: Path, path: Path) -> None:
 
 
 def _history(files: dict[str, str]) -> tuple[dict[str, Any], pd.DataFrame]:
-    """The config and the history of a run, by W&B's names and the step."""
+    """The config of a run, and its history by step, under W&B's names."""
     settings = json.loads(files["config.json"])
     settings.pop("hash")
     tables = [
@@ -202,7 +202,7 @@ def _history(files: dict[str, str]) -> tuple[dict[str, Any], pd.DataFrame]:
 
 
 def make_heat_map(entity: str) -> None:
-    """Put the heat map's specification there, where the panels find it by its name."""
+    """Upload the heat map's specification; the panels find it by its name."""
     try:
         wandb.Api().create_custom_chart(
             entity=entity,
@@ -212,9 +212,9 @@ def make_heat_map(entity: str) -> None:
             access="private",
             spec=HEAT_MAP,
         )
-    except wandb.Error as error:  # as where it has been made before
+    except wandb.Error as error:  # for example, it exists already
         reason = str(error).partition("\n")[0]
-        print(f"the heat map {entity}/{HEAT_MAP_NAME} is not made anew: {reason}", file=sys.stderr)
+        print(f"the heat map {entity}/{HEAT_MAP_NAME} is not uploaded: {reason}", file=sys.stderr)
 
 
 def main() -> int:
@@ -226,9 +226,9 @@ def main() -> int:
         print(options.picture)
         return 0
     if not options.entity:
-        raise ValueError("entity is not set; give the W&B user or team as in entity=NAME")
+        raise ValueError("entity is not set; give the W&B user or team, as in entity=NAME")
     if offline():
-        raise ValueError("W&B has no key here; log in with: wandb login")
+        raise ValueError("W&B has no key on this machine; log in with: wandb login")
     make_heat_map(options.entity)
     print(workspace(options.entity, options.project).save().url)
     return 0

@@ -1,4 +1,4 @@
-"""Where numbers come from: the commit, the versions and the machine, of one run and of many."""
+"""Provenance of results: commit, versions and machine, of one run or of many."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from experiments.data.catalog import label
 def of_process() -> dict[str, Any]:
     """The commit and the versions that this process runs; commit None outside of a repository.
 
-    To be called first when a process begins with what it does: what is committed later is not what
-    it runs.
+    Call it when the process begins to work: later commits are not the code that it runs.
     """
 
     def git(*arguments: str) -> str | None:
@@ -34,20 +33,20 @@ def of_process() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    # What is computed does not depend on results/, which a command may have written to itself.
+    # Commands write to results/, and no computation reads it.
     status = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/results")
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # which is of a class of its own
+        "torch": str(torch.__version__),  # a subclass of str
         "numpy": np.__version__,
         "platform": platform.platform(),
     }
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The model name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -59,7 +58,7 @@ def device_name(device: torch.device) -> str:
 
 
 def provenance(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Where the numbers of a table come from; differing values of the runs are all listed."""
+    """The provenance of a table's numbers, with all distinct values of its runs."""
 
     def values(key: str) -> list[Any]:
         mades = [summary["provenance"] for summary in summaries]

@@ -1,12 +1,11 @@
-"""Bring finished runs that were done without Weights & Biases there.
+"""Upload finished runs of the store to Weights & Biases.
 
     python -m experiments.records.push_wandb
     python -m experiments.records.push_wandb store=runs project=NAME results=results
 
-replays the finished runs of the store, with the times at which they were done, and puts the tables
-and figures of the folder `results` there as artifacts. What is there already is left out, of a run
-that was killed or cut off each row that the server has. Without a key W&B keeps its files in the
-store, and a line says how to upload them.
+It logs the finished runs with their original times, and uploads the tables and figures of the
+folder `results` as artifacts. It skips runs and rows that the server already has. Without a key,
+W&B writes its files to the store, and the command prints how to upload them.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from experiments.records.tidy import read_summaries
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     store: str = "runs"
     project: str = ""
@@ -44,7 +43,7 @@ class Options:
 
 
 def push(directory: RunDirectory, project: str | None) -> bool:
-    """Bring a finished run there; whether it was not there yet."""
+    """Upload a finished run; returns whether W&B now has it and did not before."""
     summary = directory.summary()
     if summary is None or is_there(directory):
         return False
@@ -59,14 +58,14 @@ def push(directory: RunDirectory, project: str | None) -> bool:
     times = made.get("times", [])
     logger.log(history(summary["stack"], 0, curves, values, hypergradients, times))
     logger.finish(summary)
-    if is_there(directory) and not offline():  # which would be there twice if they were synced
+    if is_there(directory) and not offline():  # syncing these files would upload the run twice
         for folder in offline_files(directory):
             shutil.rmtree(folder)
     return is_there(directory)
 
 
 def rows(path: Path) -> list[Row]:
-    """The rows of a CSV of numbers; none where there is no such file."""
+    """The rows of a CSV of numbers; empty if the file does not exist."""
     try:
         with open(path, newline="") as file:
             return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
@@ -75,7 +74,7 @@ def rows(path: Path) -> list[Row]:
 
 
 def push_all(store: RunStore, hashes: Iterable[str], project: str | None) -> int:
-    """Bring those of the runs there that are not yet, and return how many these were."""
+    """Upload all runs that W&B lacks, and return how many."""
     pushed = 0
     for name in hashes:
         with store.claim(name) as directory:
@@ -91,13 +90,15 @@ def main() -> int:
     if not store.root.exists() and options.store != Options.store:
         raise ValueError(f"there is no store={options.store}; give the folder of the runs")
     if not Path(options.results).is_dir() and options.results != Options.results:
-        raise ValueError(f"results={options.results} is no folder; give that of tables and figures")
+        raise ValueError(
+            f"results={options.results} is not a folder; give the folder of tables and figures"
+        )
     if mode() == "disabled":
         raise ValueError("WANDB_MODE=disabled; unset it to push")
     hashes = [summary["hash"] for summary in read_summaries(store.root)]
     pushed = push_all(store, hashes, options.project or None)
     artifacts = push_results(Path(options.results), store.root, options.project or None)
-    print(f"{pushed} of {len(hashes)} runs and {len(artifacts)} artifacts are new there")
+    print(f"pushed {pushed} of {len(hashes)} runs and {len(artifacts)} artifacts")
     if pushed or artifacts:
         say_how_to_sync(store.root)
     return 0

@@ -1,16 +1,15 @@
 """The run store: one directory for each run, named by the hash of its resolved config.
 
-    runs/0f3c.../config.json            what identifies the run, and its hash
+    runs/0f3c.../config.json            the run's identity and hash
                  curves.csv             one row for each epoch
                  hyperparameters.csv    their values, every few steps
-                 hypergradients.csv     what moved them in these steps
+                 hypergradients.csv     their hypergradients, at the same steps
                  checkpoint.pt          until the run is finished
-                 model.pt               the weights, where there is something to do with them
-                 summary.json           written last: a run that has one is finished
-                 lock                   held by the process that works on the run, while it does
+                 model.pt               the weights, if the task keeps them
+                 summary.json           written last; it marks the run as finished
+                 lock                   held by the process that works on the run
 
-Every file but the growing curves is written beside its place and then moved there, so that it is
-whole whenever it is there.
+All writes are atomic, except the rows appended to the curves.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from experiments.files import csv_text, named, write_json, write_tensors, write_
 
 
 class RunDirectory:
-    """The files of one run. Only the process that claimed the run writes them."""
+    """The files of one run. Only the process that has claimed the run writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -47,10 +46,10 @@ class RunDirectory:
         return summary if whole and summary.get("hash") == self.hash else None
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, tensors on the CPU, or None where there is none.
+        """The last checkpoint, tensors on the CPU, or None if none exists.
 
         Raises:
-            ValueError: a checkpoint that is cut short or of another run.
+            ValueError: the checkpoint is damaged or belongs to another run.
         """
         path = self.path / "checkpoint.pt"
         try:
@@ -71,11 +70,11 @@ class RunDirectory:
         write_json(self.path / "config.json", {"hash": self.hash, **identity})
 
     def save_curves(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Write the whole of `name`.csv."""
+        """Write the whole file `name`.csv."""
         write_text(self.path / f"{name}.csv", csv_text([header, *rows]))
 
     def append_curves(self, name: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Add to `name`.csv what has come since; a run that resumes writes it whole again."""
+        """Append rows to `name`.csv; a resumed run first writes the whole file again."""
         path = self.path / f"{name}.csv"
         try:
             with open(path, "a") as file:
@@ -105,7 +104,7 @@ class RunStore:
         return self.run(run_hash).summary()
 
     def finished(self, run_hash: str) -> dict[str, Any] | None:
-        """The same; the lock of a process that was killed after its summary is removed."""
+        """As `summary`; it also removes the stale lock of a process killed after its summary."""
         summary = self.summary(run_hash)
         if summary is not None and (self.root / run_hash / "lock").exists():
             with suppress(OSError), self.claim(run_hash):
@@ -114,10 +113,10 @@ class RunStore:
 
     @contextmanager
     def claim(self, run_hash: str) -> Iterator[RunDirectory]:
-        """Hold a run, waiting until no other process does; look then whether it is finished.
+        """Lock a run; wait for other processes. Then check whether one of them has finished it.
 
-        The lock is the kernel's: it ends with the process, however that ends. Its file is removed
-        with it, so that a process which has waited may hold a file that is no longer there.
+        The kernel releases the lock when the process ends, for any reason. The owner also removes
+        the lock file, so a process that has waited must check that it locked the current file.
         """
         directory = self.run(run_hash)
         path = directory.path / "lock"
@@ -133,7 +132,7 @@ class RunStore:
                     break
             os.close(descriptor)
         try:
-            for cut_short in directory.path.glob("*.tmp"):  # by a process that was killed
+            for cut_short in directory.path.glob("*.tmp"):  # left by a killed process
                 cut_short.unlink()
             yield directory
         finally:
@@ -143,7 +142,7 @@ class RunStore:
 
 
 class NoRecords(RunDirectory):
-    """The directory of a run whose records another process keeps."""
+    """The directory of a run whose records another process writes."""
 
     def save_checkpoint(self, state: dict[str, Any]) -> None: ...
     def save_config(self, identity: dict[str, Any]) -> None: ...
@@ -155,5 +154,5 @@ class NoRecords(RunDirectory):
 
 @contextmanager
 def no_records(store: RunStore, run_hash: str) -> Iterator[RunDirectory]:
-    """In place of a claim, in all processes but the first."""
+    """Replaces `claim` in all processes except the first."""
     yield NoRecords(store.run(run_hash).path)

@@ -1,4 +1,4 @@
-"""Finished runs as the lines of one tidy CSV."""
+"""A tidy CSV with a line for each finished run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from experiments.tasks.catalog import tasks
 JUDGED_BY = tuple(task.judged_by.name for task in tasks())
 METRICS = tuple(name for task in tasks() for name in task.metrics)
 RESULTS = (*METRICS, "objective", "train_loss", "diverged", "epochs", "steps")
-# Of a summary, what is neither a setting nor a result.
+# Keys of a summary that are neither settings nor results.
 LEFT_OUT = ("hash", "hyperparameters", "tuned", "data_source", "data_sha256", "provenance")
 
 
 def tidy(summary: dict[str, Any]) -> dict[str, Any]:
-    """One line of the tidy CSV: a finished run's hash, settings and results, by their columns."""
+    """A line of the tidy CSV: a finished run's hash, settings and results, by column."""
     settings = {k: v for k, v in summary.items() if k not in (*LEFT_OUT, *RESULTS)}
     levels = parse(summary["stack"]).levels
     line = {"hash": summary["hash"], **dict(_flat(settings))}
@@ -32,7 +32,7 @@ def tidy(summary: dict[str, Any]) -> dict[str, Any]:
             level.hypers.keys() - level.tuned.keys() if k < len(levels) - 1 else values.keys()
         )
         line |= {f"learned.{k}.{n}": v for n, v in values.items() if n not in constant}
-        # The notation leaves out what was at its default, which may have become another since.
+        # The notation omits default values, and defaults may have changed since the run.
         if k or "schedule" not in summary:
             kept = {f"{k}.{n}": values[n] for n in constant & values.keys()}
             line |= {name: v for name, v in kept.items() if name in line and v is not None}
@@ -48,10 +48,9 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def tidy_csv(summaries: Iterable[dict[str, Any]]) -> str:
-    """The tidy CSV: settings first, results last, empty where a run does not have the column.
+    """The tidy CSV: settings first, results last, an empty cell if a run lacks the column.
 
-    It holds no times and no paths, so that the same runs give the same bytes wherever they were
-    done.
+    It has no times and no paths, so that the same runs give the same bytes on every machine.
     """
     lines = [tidy(summary) for summary in summaries]
     names = list(dict.fromkeys(name for line in lines for name in line))
@@ -61,7 +60,7 @@ def tidy_csv(summaries: Iterable[dict[str, Any]]) -> str:
 
 
 def read_summaries(store: Path) -> list[dict[str, Any]]:
-    """Those of all finished runs of a store, by their stack, seed and hash."""
+    """The summaries of all finished runs of a store, sorted by stack, seed and hash."""
     paths = store.glob("*/summary.json")
     found = [RunStore(store).summary(path.parent.name) for path in paths]
     return sorted(
@@ -71,10 +70,10 @@ def read_summaries(store: Path) -> list[dict[str, Any]]:
 
 
 def is_known(summary: dict[str, Any]) -> bool:
-    """Whether this version knows a run's rules; one that it does not is named on standard error."""
+    """Whether this version knows a run's rules; if not, print the run on standard error."""
     try:
         parse(summary["stack"])
     except ValueError as error:
-        print(f"run {summary['hash']} is left out: {error}", file=sys.stderr)
+        print(f"run {summary['hash']} is ignored: {error}", file=sys.stderr)
         return False
     return True

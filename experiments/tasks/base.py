@@ -1,4 +1,4 @@
-"""What a training run asks of its task: batches, the gradient on one of them, how it is judged."""
+"""The interface of a task: its batches, the gradient of a batch, and the evaluation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from experiments.tasks.compiled_gradient import Gradient
 
 @dataclass(frozen=True)
 class Measure:
-    """What the runs of a task are judged by.
+    """The main metric of a task.
 
     Attributes:
         name: in summaries.
         words: for axes and captions.
-        text: of a value, as a format.
+        text: the format of a value.
     """
 
     name: str
@@ -28,19 +28,19 @@ class Measure:
 
 
 class Task(Protocol):
-    """Data on a device, and what is done with them.
+    """Data on a device, with their batches, gradient and evaluation.
 
-    A class of tasks is the `TASK` of a module in this folder, and is found there.
+    To add a task, make its class the `TASK` of a module in this folder.
 
     Attributes:
-        kinds: of the data that it is for.
-        keys: the keys of a config that not every task reads, with the value that leaves each out.
-        required: those of them that must be 1 or more.
-        distributed: whether several processes can do it together.
-        judged_by: what runs are judged by.
-        metrics: the names of what `evaluate` returns, the one that a run is judged by last.
-        model_arguments: what a model has to know of the data, for its constructor.
-        steps_per_epoch: the batches of an epoch.
+        kinds: the kinds of data that it supports.
+        keys: the config keys that only some tasks read, each with the value that disables it.
+        required: the keys that must be 1 or more.
+        distributed: whether several processes can do a run together.
+        judged_by: the main metric.
+        metrics: the names of the results of `evaluate`, in order.
+        model_arguments: arguments of the model's constructor that depend on the data.
+        steps_per_epoch: the number of batches in an epoch.
     """
 
     kinds: ClassVar[tuple[str, ...]]
@@ -53,12 +53,12 @@ class Task(Protocol):
 
     @classmethod
     def of(cls, config: Any, data: Any, device: torch.device) -> Task:
-        """The task of a resolved config on its data."""
+        """Make the task of a resolved config from its data."""
         ...
 
     @classmethod
     def check(cls, config: Any, kind: str) -> None:
-        """Raise a ValueError, in one line, for a value that data of some kind cannot have."""
+        """Raise a ValueError, in one line, for a config that does not fit this kind of data."""
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -68,23 +68,23 @@ class Task(Protocol):
         ...
 
     def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
-        """A function of a batch that sets `grad` and returns the mean loss in nats."""
+        """Return a function of a batch that sets `grad` and returns the mean loss in nats."""
         ...
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """How `model` does, in evaluation mode, on what is held out."""
+        """The metrics of `model`, in evaluation mode, on held-out data."""
         ...
 
     def renew_averages(self, model: nn.Module) -> None:
-        """Let what a model keeps beside its weights follow them, where they were changed."""
+        """Recompute a model's batch statistics after its weights have changed."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What an epoch under way carries from one batch to the next."""
+        """The state that an epoch carries from one batch to the next."""
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
     def kept(self, model: nn.Module) -> dict[str, Any] | None:
-        """What is kept of a finished run's model; None for nothing."""
+        """The part of a finished run's model to store; None for nothing."""
         ...

@@ -1,4 +1,4 @@
-"""All tasks. A module of this folder that has a `TASK` is found by being there."""
+"""All tasks: the `TASK` of each module in this folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def tasks() -> tuple[Any, ...]:
 
 
 def task_for(kind: str) -> Any:
-    """The class of tasks for data of some kind."""
+    """The task class for this kind of data."""
     (one,) = (task for task in tasks() if kind in task.kinds)
     return one
 
 
 def measure_of(metrics: Mapping[str, Any]) -> Measure:
-    """What a run is judged by, from its summary or the last row of its curves."""
+    """The main metric of a run, from its summary or the last row of its curves."""
     return next(task.judged_by for task in tasks() if task.judged_by.name in metrics)
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """How a run has done, in words."""
+    """The main metric and its value, in words."""
     measure = measure_of(metrics)
     value = metrics[measure.name]
     return measure.text.format(math.inf if value is None else value)

@@ -1,4 +1,4 @@
-"""Classification of images: what a run is fed, and how its model is judged."""
+"""Classification of images: batches, augmentation and evaluation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from experiments.data.source import COLOUR, GREY
 from experiments.tasks.base import Measure
 from experiments.tasks.compiled_gradient import Gradient, make_gradient
 
-PAD = 4  # pixels of zeros around an image from which a crop is taken
-EVALUATION_VALUES = 2000 * 28 * 28  # of a batch of test images; larger ones leave the caches
+PAD = 4  # pixels of zeros around an image before cropping
+EVALUATION_VALUES = 2000 * 28 * 28  # pixels in a test batch; larger batches exceed the caches
 RENEWING_BATCHES = 50
 
 
@@ -25,11 +25,10 @@ class Classification:
     """A data set on a device, in batches.
 
     Args:
-        augment: whether each training image is, each time, a random crop of itself with zeros
-            around, and flipped half the time; for images with colours.
-        shuffle: whether each epoch has an order of its own, or that of the file.
-        l2: what half the squared norm of all weights is added to the loss by. A run is then judged
-            by its objective: that loss of the whole training set.
+        augment: whether to pad, crop and flip the training images at random; for colour images.
+        shuffle: whether each epoch has a new order; otherwise, the order of the file.
+        l2: adds l2 / 2 times the squared norm of all weights to the loss. `evaluate` then also
+            returns the objective: this loss on the whole training set.
 
     Raises:
         ValueError: a batch is larger than the training set.
@@ -88,10 +87,10 @@ class Classification:
         return -(-len(self.x_train) // self.batch_size)
 
     def epoch(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images (n, height, width[, 3]) and labels (n,), in an order; the last n is less.
+        """Batches of uint8 images (n, height, width[, 3]) and labels (n,); the last may be smaller.
 
-        All that is random is drawn at the start, from a generator on the CPU, so that it is the
-        same on any device.
+        All random numbers are drawn first, from a generator on the CPU, so that they are the same
+        on any device.
         """
         device = self.x_train.device
         n = len(self.x_train)
@@ -115,14 +114,14 @@ class Classification:
             yield self._crops(batch, rows, columns), self.y_train.index_select(0, batch)
 
     def _crops(self, batch: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """Of each image of a batch, the pixels in its own rows and columns, [n, size] each."""
+        """Select each image's own rows and columns, both [n, size]."""
         height, width, colours = self.x_train.shape[1:]
         places = (batch[:, None, None] * height + rows[:, :, None]) * width + columns[:, None, :]
         flat = self.x_train.view(-1, colours).index_select(0, places.view(-1))
         return flat.view(*places.shape, colours)
 
     def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
-        """A function of a batch that sets `grad` and returns the loss, see `make_gradient`."""
+        """A function of a batch that sets `grad` and returns the loss; see `make_gradient`."""
         gradient = make_gradient(model, self.inputs, self.batch_size, compile, autocast)
         if self.l2 is None:
             return gradient
@@ -140,9 +139,9 @@ class Classification:
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Percent of the test set that `model`, in evaluation mode, classifies wrongly.
+        """The percentage of the test set that `model`, in evaluation mode, classifies wrongly.
 
-        With `l2`, the objective too.
+        With `l2`, also the objective.
         """
         wrong = torch.zeros((), dtype=torch.int64, device=self.x_test.device)
         size = max(1, EVALUATION_VALUES // self.x_test[0].numel())
@@ -162,7 +161,7 @@ class Classification:
 
     @torch.no_grad()
     def renew_averages(self, model: nn.Module) -> None:
-        """Make the averages of batch normalisation those of the present weights."""
+        """Recompute the averages of batch normalisation at the present weights."""
         if next(model.buffers(), None) is None:
             return
         model.train()
@@ -171,7 +170,7 @@ class Classification:
             model(self.inputs(images))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {}  # no batch depends on another
+        return {}  # batches are independent
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 
@@ -179,7 +178,7 @@ class Classification:
 
 
 def half_square(weights: Iterable[Tensor]) -> Tensor:
-    """Half the squared norm of all weights together, 0-dim."""
+    """Half the squared norm of all weights, 0-dim."""
     return torch.stack([w.square().sum() for w in weights]).sum() / 2
 
 

@@ -1,15 +1,16 @@
-"""Prediction of the next character of a book, fed as Karpathy's char-rnn feeds it.
+"""Prediction of the next character of a book, with the batches of Karpathy's char-rnn.
 
-Of a book of N characters, B streams run side by side (the batch size), each read S characters at a
-time (the sequence length). With K = (N - 1) // (B S) such batches, stream b is what the K S
-characters from number b K S on predict: each the one after it. What is left at the end is not used.
+A book of N characters is divided into B streams (the batch size). A batch reads the next S
+characters of every stream (the sequence length). There are K = (N - 1) // (B S) batches, so stream
+b has the K S characters from number b K S on. The target of each character is the next one. The
+rest of the book is not used.
 
-The first floor(0.95 K) batches are for training, the rest is the test part, which is thus the last
-twentieth of each stream. Of War and Peace, N = 3,196,211, that is K = 1278 with B = S = 50: of each
-stream of 63,900 characters the first 60,700 are read in training and the last 3,200 in the test.
-With `validation`, the test part is left alone: as many batches at the end of the training part are
-held out in its place. char-rnn differs in one character: its last stream ends by predicting the
-first character of the book.
+The first floor(0.95 K) batches are the training part. The others are the test part: the last
+twentieth of each stream. War and Peace has N = 3,196,211, so K = 1278 for B = S = 50. Training
+reads the first 60,700 of the 63,900 characters of each stream, and the test the last 3,200.
+`validation` holds out as many batches from the end of the training part and leaves the test part
+unread. char-rnn differs in one character: its last stream ends by predicting the first character of
+the book.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ TRAIN_SHARE = 0.95
 class LanguageModel:
     """A book on a device, as streams of characters.
 
-    The hidden state starts at zero in each epoch and in each evaluation, and is carried from batch
-    to batch, without its history.
+    The hidden state starts at zero in each epoch and each evaluation. It passes from batch to
+    batch, but no gradient does.
 
     Args:
         validation: whether to hold out the end of the training part, not the test part.
 
     Attributes:
-        vocabulary: the characters of the training part in the order of their code points; a
-            character's place in it is its number.
+        vocabulary: the characters of the training part, sorted by code point; a character's
+            index in it is its number.
 
     Raises:
-        ValueError: the book is too short for streams of this size, or the held-out part has a
-            character that the training part has not.
+        ValueError: the book is too short for streams of this size, or the training part lacks a
+            character of the held-out part.
     """
 
     kinds: ClassVar[tuple[str, ...]] = (TEXT,)
@@ -76,11 +77,11 @@ class LanguageModel:
             self.end, self.train = self.train, 2 * self.train - batches
         if not 0 < self.train < self.end:
             raise ValueError(
-                f"{book.label} has {len(characters):,} characters, too few to hold some out of "
-                f"{batch_size} streams read {sequence_length} at a time; lower trainer.batch_size "
-                "or trainer.sequence_length"
+                f"{book.label} has {len(characters):,} characters, too few for a training and a "
+                f"held-out part of {batch_size} streams read {sequence_length} at a time; lower "
+                "trainer.batch_size or trainer.sequence_length"
             )
-        # Each stream with the first character of the next one, which its last predicts.
+        # Each stream includes the first character of the next one, the target of its last.
         length = batches * sequence_length
         streams = np.lib.stride_tricks.sliding_window_view(characters, length + 1)[::length]
         streams = streams[:batch_size, : self.end * sequence_length + 1]
@@ -90,7 +91,7 @@ class LanguageModel:
         if len(unknown):
             raise ValueError(
                 f"the held-out part of {book.label} has {', '.join(repr(chr(c)) for c in unknown)},"
-                " which the training part has not; choose another trainer.batch_size or "
+                " but the training part does not; give another trainer.batch_size or "
                 "trainer.sequence_length, which move the border between the parts"
             )
         self.streams = torch.from_numpy(np.searchsorted(known, streams)).to(device)
@@ -111,7 +112,7 @@ class LanguageModel:
         return self.train
 
     def _batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Characters and those after them, (batch, time) both, from batch `first` to `last` - 1."""
+        """Characters and their targets, (batch, time) both, from batch `first` to `last` - 1."""
         length = self.sequence_length
         for start in range(first * length, last * length, length):
             stop = start + length
@@ -123,10 +124,10 @@ class LanguageModel:
         yield from self._batches(0, self.train)
 
     def gradient(self, model: nn.Module, compile: bool, autocast: bool) -> Gradient:
-        """A function of a batch that sets `grad`, carries the hidden state, and returns the loss.
+        """Return a function of a batch that sets `grad`, keeps the hidden state, returns the loss.
 
-        The loss is the mean over characters. The gradient is, as in char-rnn, that of the sum over
-        the sequence of the mean over streams, which is what its clamp to +-5 is meant for.
+        The loss is the mean over characters. As in char-rnn, the gradient is of the loss summed
+        over the sequence and averaged over the streams. char-rnn's clamp to +-5 needs this scale.
         """
 
         def run(characters: Tensor, following: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class LanguageModel:
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Of the held-out part, the mean loss in nats and in bits, and the perplexity."""
+        """The mean loss in nats and in bits, and the perplexity, on the held-out part."""
         losses, hidden = [], None
         model.eval()
         for characters, following in self._batches(self.train, self.end):
@@ -153,10 +154,10 @@ class LanguageModel:
         found = (loss, loss / math.log(2), loss.exp())
         return dict(zip(self.metrics, torch.stack(found).tolist(), strict=True))
 
-    def renew_averages(self, model: nn.Module) -> None: ...  # there are none
+    def renew_averages(self, model: nn.Module) -> None: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The hidden state; nothing where it is zero."""
+        """The hidden state; empty if it is zero."""
         return {} if self.hidden is None else dict(zip("hc", self.hidden, strict=True))
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -164,7 +165,7 @@ class LanguageModel:
         self.hidden = (state["h"].to(device), state["c"].to(device)) if state else None
 
     def kept(self, model: nn.Module) -> dict[str, Any]:
-        """What `experiments.sample` writes with."""
+        """The weights and the vocabulary, for `experiments.sample`."""
         return {"model": model.state_dict(), "vocabulary": self.vocabulary}
 
 

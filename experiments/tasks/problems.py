@@ -1,9 +1,8 @@
-"""Small problems of many kinds, each of seconds on one core: the tasks of the suite.
+"""Small problems of many kinds: the tasks of the suite, each seconds on one core.
 
-A problem is a class of a model, its batches, their loss, and a test. All that it is made from has
-fixed seeds, so that the seed of a run decides the initial weights and the batches alone. What goes
-on from batch to batch (a step counter, the state of a game) lies in buffers of the model, which
-checkpoints have.
+The class of a problem has a model, batches, a loss, and a test. Its data have fixed seeds, so that
+a run's seed decides only the initial weights and the batches. State that passes from batch to
+batch (a step counter, a game) is in buffers of the model, so that checkpoints include it.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from experiments.tasks.base import Measure
 from experiments.tasks.compiled_gradient import Gradient
 
 Batch = tuple[Tensor, Tensor]
-QUARTERS = 4  # of a run; each is an epoch, at whose end the test is made
+QUARTERS = 4  # epochs of a run; the test follows each
 
 
 class Problem:
-    """What the problems share: a training set, and batches that are drawn from it at random.
+    """Base class of problems: a training set, and batches drawn from it at random.
 
     Attributes:
         steps: of a whole run.
@@ -68,7 +67,7 @@ def perceptron(*sizes: int, between: type[nn.Module] = nn.ReLU) -> nn.Sequential
 
 
 class Table(Problem):
-    """Regression on 16 columns, 10 of which mean nothing, under noise as large as the signal."""
+    """Regression on 16 columns, 10 without meaning, under noise as large as the signal."""
 
     steps = 800
 
@@ -102,7 +101,7 @@ class Sines(nn.Module):
 
 
 class Picture(Problem):
-    """All of a picture of 40 x 40 pixels in each step, without noise."""
+    """A fit of a picture of 40 x 40 pixels; each step uses all pixels, without noise."""
 
     steps = 500
 
@@ -121,19 +120,19 @@ class Picture(Problem):
 
 
 class Classified(Problem):
-    """Problems whose targets are classes."""
+    """Base class of classification problems."""
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y)
 
 
 class Finetune(Classified):
-    """A network that knows the digits from 0 to 4 learns those from 5 to 9 from 100 of them."""
+    """A network pretrained on the digits 0 to 4 learns the digits 5 to 9 from 100 images."""
 
     steps = 300
 
     def __init__(self, data: Any) -> None:
-        order = torch.randperm(len(data.y_train), generator=seeded(0))  # they come by classes
+        order = torch.randperm(len(data.y_train), generator=seeded(0))  # they are sorted by class
         x, y = data.x_train[order].flatten(1) / 255, data.y_train[order]
         test, classes = data.x_test.flatten(1) / 255, data.y_test
         self.train = x[y >= 5][:100], y[y >= 5][:100] - 5
@@ -174,7 +173,7 @@ class Factors(nn.Module):
 
 
 class Ratings(Problem):
-    """A noisy matrix of rank 4 whose rows are seen as often as Zipf's law has it."""
+    """A noisy matrix of rank 4; the frequencies of its rows follow Zipf's law."""
 
     steps = 800
 
@@ -193,7 +192,7 @@ class Ratings(Problem):
 
 
 class Vae(Problem):
-    """A VAE of 8 latent numbers (Kingma and Welling 2014); the loss is minus the bound, in nats."""
+    """A VAE with 8 latent numbers (Kingma and Welling 2014); the loss is -ELBO in nats."""
 
     steps = 500
 
@@ -219,7 +218,7 @@ class Vae(Problem):
 
 
 class Convnet(Classified):
-    """10,000 pictures of CIFAR-10, a small network with group norm, no augmentation."""
+    """A small network with group norm on 10,000 images of CIFAR-10, without augmentation."""
 
     steps = 300
 
@@ -238,7 +237,7 @@ class Convnet(Classified):
 
 
 class Transformer(nn.Module):
-    """A decoder of two blocks before whose sums stand norms; input and output share a table."""
+    """A pre-norm decoder of two blocks; input and output share the embedding."""
 
     def __init__(self, vocabulary: int, width: int = 32, length: int = 32) -> None:
         super().__init__()
@@ -274,7 +273,7 @@ class Transformer(nn.Module):
 
 
 class Book(Classified):
-    """The next character of the book, 32 at a time."""
+    """Prediction of the next character of the book, in sequences of 32."""
 
     steps = 500
 
@@ -283,7 +282,7 @@ class Book(Classified):
         number = {c: k for k, c in enumerate(characters)}
         text = torch.tensor([number[c] for c in data.text[:500_000]]).unfold(0, 33, 4)
         self.vocabulary, held_out = len(characters), len(text) // 20
-        # The test part lies behind the training part, and shares no character with it.
+        # The test part comes after the training part and does not overlap it.
         self.train = text[: -held_out - 9, :-1], text[: -held_out - 9, 1:]
         self.test = text[-held_out::24, :-1], text[-held_out::24, 1:]
 
@@ -295,7 +294,7 @@ class Book(Classified):
 
 
 class Change(Problem):
-    """A network learns another one, which is replaced at half time."""
+    """A network learns a teacher network, which another teacher replaces at half time."""
 
     steps = 800
 
@@ -324,16 +323,16 @@ class Change(Problem):
         return F.mse_loss(model(x), teacher(x) + y)
 
     def evaluate(self, model: Any) -> float:
-        # At the end of a quarter, the task is that of the steps before it.
+        # After a quarter of the run, test with the teacher of the steps before.
         teacher = self.teachers[int(model.step > self.steps // 2)]
         return F.mse_loss(model(self.x), teacher(self.x)).item()
 
 
 class Cartpole(Problem):
-    """Advantage actor-critic, 32 cart-poles side by side (Barto et al. 1983, Mnih et al. 2016).
+    """Advantage actor-critic on 32 parallel cart-poles (Barto et al. 1983, Mnih et al. 2016).
 
-    The physics and the limits are those of gymnasium's CartPole-v1. The test is 500, the most that
-    there is, over the mean return of 32 new games, so that 1 is perfect.
+    Physics and limits follow gymnasium's CartPole-v1. The test is the maximum return, 500, divided
+    by the mean return of 32 new games, so that 1 is perfect.
     """
 
     steps = 500
@@ -341,12 +340,12 @@ class Cartpole(Problem):
 
     def model(self) -> nn.Module:
         model = nn.ModuleDict({"actor": perceptron(4, 64, 2), "critic": perceptron(4, 64, 1)})
-        model.register_buffer("games", torch.zeros(self.together, 5))  # the state and the time
+        model.register_buffer("games", torch.zeros(self.together, 5))  # state and time of each
         return model
 
     @staticmethod
     def play(games: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """The games a fiftieth of a second later, and which of them have failed."""
+        """Advance the games by a fiftieth of a second; also returns which have failed."""
         x, speed, angle, turn, time = games.unbind(1)
         sine, cosine = angle.sin(), angle.cos()
         push = (20.0 * action - 10 + 0.05 * turn**2 * sine) / 1.1
@@ -356,7 +355,7 @@ class Cartpole(Problem):
         return torch.stack(after, 1), (after[0].abs() > 2.4) | (after[2].abs() > math.pi / 15)
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """What is random in a batch: the choices of the actor, and where games begin."""
+        """The random numbers of a batch: for the actor's choices, and for new games' states."""
         shape = self.length, self.together
         while True:
             starts = torch.rand(*shape, 4, generator=generator) / 10 - 0.05
@@ -372,14 +371,14 @@ class Cartpole(Problem):
                 games, failed = self.play(games, action)
                 over = failed | (games[:, 4] >= self.most)
                 actions.append(action)
-                # A game that ends by its time goes on in the value of where it stands.
+                # At the time limit, the critic's value replaces the rest of the game.
                 ended.append((over, over & ~failed, model["critic"](games[:, :4])[:, 0]))
                 fresh = torch.cat([start, torch.zeros(len(start), 1)], 1)
                 games = torch.where(over[:, None], fresh, games)
             model.games.copy_(games)
             value, targets = model["critic"](games[:, :4])[:, 0], []
-            for over, by_time, there in reversed(ended):
-                value = 1 + 0.99 * torch.where(over, by_time * there, value)
+            for over, by_time, last in reversed(ended):
+                value = 1 + 0.99 * torch.where(over, by_time * last, value)
                 targets.append(value)
         target = torch.stack(targets[::-1]).flatten()
         states, action = torch.cat(seen), torch.cat(actions)
@@ -406,9 +405,9 @@ class Cartpole(Problem):
 
 
 class Stiff(Problem):
-    """u' = -40 (u - cos 5t), u(0) = 0 on [0, 1], as a physics-informed fit of u.
+    """Physics-informed fit of u, where u' = -40 (u - cos 5t) on [0, 1] and u(0) = 0.
 
-    The test is the mean squared distance from the solution.
+    The test is the mean squared error against the exact solution.
     """
 
     steps = 1000
@@ -452,7 +451,7 @@ PROBLEMS: dict[str, type[Problem]] = {
 
 
 class ProblemTask:
-    """A problem as a task of the trainer; an epoch is a quarter of it."""
+    """A task for the trainer from a problem; an epoch is a quarter of the problem's steps."""
 
     kinds: ClassVar[tuple[str, ...]] = (PROBLEM,)
     keys: ClassVar[dict[str, Any]] = {}
@@ -498,10 +497,10 @@ class ProblemTask:
         model.train()
         return {"held_out_loss": found}
 
-    def renew_averages(self, model: nn.Module) -> None: ...  # there are none
+    def renew_averages(self, model: nn.Module) -> None: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {}  # what goes on from batch to batch is the model's
+        return {}  # the model's buffers have the state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""All loggers. Each module of this folder that has `LOGGERS` is found here."""
+"""All loggers: the `LOGGERS` of the modules in this folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def loggers() -> dict[str, type[Logger]]:
 
 
 class Several(Logger):
-    """A run's loggers as one. One that fails says so and is left out: the run matters more.
+    """Combines a run's loggers. A failing logger is reported and dropped; the run continues.
 
     Attributes:
-        kinds: their classes.
+        kinds: the loggers' classes.
     """
 
     kinds: ClassVar[tuple[type[Logger], ...]] = ()
@@ -54,7 +54,7 @@ class Several(Logger):
         for kind in cls.kinds:
             try:
                 made.append(kind.of(config, directory))
-            except ValueError:  # what the user can mend
+            except ValueError:  # a user error
                 raise
             except Exception as error:
                 _leave_out(kind, error)
@@ -88,7 +88,7 @@ def _leave_out(kind: type[Logger], error: Exception) -> None:
 
 
 def find(config: Config) -> type[Logger]:
-    """One class for the loggers that a config names, separated by commas.
+    """Return one class for all loggers in a config, whose names are separated by commas.
 
     Raises:
         ValueError: an unknown name.
@@ -102,5 +102,5 @@ def find(config: Config) -> type[Logger]:
 
 
 def make_logger(config: Config, directory: RunDirectory) -> Logger:
-    """The logger of a run; it does nothing in processes that do not keep the run's records."""
+    """Make the logger of a run; in processes that write no records, it does nothing."""
     return find(config).of(config, directory) if is_first() else Logger()

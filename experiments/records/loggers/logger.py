@@ -1,4 +1,4 @@
-"""What a run's records are shown by, beside the curves that the store always has."""
+"""The interface of loggers, which show a run's records outside the store."""
 
 from __future__ import annotations
 
@@ -15,51 +15,52 @@ Row = dict[str, float]
 
 
 class Logger:
-    """A logger of one run; this one has nothing beside the store.
+    """Base class of loggers; it logs nothing, because the store has the curves.
 
-    A class of loggers is one of the `LOGGERS` of a module in this folder, by its name in configs.
+    To add a logger, put its class under its config name in the `LOGGERS` of a module in this
+    folder.
     """
 
     @classmethod
     def prepare(cls) -> None:
-        """Start what the runs of this process and its children share."""
+        """Set up resources that the runs of this process and its children share."""
 
     @classmethod
     def publish(cls, results: Path, config: Config) -> None:
-        """Take the tables and figures of a folder; `config` is that of any of their runs."""
+        """Publish the tables and figures of a folder; `config` is of any of their runs."""
 
     @classmethod
     def say_where(cls, config: Config) -> None:
-        """Say at the end of a command what is left to do for its user, if anything is."""
+        """At the end of a command, print what the user still has to do, if anything."""
 
     @classmethod
     def of(cls, config: Config, directory: RunDirectory) -> Logger:
-        """The logger of a run, in the process that keeps its records."""
+        """Make the logger of a run, in the process that writes the records."""
         return cls()
 
     def log(self, rows: Sequence[Row]) -> None:
-        """Take what `history` makes of an epoch."""
+        """Log the rows that `history` makes of an epoch."""
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Take the summary of the finished run."""
+        """Log the summary of the finished run."""
 
     def fail(self) -> None:
-        """The run has failed."""
+        """Mark the run as failed."""
 
     def interrupt(self) -> None:
-        """The run is stopped, to go on later."""
+        """Mark the run as stopped; it may resume later."""
 
 
 LOGGERS = {"csv": Logger}
 
 
 def made_by(config: Config) -> dict[str, Any]:
-    """Which table or figure a run was done for; it does not change the run."""
+    """The table or figure that a run was done for; it does not affect the result."""
     return {"experiment": config.experiment, "preset": config.preset, "row": config.row}
 
 
 def results(summary: dict[str, Any]) -> dict[str, Any]:
-    """What of a run's summary is shown."""
+    """The part of a run's summary to show."""
     made = summary["provenance"]
     found = {k: v for k, v in summary.items() if k.startswith("test_") or k == "objective"}
     found |= {name: summary[name] for name in ("train_loss", "diverged")}
@@ -70,12 +71,12 @@ def results(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def initial(stack: str, first: Row) -> Row:
-    """The row of step 0: the values that a stack starts from, of what the first row has."""
+    """The row of step 0: a stack's initial values for the columns of the first row."""
     row: Row = {"step": 0, **{name: first[name] for name in first if name == "time"}}
     levels = parse(stack).levels
     for name in first:
         level, _, hyper = name.partition(".")
-        if re.search(r"\[\d+\]$", name):  # of a param group with a stack of its own
+        if re.search(r"\[\d+\]$", name):  # a param group may have its own stack
             continue
         if level.isdigit() and int(level) < len(levels):
             value = levels[int(level)].values.get(hyper.partition("[")[0])
@@ -92,16 +93,16 @@ def history(
     hypergradients: Sequence[Row],
     times: Sequence[float],
 ) -> list[Row]:
-    """The rows that are logged: one for each record of the hyperparameters, and that of step 0.
+    """The rows to log: step 0, and one for each record of the hyperparameters.
 
-    An epoch's last one has its loss and error too.
+    The last row of an epoch also has the epoch's loss and error.
 
     Args:
-        start: the step before the first epoch here.
+        start: the step before the first epoch.
         curves: a row for each epoch.
         values, hypergradients: a row every few steps, and at each epoch's end.
-        times: the seconds since 1970 at `start` and at the end of each epoch; between them a row's
-            `time` lies on the line. It may be empty.
+        times: seconds since 1970 at `start` and at the end of each epoch, or nothing. The `time` of
+            a row between them is interpolated.
     """
     gradients = {row["step"]: row for row in hypergradients}
     rows = []

@@ -1,6 +1,6 @@
-"""MLflow: the same records in its tracking store, for `mlflow ui`.
+"""MLflow logger: a run's records in MLflow's tracking store, for `mlflow ui`.
 
-The store is that of MLFLOW_TRACKING_URI, else a database in the run store.
+MLFLOW_TRACKING_URI names the tracking store; the default is a database in the run store.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from experiments.records.loggers.logger import Logger, Row, results
 from experiments.records.store import RunDirectory
 
 PROJECT = "hyperopt"
-BATCH = 900  # metrics of one request; MLflow takes 1000
+BATCH = 900  # metrics of one request; MLflow's limit is 1000
 
 
 class MLflowLogger(Logger):
-    """A run of MLflow's. It is found again by its hash, and asked how far it has come."""
+    """An MLflow run, found by its hash. A resumed run logs only steps that MLflow lacks."""
 
     def __init__(
         self, directory: RunDirectory, settings: dict[str, Any], project: str | None
@@ -32,7 +32,7 @@ class MLflowLogger(Logger):
             from mlflow import MlflowClient
         except ImportError:
             raise ValueError("logger=mlflow needs: pip install mlflow") from None
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of its tables
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # no messages about its tables
         store = directory.path.parent
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store.resolve()}/mlflow.db"
         with locked(Path(store)):  # the first run of a sweep makes the database
@@ -51,8 +51,8 @@ class MLflowLogger(Logger):
             self.run = made.info.run_id
             for name, value in settings.items():
                 self.client.log_param(self.run, name, value)
-        there = self.client.get_metric_history(self.run, "step")
-        self.last = max((metric.step for metric in there), default=-1)
+        logged = self.client.get_metric_history(self.run, "step")
+        self.last = max((metric.step for metric in logged), default=-1)
 
     @classmethod
     def of(cls, config: Config, directory: RunDirectory) -> Logger:
@@ -65,7 +65,7 @@ class MLflowLogger(Logger):
             step = int(row["step"])
             if step > self.last:
                 at = int(1000 * row.get("time", time.time()))
-                # The step is the last, so that a row which is there is whole.
+                # The step is last, so that a row with a step is complete.
                 names = sorted(row.keys() - {"time", "step"})
                 metrics = [Metric(name, row[name], at, step) for name in (*names, "step")]
                 for k in range(0, len(metrics), BATCH):

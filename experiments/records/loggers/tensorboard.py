@@ -1,4 +1,4 @@
-"""TensorBoard: the same records in event files, for `tensorboard --logdir runs`."""
+"""TensorBoard logger: a run's records in event files, for `tensorboard --logdir runs`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = "tensorboard"  # in the run's directory
 
 
 class TensorBoardLogger(Logger):
-    """Event files of a run. One that goes on is given all of its rows, and begins a new file."""
+    """Event files of a run. A resumed run begins a new file and logs all rows again."""
 
     def __init__(self, directory: RunDirectory, settings: dict[str, Any]) -> None:
         try:

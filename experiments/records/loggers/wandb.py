@@ -1,13 +1,13 @@
-"""Weights & Biases: the same records on a dashboard.
+"""Weights & Biases logger: a run's records on a dashboard.
 
-It has a run under its hash, so that one which goes on after a kill goes on there too. Training does
-not wait for it: a thread sends the rows. All rows are in the store too, so none is lost. How many
-rows the server has is asked of the server, when a run begins and when it ends. What it lacks is
-sent then, or later by `experiments.records.push_wandb`. What it said stands in `wandb.json` in the
-run's directory. Offline, the rows are written when the run is finished, in one file.
+The W&B run has the hash as its id, so that a resumed run continues the same W&B run. A thread sends
+the rows, so training does not wait. The store has all rows, so none is lost. At the start and the
+end of a run, the logger asks the server how many rows it has. It sends missing rows at once, or
+`experiments.records.push_wandb` sends them later. `wandb.json` in the run's directory has the
+state. Offline, a finished run writes all rows to one file.
 
-W&B's own variables mean what they mean to W&B: WANDB_MODE, WANDB_DIR, WANDB_PROJECT (where
-`logger.project` is not set), WANDB_ENTITY, WANDB_TAGS and WANDB_RUN_GROUP.
+W&B's own variables keep their meaning: WANDB_MODE, WANDB_DIR, WANDB_PROJECT (if `logger.project` is
+not set), WANDB_ENTITY, WANDB_TAGS and WANDB_RUN_GROUP.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from experiments.records.loggers.logger import Logger, Row, made_by, results
 from experiments.records.store import RunDirectory
 
 NOTE = "wandb.json"
-SERVER = "wandb-server.json"  # in the store: whether the server answered this command
+SERVER = "wandb-server.json"  # in the store: whether the server has answered this command
 PROJECT = "hyperopt"
 LONGEST, LONGEST_TAG = 128, 64  # characters of a name and of a tag
 PROBE = 3.0  # seconds for the one attempt to reach the server
-PATIENCE = 60.0  # seconds in which the end of a run waits for what is still to be sent
-ASKING = 0.5  # seconds between two questions, whether all has arrived
-# Not for ever: what does not arrive is pushed later.
+PATIENCE = 60.0  # seconds that the end of a run waits for unsent rows
+ASKING = 0.5  # seconds between two queries whether all rows have arrived
+# Few retries: `push_wandb` can send the rest later.
 RETRIES: Any = {
     "x_file_stream_retry_max": 3,
     "x_file_stream_retry_wait_max_seconds": 2.0,
@@ -58,11 +58,11 @@ RETRIES: Any = {
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. It never asks, and never fails a run.
+    """A W&B run. It never prompts, and its errors never fail the training run.
 
     Args:
-        settings: what identifies the run.
-        made_by: what `made_by` says of the run's config.
+        settings: the run's identity.
+        made_by: see `made_by`.
         project: None is WANDB_PROJECT, or else `PROJECT`.
     """
 
@@ -91,7 +91,7 @@ class WandbLogger(Logger):
             import wandb
 
             wandb.setup(wandb.Settings(silent=True))
-        except Exception as error:  # each run will try for itself
+        except Exception as error:  # each run tries again
             print(f"wandb could not be prepared: {error}", file=sys.stderr)
 
     @classmethod
@@ -134,7 +134,7 @@ class WandbLogger(Logger):
         self.thread.join(timeout=PATIENCE + 10)
 
     def _write_file(self, summary: dict[str, Any]) -> None:
-        """The whole run in one offline file; what an earlier attempt has left of it goes."""
+        """Write the whole run to one offline file, and remove files of earlier attempts."""
         run: Any = None
         try:
             for folder in offline_files(self.directory):
@@ -144,12 +144,12 @@ class WandbLogger(Logger):
             run.summary.update({metric(k): v for k, v in results(summary).items()})
             run.finish(exit_code=0)
             self._note(state="kept")
-        except Exception as error:  # whatever it is, the run matters more
+        except Exception as error:  # the training run continues
             _abandon(run)
             self._complain(error)
 
     def _send(self) -> None:
-        """The thread's work: what is logged, until the run ends."""
+        """Main function of the thread: send rows until the run ends."""
         if not is_reachable(self.directory.path.parent):
             self._note(state="unreachable")
             return
@@ -161,10 +161,10 @@ class WandbLogger(Logger):
             return
         try:
             self._note(state="running", run=f"{run.entity}/{run.project}/{run.id}")
-            there, last = run.starting_step, -1  # what the server has is left out
+            first, last = run.starting_step, -1  # the server has all steps before `first`
             while not isinstance(item := self.queue.get(), tuple):
                 last = max([last, *(int(row["step"]) for row in item)])
-                self._log(run, [row for row in item if row["step"] >= there])
+                self._log(run, [row for row in item if row["step"] >= first])
             state, summary = item
             if summary is not None:
                 run.summary.update({metric(k): v for k, v in results(summary).items()})
@@ -188,8 +188,8 @@ class WandbLogger(Logger):
             **self.described,
             dir=os.environ.get("WANDB_DIR") or str(self.directory.path),
             mode=mode,  # type: ignore[arg-type]
-            reinit="create_new",  # not one that has failed before in this process
-            # A run's provenance has the machine, the commit and the like, at no cost for each run.
+            reinit="create_new",  # an earlier run of this process may have failed
+            # A run's provenance already has the machine and the commit.
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -222,7 +222,7 @@ def _abandon(run: Any) -> None:
 
 
 def describe(name: str, settings: dict[str, Any], made_by: dict[str, Any]) -> dict[str, Any]:
-    """The name, group, tags and config of a run; runs of a group differ in nothing but the seed."""
+    """The name, group, tags and config of a run; runs of a group differ in the seed only."""
     stack = parse(settings["stack"])
     rule, trainer = stack.levels[0].name, settings["trainer"]
     model, data = settings["model"]["name"], settings["data"]
@@ -253,16 +253,16 @@ def _short(text: str, end: str) -> str:
 
 
 def metric(name: str) -> str:
-    """A name for a metric by W&B's rule, letters, digits and underscores: 0.lr is level0_lr."""
+    """Convert a metric's name to W&B's letters, digits and underscores: 0.lr becomes level0_lr."""
     text = re.sub(r"(^|\.)(\d+)\.", lambda found: f"{found[1]}level{found[2]}.", name)
     return re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
 
 
 def read_note(directory: RunDirectory) -> dict[str, Any]:
-    """What is known of a run there.
+    """Read the W&B state of a run.
 
-    `state` is "finished" where the server has said that it has all of it, "kept" where an offline
-    file has; else something is to be pushed. `run` is its entity, project and id.
+    `state` is "finished" if the server has confirmed all rows, and "kept" if an offline file has
+    them; otherwise, rows must be pushed. `run` is the run's entity, project and id.
     """
     try:
         return json.loads((directory.path / NOTE).read_text())
@@ -271,7 +271,7 @@ def read_note(directory: RunDirectory) -> dict[str, Any]:
 
 
 def is_there(directory: RunDirectory) -> bool:
-    """Whether W&B has all of a run: the server, or where there is none a file."""
+    """Whether W&B has the whole run: on the server or, in offline mode, in a file."""
     note = read_note(directory)
     state = note.get("state")
     return (state == "finished" and "run" in note) or (state == "kept" and offline())
@@ -284,7 +284,7 @@ def offline_files(directory: RunDirectory) -> list[Path]:
 
 
 def has(run: str, step: int) -> bool:
-    """Whether the server has the history of a run up to a step. It is asked for a few seconds."""
+    """Whether the server has the history of a run up to a step; it asks for a few seconds."""
     import wandb
 
     for _ in range(5):
@@ -295,7 +295,7 @@ def has(run: str, step: int) -> bool:
 
 
 def is_reachable(store: Path) -> bool:
-    """Whether the server answers; all runs of a command share one attempt, by a file."""
+    """Whether the server answers; all runs of a command share one attempt through a file."""
     import wandb
 
     command = os.environ.get("HYPEROPT_COMMAND") or str(os.getpid())
@@ -322,23 +322,23 @@ def is_reachable(store: Path) -> bool:
 
 
 def forget_server(store: Path) -> None:
-    """The other runs of this command shall not try either."""
+    """Mark the server as unreachable for the other runs of this command."""
     known = json.loads((store / SERVER).read_text())
     write_json(store / SERVER, {**known, "reachable": False})
 
 
-LATER = "the rows are kept, to be sent by: python -m experiments.records.push_wandb store={}"
+LATER = "the rows are kept; to send them: python -m experiments.records.push_wandb store={}"
 
 
 def mode() -> str:
-    """W&B's mode: "online", "offline" or "disabled"; offline where there is no key."""
+    """W&B's mode: "online", "offline" or "disabled"; offline without a key."""
     if (given := os.environ.get("WANDB_MODE")) is not None:
         return {"dryrun": "offline"}.get(given, given)
     return "online" if has_key() else "offline"
 
 
 def offline() -> bool:
-    """Whether W&B keeps its files here."""
+    """Whether W&B writes local files only."""
     return mode() == "offline"
 
 
@@ -352,26 +352,26 @@ def has_key() -> bool:
 
 
 def say_how_to_sync(store: str | Path) -> None:
-    """One line on standard error where W&B keeps its files in the store."""
+    """If W&B is offline and has written files, print on standard error how to upload them."""
     if not offline():
         return
     if os.environ.get("WANDB_DIR"):
         kept = [f"{os.environ['WANDB_DIR']}/wandb/offline-run-*"]
     else:
         kept = [str(Path(store, f"{folder}wandb/offline-run-*")) for folder in ("*/", "")]
-    there = [files for files in kept if any(Path("/").glob(str(Path(files).absolute())[1:]))]
-    if there:
-        why = "WANDB_MODE=offline" if "WANDB_MODE" in os.environ else "no key here"
+    found = [files for files in kept if any(Path("/").glob(str(Path(files).absolute())[1:]))]
+    if found:
+        why = "WANDB_MODE is offline" if "WANDB_MODE" in os.environ else "W&B has no key"
         print(
-            f"W&B has {why} and keeps its files; to upload them: wandb sync {' '.join(there)}",
+            f"{why}, so its files are kept here; to upload them: wandb sync {' '.join(found)}",
             file=sys.stderr,
         )
 
 
 def push_results(folder: Path, store: Path, project: str | None) -> list[str]:
-    """Put a folder's tables and figures there, an artifact for each study; returns the new ones.
+    """Upload a folder's tables and figures, an artifact for each study; returns the new ones.
 
-    Which were put there before stands in `wandb-results.json` in the store.
+    `wandb-results.json` in the store has the checksums of earlier uploads.
     """
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*/**/*.*")):
@@ -408,7 +408,7 @@ def push_results(folder: Path, store: Path, project: str | None) -> list[str]:
                 shown = path.relative_to(folder).with_suffix("").as_posix()
                 run.log({shown: wandb.Image(str(path))})
         run.finish()
-    except Exception as error:  # whatever it is, the results are made
+    except Exception as error:  # the results exist without W&B
         print(f"wandb failed and has no artifacts of {folder}: {error}", file=sys.stderr)
         return []
     write_json(store / "wandb-results.json", digests)
