@@ -1,1 +1,1 @@
-"""What turns stored runs into tables, plots and reports, and the benchmarks."""
+"""Commands that make tables, plots and a report from stored runs."""

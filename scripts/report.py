@@ -1,10 +1,10 @@
-"""One page with all results, to look at without a network: `results/report/index.html`.
+"""Write one offline page with all results: `results/report/index.html`.
 
     python -m scripts.report
     python -m scripts.report results=results store=runs
 
-It has what the paper claims beside what was found, every table and figure of the folder `results`,
-every run of these and of the store, with its curves where they are kept, and where all came from.
+The page has the paper's claims beside our results, every table and figure of the folder `results`,
+every run of the results and of the store with its stored curves, and the provenance.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from experiments.studies.catalog import studies
 from experiments.studies.claim import Claim, scale
 
 PAGE = Path(__file__).with_name("report.html")
-LIMIT = 2_990_000  # bytes of the page
-POINTS = 60  # at most, of a curve; all of them are in the files that the page links to
+LIMIT = 2_990_000  # maximum bytes of the page
+POINTS = 60  # maximum of a curve; the linked files have all points
 STRIDES = (1, 2, 3, 4, 6, 10, 20, 60)
 WIDE, QUALITY = 1300, 72  # pixels of a figure's longer side, and its quality as WebP
-ROWS = 400  # at most, of a table; what has more is linked
-PRINTED = 40  # of them, on paper; see report.html
-SHOWN, LONGEST = 1, 400  # hashes, or characters, of a cell that are shown without a click
+ROWS = 400  # maximum of a table; longer tables are linked
+PRINTED = 40  # rows of a table on paper; see report.html
+SHOWN, LONGEST = 1, 400  # hashes, or characters, that a cell shows without a click
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     results: str = "results"
     store: str = "runs"
@@ -60,7 +60,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class RunEntry:
-    """A run: its `COLUMNS`, its curves by their names, steps and values of each, and its source."""
+    """A run: its `COLUMNS`, its curves (by name, steps and values), and the link to its source."""
 
     values: dict[str, Any]
     curves: dict[str, tuple[list[float], list[float | None]]]
@@ -91,7 +91,7 @@ SUFFIXES = {"_q25": ", lower quartile", "_q75": ", upper quartile", "_sd": ", st
 
 
 def words(column: str) -> str:
-    """A column's name in the words of the field."""
+    """A readable name of a column."""
     for end, text in SUFFIXES.items():
         if column.endswith(end):
             return words(column.removesuffix(end)) + text
@@ -99,7 +99,7 @@ def words(column: str) -> str:
 
 
 def claims(results: Path) -> list[Claim]:
-    """What the paper claims, as far as a folder has runs for it."""
+    """The paper's claims for which a folder has runs."""
     return [
         claim
         for study in studies()
@@ -109,7 +109,7 @@ def claims(results: Path) -> list[Claim]:
 
 
 def name_of(path: Path, results: Path) -> str:
-    """A file of results, by what it shows: figure2/cpu/lr."""
+    """The name of a file of results, such as figure2/cpu/lr."""
     return path.relative_to(results).with_suffix("").as_posix()
 
 
@@ -117,7 +117,7 @@ def name_of(path: Path, results: Path) -> str:
 
 
 def run_entries(folder: Path, store: Path) -> list[RunEntry]:
-    """Every run of a folder's records and lists and of a store, with whatever curves there are."""
+    """Every run of a folder's records and lists, and of a store, with its curves if any."""
     found: dict[str, RunEntry] = {}
     for source in sorted(folder.rglob("*runs.csv")):
         study = source.relative_to(folder).parts[0]
@@ -144,7 +144,7 @@ def run_entries(folder: Path, store: Path) -> list[RunEntry]:
 
 
 def _link(path: Path, folder: Path) -> str:
-    """From the page, which lies in a folder beside those of the studies."""
+    """The link from the page, whose folder is beside the studies' folders."""
     return f"../{path.relative_to(folder).as_posix()}"
 
 
@@ -167,7 +167,7 @@ def _entry(
 
 
 def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | None]]]:
-    """Of each column of a run's CSVs the steps and values, thinned to `POINTS`."""
+    """The steps and values of each column of a run's CSVs, thinned to `POINTS`."""
     found: dict[str, tuple[list[float], list[float | None]]] = {}
     for name in ("curves.csv", "hyperparameters.csv", "hypergradients.csv"):
         if name in files:
@@ -175,7 +175,7 @@ def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | N
             thin = table.iloc[:: -(-len(table) // POINTS) or 1]
             for column in thin.columns.drop(["step", "epoch"], errors="ignore"):
                 values = [float(f"{v:.4g}") if math.isfinite(v) else None for v in thin[column]]
-                if len({*values}) > 1:  # what stays as it was is in the stack
+                if len({*values}) > 1:  # the stack has the constant ones
                     found[column] = thin.step.tolist(), values
     return found
 
@@ -184,13 +184,13 @@ def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | N
 
 
 def page(folder: Path, store: Path) -> str:
-    """The whole page. What is long is packed, and unpacked by the browser."""
+    """The whole page. The browser unpacks the compressed data of the runs."""
     entries = run_entries(folder, store)
     found = claims(folder)
     parts = [
         "<h1>Gradient Descent: The Ultimate Optimizer</h1>",
-        "<p>What the paper of Chandra, Xie, Ragan-Kelley and Meijer (NeurIPS 2022) claims, and "
-        "what this repository found.</p>",
+        "<p>The claims of the paper by Chandra, Xie, Ragan-Kelley and Meijer (NeurIPS 2022), and "
+        "the results of this repository.</p>",
         "<nav>"
         + "".join(f'<a href="#{n}">{n}</a>' for n in ("figures", "claims", "tables", "runs"))
         + '<a href="#provenance">provenance</a></nav>',
@@ -201,7 +201,7 @@ def page(folder: Path, store: Path) -> str:
         *_section("provenance", _provenance(folder)),
     ]
     template = PAGE.read_text().replace("<!--CONTENT-->", "\n".join(parts))
-    for stride in STRIDES:  # the more runs, the fewer points of each
+    for stride in STRIDES:  # fewer points of each run until the page is small enough
         packed = _packed(entries, stride)
         if len(template) + len(packed) < LIMIT:
             break
@@ -209,7 +209,7 @@ def page(folder: Path, store: Path) -> str:
 
 
 def _packed(entries: Sequence[RunEntry], stride: int) -> str:
-    """All runs, compressed, with each `stride`-th point of their curves."""
+    """All runs, compressed, with every `stride`-th point of their curves."""
     data = {
         "columns": [words(name) for name in COLUMNS],
         "runs": [[_plain(entry.values[name]) for name in COLUMNS] for entry in entries],
@@ -268,7 +268,7 @@ def _claims(found: Sequence[Claim]) -> Iterator[str]:
 
 
 def captions(results: Path) -> dict[Path, str]:
-    """What the studies say of their figures, in the studies' order."""
+    """The captions of the studies' figures, in the studies' order."""
     found: dict[Path, str] = {}
     for study in sorted(studies(), key=lambda study: study.place):
         for folder in study.folders(results) or [results / study.name]:
@@ -306,7 +306,7 @@ def _figures(folder: Path) -> Iterator[str]:
 
 def _tables(folder: Path) -> Iterator[str]:
     def is_raw(path: Path) -> bool:
-        """What other tables are made of."""
+        """Whether a CSV is a source of other tables."""
         return path.stem.endswith(("runs", "curves", "replay"))
 
     for path in sorted(folder.rglob("*.csv"), key=lambda path: (is_raw(path), path)):
@@ -316,7 +316,7 @@ def _tables(folder: Path) -> Iterator[str]:
             yield f'<p class="raw"><a href="{link}">{name}.csv</a>, {rows} rows</p>'
             continue
         content = pd.read_csv(path, dtype=str, keep_default_na=False)
-        if "height" in content:  # where a list stands for all heights, as times to compile do
+        if "height" in content:  # -1 is the first compilation on a machine
             content.loc[content.height == "-1", "height"] = "plain"
         yield f"<details><summary>{name}</summary>"
         yield table(list(map(words, content.columns)), content.values.tolist())
@@ -326,9 +326,8 @@ def _tables(folder: Path) -> Iterator[str]:
 def _runs(entries: Sequence[RunEntry]) -> Iterator[str]:
     drawn = sum(bool(entry.curves) for entry in entries)
     yield (
-        f"<p>{len(entries)} runs, {drawn} of them with their curves, thinned here: "
-        "a click on a run draws it, another one takes it away. The legend links to all of a "
-        "run's data.</p>"
+        f"<p>{len(entries)} runs, {drawn} of them with thinned curves. Click on a run to draw it, "
+        "and again to remove it. The legend links to all data of a run.</p>"
         '<svg id="chart" viewBox="0 0 800 450" role="img" aria-label="Curves of the chosen runs">'
         '</svg><ul id="legend"></ul><p id="reading" class="faint"></p><div class="controls">'
         '<label>curve <select id="column"></select></label>'
@@ -364,7 +363,7 @@ def table(
     kinds: Sequence[str] = (),
     tall: bool = True,
 ) -> str:
-    """A table that can be sorted. `kinds` are attributes of the rows."""
+    """A sortable table. `kinds` are HTML attributes of the rows."""
     size = f'tall" data-rows="{len(rows)}' if len(rows) > PRINTED else "tall"
     lines = [f'<div class="wide{f" {size}" * tall}"><table class="sortable"><thead><tr>']
     lines += [f"<th>{html.escape(head)}</th>" for head in heads]
@@ -404,7 +403,9 @@ def main() -> int:
     options, _ = split(sys.argv[1:], Options, ())
     folder = Path(options.results)
     if not folder.is_dir():
-        raise ValueError(f"results={options.results} is no folder; make reproduce-table1 makes it")
+        raise ValueError(
+            f"results={options.results} is not a folder; make reproduce-table1 creates it"
+        )
     path = folder / "report" / "index.html"
     write_text(path, page(folder, Path(options.store)))
     print(path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path)

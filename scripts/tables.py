@@ -1,10 +1,10 @@
-"""Draw every table and figure from the records of the runs, without training, and write the pages.
+"""Redraw all tables and figures from stored runs, and regenerate the blocks of README and docs.
 
     python -m scripts.tables
     python -m scripts.tables results=results
 
-README and docs say of the results of the repository what is between their markers; see
-`experiments/studies/prose.py`. The same records give the same files, byte for byte.
+The same records give the same files, byte for byte. For the blocks between markers, see
+`experiments/studies/prose.py`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from experiments.studies.prose import BLOCK, written
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     results: str = "results"
 
 
 def draw_all(results: Path) -> list[Path]:
-    """Draw all that a folder has the runs of; returns what was written.
+    """Draw all studies with runs in a folder; returns the written files.
 
     Raises:
-        ValueError: it has none, or some that cannot be read.
+        ValueError: the folder has no runs, or damaged ones.
     """
     paths = [
         path
@@ -39,12 +39,12 @@ def draw_all(results: Path) -> list[Path]:
         for path in study.draw(folder)
     ]
     if not paths:
-        raise ValueError(f"there are no runs in {results}; make reproduce-table1 makes some")
+        raise ValueError(f"there are no runs in {results}; make reproduce-table1 creates some")
     return paths
 
 
 def write_pages(results: Path) -> list[Path]:
-    """Write into README and docs what they say of the results; returns those that have blocks."""
+    """Regenerate the blocks in README and docs; returns the pages with blocks."""
     pages = [*ROOT.glob("README.md"), *sorted((ROOT / "docs").glob("*.md"))]
     found = [page for page in pages if BLOCK.search(page.read_text())]
     for page in found:
