@@ -99,6 +99,11 @@ def choose(name: str, value: str, known: Sequence[str]) -> str:
     return value
 
 
+def choose_all(name: str, text: str, known: Sequence[str]) -> list[str]:
+    """Split a text such as "a,b" into values, which must be in `known`; an empty text is all."""
+    return [choose(name, one, known) for one in text.split(",")] if text else list(known)
+
+
 def seed_list(text: str) -> list[int]:
     """Parse seeds such as "0,1,2"."""
     try:

@@ -213,11 +213,11 @@ def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:
     said = verdicts(runs)
     assert "no worse than the plain run's from 2 of 3 starts" in said[0]
     assert said[1] == "From lr 0.002 it differs, seed by seed, by +0.100, +0.100."
-    assert "From the worst start, lr 0.0001, it closes 80 % of the distance" in said[2]
+    assert "From the worst start, lr 0.0001, it closes 80 % of the gap" in said[2]
     (place, tower) = next((i, run) for i, run in enumerate(runs) if run.cell == Cell("tower", 1e-2))
     negative = replace(tower, values=tower.values.assign(**{"0.lr": -1e-9}))
     runs[place] = negative
-    assert len(said) == 3 and "In 1 towers lr was 0 or below" in verdicts(runs)[3]
+    assert len(said) == 3 and "lr fell to 0 or below in 1 towers" in verdicts(runs)[3]
     runs[place] = replace(tower, summary={**tower.summary, "diverged": True})
     assert "from 1 of 3 starts" in verdicts(runs)[0]
     runs = [replace(run, summary={**run.summary, "diverged": run.cell.lr == 1e-2}) for run in runs]

@@ -266,7 +266,7 @@ def test_the_table_states_n_and_where_each_number_is_from(done: Path) -> None:
         for which in (("tower", "0.1", "0.9"), ("replay", "0.1", "0.9"))
     )
     loss, error = (abs(float(tower[n]) - float(replay[n])) for n in ("train_loss", "test_error"))
-    assert f"ends with a loss {loss:.3f} and an error {error:.2f} points away" in text
+    assert f"final loss differs by {loss:.3f} and its error by {error:.2f} points" in text
     he = next(line for line in lines if line["kind"] == "he")
     assert f"| He et al.'s schedule | {float(he['test_error']):.2f} |" in text
 
@@ -363,7 +363,7 @@ def test_runs_of_several_settings_are_not_mixed(done: Path, cifar: Path, tmp_pat
     other = resolve(cell_config(CELLS[1], 0, longer), "cifar10")
     train(other)
     export_runs(RunStore(other.store), [run_hash(other)], folder / "records" / "other.jsonl.gz")
-    with pytest.raises(ValueError, match=r"holds runs of several settings"):
+    with pytest.raises(ValueError, match=r"has runs of several settings"):
         STUDY.draw(folder)
 
 

@@ -359,7 +359,7 @@ def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
         ("experiments.studies.figure2.cost nosuch", "'nosuch' is not an option of this command"),
         ("experiments.studies gallery nosuch", "'nosuch' is not an option of this command"),
         ("experiments.studies figure1", "there is no study 'figure1'; did you mean figure3"),
-        ("experiments.studies step_time nosuch", "there is no 'nosuch' to benchmark"),
+        ("experiments.studies step_time nosuch", "'nosuch' is not a benchmark; give some of"),
         ("scripts.tables nosuch results=more", "'nosuch' is not an option of this command"),
         ("scripts.tables --nosuch", "'--nosuch' is not an option of this command"),
         ("scripts.tables results=nosuch", "there are no runs in nosuch"),

@@ -262,7 +262,7 @@ def test_the_command_writes_it(
     assert capsys.readouterr().out.strip() == str(written) and written.stat().st_size > 100_000
     monkeypatch.setattr(sys, "argv", ["report", "results=nowhere"])
     assert guarded(report.main) == 2
-    assert "results=nowhere is no folder" in capsys.readouterr().err
+    assert "results=nowhere is not a folder" in capsys.readouterr().err
 
 
 # In a browser, where there is one.

@@ -113,7 +113,7 @@ def test_every_run_is_known_by_its_summary() -> None:
             summary = {**identity(resolved(preset, cell)), "hash": "0"}
             assert cell_of(preset, summary) == cell
     summary["stack"] = "SGD(0.12345)"
-    with pytest.raises(ValueError, match="no method there has that stack any more"):
+    with pytest.raises(ValueError, match="no method has this stack any more"):
         cell_of(preset, summary)
 
 
@@ -198,7 +198,7 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
     more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
     assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
     folder = tmp_path / "results" / "robustness" / "cpu-mnist-5k"  # not where those of MNIST are
-    differs = "compile=false, and these would have trainer.compile=true; give the same, or another"
+    differs = "compile=false, but the new runs would have trainer.compile=true; give the same, or"
     with pytest.raises(ValueError, match=differs):
         execute(tmp_path, *first, "trainer.compile=true")
     others = [resolved("paper", Cell(task, "Adam", 1e-3)) for task in ("mlp", "char_rnn", "resnet")]
@@ -233,7 +233,7 @@ def test_more_runs_of_a_preset_have_the_setting_of_its_records(preset: str) -> N
 
     study.check_setting(configs, records, task_of)
     on_a_gpu = [replace(config, device="cuda") for config in configs]
-    with pytest.raises(ValueError, match="device=cpu, and these would have device=cuda"):
+    with pytest.raises(ValueError, match="device=cpu, but the new runs would have device=cuda"):
         study.check_setting(on_a_gpu, records, task_of)
     study.check_setting(on_a_gpu, records.with_name("none"), task_of)
 
@@ -297,8 +297,8 @@ def test_verdicts_name_limit_and_peer() -> None:
     auto = dict.fromkeys(there, 2.2) | {1e2: 2.05, 1e-8: 3.0}
     (said,) = drawn.verdicts(table({**errors, "Auto": auto}), "cpu")
     assert said.startswith("MLP, 5 epochs (reduced), n = 1: ")
-    assert "within 1.15 times the best fixed lr's from 10 of 11 starts" in said
-    assert "1.50 times from the worst, 1e-08; no worse than Prodigy from 1 of 11" in said
+    assert "within 1.15 times the best fixed lr's error from 10 of 11 starts" in said
+    assert "1.50 times from the worst start, 1e-08; no worse than Prodigy from 1 of 11" in said
 
 
 @pytest.mark.parametrize("fixed", [{}, {"SGD": {1e-2: math.inf}}])
@@ -318,12 +318,12 @@ def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
     said = drawn.remarks(some, "cpu", "mlp", "MNIST")
     lrs = ", ".join(f"{lr:g}" for lr in grid)
     assert said == (
-        "The best fixed lr is that of Adam from 0.03162: 2. Of those that are searched, these were "
-        f"run: SGD {lrs}; SGD, momentum 0.9 none; Adam 0.01, 0.03162."
+        "The best fixed lr is 0.03162, with Adam: 2. Searched so far: "
+        f"SGD {lrs}; SGD, momentum 0.9 none; Adam 0.01, 0.03162."
     )
     whole = {method: dict.fromkeys(grid, 2.0) for method in FIXED}
     said = drawn.remarks(table(whole), "cpu", "mlp", "MNIST")
-    assert said == "The best fixed lr is that of SGD from 0.0001: 2."
+    assert said == "The best fixed lr is 0.0001, with SGD: 2."
 
 
 def test_what_was_not_run_is_hatched() -> None:

@@ -420,7 +420,9 @@ def test_a_folder_that_cannot_be_written_to_gets_one_line(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = ("data=mnist-5k", "device=cpu", "trainer.epochs=1", "progress=false")
-    told = re.compile(r"error: /dev/null/\S+ cannot be written: Not a directory; give a folder .*")
+    told = re.compile(
+        r"error: /dev/null/\S+ cannot be written: Not a directory; give a writable .*"
+    )
     for mode in ((), ("-m", "seed=0,1")):
         assert command(run.main, *mode, "store=/dev/null", *tiny) == 2
         assert told.fullmatch(capsys.readouterr().err.splitlines()[-1])

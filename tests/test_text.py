@@ -384,7 +384,7 @@ def test_a_run_that_diverges_is_a_result(tiny: Path, tmp_path: Path) -> None:
         (["model=mlp"], "model.name='mlp' does not read text; give model=char_rnn"),
         (["data=mnist-5k"], "model.name='char_rnn' does not read grey images"),
         (["stack.matrices=Muon(x)"], "expected '=' after x, found ')' (column 7"),
-        (["stack.matrices=Muon(0.1)", "stack=Prodigy(1.0)"], "Prodigy(1.0) is a peer"),
+        (["stack.matrices=Muon(0.1)", "stack=Prodigy(1.0)"], "Prodigy(1.0) is of another package"),
         (["stack.matrices=Muon(0.1)", "schedule=linear"], "stack.matrices needs schedule=constant"),
         (["trainer.sequence_length=null"], "trainer.sequence_length=None must be 1 or more for"),
         (["model.hidden=0"], "model.hidden=0 must be 1 or more for text"),
@@ -491,7 +491,10 @@ def test_without_the_book_it_is_said_where_to_put_it(
     ("content", "message"),
     [
         (b"\xff\xfe\xff", "is not text in UTF-8"),
-        ((HEADER + TINY).encode(), "not the licence at its end, so it is cut short"),
+        (
+            (HEADER + TINY).encode(),
+            "is cut short: it has Project Gutenberg's header, but not the licence",
+        ),
     ],
 )
 def test_a_damaged_book_is_refused(content: bytes, message: str, tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
-"""Train what a study needs, and draw its tables and figures.
+"""Train a study's runs, and draw its tables and figures.
 
     python -m experiments.studies
     python -m experiments.studies table1 preset=quick
     python -m experiments.studies table1 --help
     python -m experiments.studies all preset=quick
 
-The first lists the studies, the last does all that have such a preset, one after the other. Runs
-that are finished are not done again.
+The first command lists the studies. The last does all studies with this preset, one after the
+other. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> int:
     given = dict(argument.partition("=")[::2] for argument in arguments[1:])
     chosen = [study for study in studies() if given.get("preset", "") in study.presets]
     if not chosen:
-        raise ValueError("give a preset that some studies have, as in preset=quick")
+        raise ValueError("no study has this preset; give one such as preset=quick")
     return max(study.main(arguments[1:]) for study in chosen)
 
 

@@ -1,4 +1,4 @@
-"""All studies, found by being there: a folder with a `runs.py` that has a `STUDY`."""
+"""All studies: the `STUDY` in the `runs.py` of each folder here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Any:
-    """The study of a name.
+    """Return the study of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: an unknown name.
     """
     if name not in names():
         raise ValueError(f"there is no study {name!r}; {did_you_mean(name, names())}")

@@ -1,4 +1,4 @@
-"""What the paper claims, beside what was found: the lines that a study's report gives of it."""
+"""The paper's claims beside our results, as a study's report lists them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Claim:
-    """A line of what the paper claims: its value, ours, and whether they agree."""
+    """A claim of the paper: its value, ours, and whether they agree."""
 
     dataset: str
     setting: str
@@ -16,10 +16,10 @@ class Claim:
     published: str
     ours: str
     n: int
-    verdict: str  # yes, no, or empty where it is not judged
-    runs: str  # their hashes
+    verdict: str  # yes, no, or empty if not judged
+    runs: str  # hashes
 
 
 def scale(papers: bool) -> str:
-    """Whether a setting is the paper's, in words."""
+    """The name of the paper's setting, or of a reduced one."""
     return "the paper's" if papers else "reduced"

@@ -1,4 +1,4 @@
-"""Runs as their records have them, and the tables that are made from these."""
+"""Read runs from their records, and make tables of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments.studies.pages import csv_of, diverged, with_sd, write_all
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: its cell, seed, summary, a line for each epoch, and one every few steps."""
+    """A finished run: cell, seed, summary, `curves` by epoch, and `values` every few steps."""
 
     cell: Any
     seed: int
@@ -30,20 +30,20 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """The training loss of the last epoch; infinite where the run diverged."""
+        """The training loss of the last epoch; infinite if the run diverged."""
         return self.judged("train_loss")
 
     @property
     def learned(self) -> dict[str, Any]:
-        """The hyperparameters of the lowest level at the end."""
+        """The final hyperparameters of the lowest level."""
         return self.summary["hyperparameters"][0]
 
     def judged(self, metric: str) -> float:
-        """A metric of the summary; infinite where the run diverged."""
+        """A metric of the summary; infinite if the run diverged."""
         return math.inf if self.summary["diverged"] else self.summary[metric]
 
     def columns(self, name: str) -> tuple[pd.Series, pd.Series]:
-        """A column of `values` or else of `curves`, behind the epoch of each of its numbers."""
+        """The epochs and the values of a column of `values` or, failing that, of `curves`."""
         per_epoch = self.curves.step.iloc[-1] / self.curves.epoch.iloc[-1]
         table = self.values if name in self.values else self.curves
         return table.step / per_epoch, table[name]
@@ -54,11 +54,11 @@ def read_runs(
     cell_of: Callable[[dict[str, Any]], Any],
     part_of: Callable[[Any], Any] = lambda cell: None,
 ) -> list[Run]:
-    """The runs in a file of records, or in all files of a folder.
+    """Read the runs in an archive, or in all archives of a folder.
 
     Args:
-        cell_of: the cell of a summary.
-        part_of: the part of a study that a cell belongs to; each has one setting.
+        cell_of: returns the cell of a summary.
+        part_of: returns the part of the study that a cell belongs to; a part has one setting.
 
     Raises:
         ValueError: a part has several settings.
@@ -76,7 +76,7 @@ def read_runs(
     for found in settings.values():
         if len(found) > 1:
             raise ValueError(
-                f"{records} holds runs of several settings, {' and '.join(sorted(found))}; give "
+                f"{records} has runs of several settings, {' and '.join(sorted(found))}; give "
                 "results= another folder for one of them"
             )
     return runs
@@ -87,17 +87,17 @@ def of(runs: Iterable[Run], cell: Any) -> list[Run]:
 
 
 def precision(run: Run) -> str:
-    """How the runs of a setting were computed, where that is not float32, for captions."""
+    """The runs' precision for captions; empty for float32."""
     return ", in bf16" if run.summary["trainer"].get("autocast") else ""
 
 
 def preset_of(folder: Path) -> str:
-    """The preset that a folder of results is of."""
+    """The preset of a folder of results."""
     return folder.name.partition("-")[0]
 
 
 def counted(numbers: Iterable[int]) -> str:
-    """As in "n = 3", or "n = 1 to 3" where lines have different numbers of seeds."""
+    """Such as "n = 3", or "n = 1 to 3" if the numbers of seeds differ."""
     least, most = min(numbers, default=0), max(numbers, default=0)
     return f"n = {most}" if least == most else f"n = {least} to {most}"
 
@@ -111,7 +111,7 @@ def count(runs: Iterable[Run]) -> str:
 
 
 def run_table(runs: Iterable[Run], metrics: Sequence[str], learned: Sequence[str]) -> pd.DataFrame:
-    """A line for each run: its cell, metrics, and what it has learned."""
+    """A line for each run: its cell, metrics, and learned hyperparameters."""
     return pd.DataFrame(
         {
             **asdict(run.cell),
@@ -145,7 +145,7 @@ def cell_table(
 
 
 def cell_text(cells: pd.DataFrame, cell: Any, what: str, digits: int) -> str:
-    """As in "17.20 ± 0.31", from a cell's line with `what`; nothing where it has not been run."""
+    """Such as "17.20 ± 0.31", from the cell's column `what`; empty if the cell has no run."""
     own = asdict(cell)
     line = cells[(cells[list(own)] == pd.Series(own)).all(axis=1)].squeeze()
     if line.empty:
@@ -154,7 +154,7 @@ def cell_text(cells: pd.DataFrame, cell: Any, what: str, digits: int) -> str:
 
 
 def mean_of(values: Sequence[float | None]) -> str:
-    """The mean; nothing where a run ended in something that is not a number."""
+    """The mean; empty if a value is not a number."""
     numbers = [value for value in values if value is not None]
     return f"{sum(numbers) / len(numbers):.4g}" if numbers and len(numbers) == len(values) else ""
 
@@ -164,7 +164,7 @@ def compare(
 ) -> dict[Any, tuple[float, float]]:
     """The means of a metric over the seeds that both cells of a pair have.
 
-    It leaves out a pair if both diverged, or if they share no seed.
+    A pair is left out if both cells diverged or share no seed.
     """
     found = {}
     for key, pair in pairs.items():
@@ -177,10 +177,18 @@ def compare(
 
 
 def paired(runs: Sequence[Run], *cells: Any) -> tuple[int, str]:
-    """How many seeds all of some cells have, and the hashes of the runs with these."""
+    """The number of seeds that all cells have, and the hashes of the runs with these seeds."""
     seeds = set.intersection(*({run.seed for run in of(runs, cell)} for cell in cells))
     found = [run for cell in cells for run in of(runs, cell) if run.seed in seeds]
     return len(seeds), " ".join(run.summary["hash"] for run in found)
+
+
+def made(runs: Sequence[Run]) -> dict[str, Any]:
+    """The provenance of runs, with the versions of peer optimizers, without times of steps."""
+    peers = {run.summary["provenance"].get("peer") for run in runs} - {None}
+    found = {**provenance([run.summary for run in runs]), "peers": sorted(peers)}
+    del found["seconds_per_step"]
+    return found
 
 
 def write_drawn(
@@ -190,7 +198,7 @@ def write_drawn(
     cells: pd.DataFrame,
     texts: Mapping[str, str],
 ) -> list[Path]:
-    """Write the CSVs of runs and cells, the texts, and where they come from."""
+    """Write the CSVs of runs and cells, the texts, and their provenance."""
     paths = write_all(
         folder, {"runs.csv": csv_of(lines, None), "table.csv": csv_of(cells), **texts}
     )

@@ -1,4 +1,4 @@
-"""What the pages of studies share: tables as Markdown and LaTeX, numbers with deviations, files."""
+"""Helpers for the pages of studies: Markdown and LaTeX tables, mean ± sd, files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def latex(
     heads: Sequence[str],
     groups: Iterable[tuple[str, Iterable[Sequence[str]]]],
 ) -> str:
-    """A table as LaTeX, for a paper that has the booktabs package.
+    """A table as LaTeX; it needs the booktabs package.
 
     Args:
-        groups: rows below a rule each, behind a comment on them.
+        groups: each a comment and its rows; a rule separates the groups.
     """
     body = []
     for comment, rows in groups:
@@ -53,25 +53,25 @@ def latex(
 
 
 def page(*parts: str | Sequence[str]) -> str:
-    """A page of paragraphs, and of tables as lines; empty ones are left out."""
+    """A page of paragraphs and of tables as lists of lines; empty parts are left out."""
     texts = (part if isinstance(part, str) else "\n".join(part) for part in parts)
     return "\n\n".join(filter(None, texts)) + "\n"
 
 
 def captioned(captions: Mapping[str, str]) -> list[str]:
-    """Figures beside the page, each with its caption below."""
+    """Links to figures in the page's folder, each with its caption below."""
     return [part for name, text in captions.items() for part in (f"![{text}]({name}.png)", text)]
 
 
 def with_sd(mean: float, sd: float, digits: int = 2) -> str:
-    """As in "4.81 ± 0.10"; without a standard deviation where there is none."""
+    """Such as "4.81 ± 0.10"; without the standard deviation if it is NaN."""
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" + ("" if math.isnan(sd) else f" ± {sd:.{digits}f}")
 
 
 def diverged(line: Any) -> str:
-    """What is said of a line with n runs of which some diverged."""
+    """Such as " (1 of 3 diverged)"; empty if no run diverged."""
     return f" ({line.diverged} of {line.n} diverged)" if line.diverged else ""
 
 
@@ -80,7 +80,7 @@ def csv_of(table: pd.DataFrame, float_format: str | None = "%.6g") -> str:
 
 
 def write_all(folder: Path, texts: Mapping[str, str]) -> list[Path]:
-    """Write files into a folder by their names; returns their paths."""
+    """Write texts to a folder, by file name; returns the paths."""
     for name, text in texts.items():
         write_text(folder / name, text)
     return [folder / name for name in texts]

@@ -1,18 +1,18 @@
-"""What README and docs say of results: blocks that are written from the results, between markers.
+"""Generate the blocks of README and docs that depend on results, between markers.
 
     <!-- begin figure2/cpu/summary -->
     ...
     <!-- end -->
 
-A block is named by its study, the study's preset, and a key of what `prose(folder)` of its report
-returns. A table with a line for each of several folders is the block
+A block's name has the study, the preset, and a key of the dict from the report's `prose(folder)`.
+A table with a line for each of several folders is the block
 
     <!-- begin lines table1/paper figure2/cpu -->
     ...
     <!-- end -->
 
-Its lines are what `prose` has under the key `line`: the experiment, the paper's result, and ours,
-with ` | ` between them. The experiment becomes a link to its page.
+Its lines come from the key `line` of `prose`: the experiment, the paper's result and ours, with
+` | ` between them. The experiment becomes a link to its page.
 `make tables` writes all blocks. Never edit the text between two markers by hand.
 """
 
@@ -31,10 +31,10 @@ HEADS = ("Experiment", "The paper", "Here")
 
 
 def written(text: str, results: Path) -> str:
-    """A page with all its blocks written from a folder of results.
+    """Return a page with all blocks generated from a folder of results.
 
     Raises:
-        ValueError: a block that no study knows, or that the folder has no results for.
+        ValueError: an unknown block, or the folder has no results for it.
     """
 
     def one(name: str) -> str:
@@ -59,7 +59,7 @@ def written(text: str, results: Path) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs in lines that fit; lists and tables as they are."""
+    """Wrap paragraphs; leave lists and tables unchanged."""
     parts = (
         part
         if part.startswith(("|", "-"))

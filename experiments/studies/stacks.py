@@ -16,11 +16,11 @@ STARTS = tuple(float(f"{10 ** (k / 2):.4g}") for k in range(-16, 5))  # 1e-8 to 
 
 @dataclass(frozen=True)
 class MethodCell:
-    """One number of a study of methods from several lrs, but for its seeds.
+    """A cell of a study that compares methods from several lrs.
 
     Attributes:
         task, method: their names in the study.
-        start: the initial lr; None where the method has none.
+        start: the initial lr; None for a method without one.
     """
 
     task: str
@@ -34,14 +34,14 @@ class MethodCell:
 
 
 def tower(rule: str, height: int, lr: float | str) -> str:
-    """All levels of one rule, started at one step size; "{lr}" leaves that open."""
+    """A tower of one rule; all levels start at one lr, or at the placeholder "{lr}"."""
     return " / ".join([LEVELS[rule].format(lr=lr)] * (height + 1))
 
 
 def auto(
     lr: float | None = None, rule: type[Rule] | None = None, domain: str = "log", **options: Any
 ) -> str:
-    """`Auto`'s stack, with another rule, lr moved in another domain, or other options above it."""
+    """`Auto`'s stack; optionally another rule, another domain of lr, or other top-level options."""
     start = {} if lr is None else {"lr": lr}
     lowest, above = Auto([torch.zeros(1)], compile=False, **start).stack.levels
     if rule is not None:

@@ -1,11 +1,11 @@
-"""A study: one table or figure of the paper, from its runs to its page.
+"""A study: one table or figure, from its runs to its page.
 
-A study is a folder beside this file. Its `runs.py` says what is trained and has a `STUDY`; its
-`report.py` has `draw(folder)`, which draws the table and the figures from what a folder of results
-holds. What the runs found goes to `results/STUDY/PRESET/`, and from there the report is drawn:
+A study is a folder beside this file. Its `runs.py` defines the runs and a `STUDY`. Its `report.py`
+has `draw(folder)`, which draws the tables and figures from a folder of results. The results go to
+`results/STUDY/PRESET/`:
 
-    runs.csv, runs.json     a line for each run, and where the numbers come from
-    records/*.jsonl.gz      whole runs, for the studies that keep them; each command adds a file
+    runs.csv, runs.json     a line for each run, and the provenance
+    records/*.jsonl.gz      whole runs, for studies that keep them; each command adds a file
     README.md               the page, with the tables and figures beside it
 """
 
@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from experiments.cli import asked_for_help, choose, seed_list, split
+from experiments.cli import asked_for_help, choose, choose_all, seed_list, split
 from experiments.config.identity import identity, run_hash
 from experiments.config.resolve import resolve_all
 from experiments.config.schema import Config, StackConfig
@@ -42,7 +42,7 @@ from experiments.records.store import RunStore
 
 Summary = dict[str, Any]
 
-# The keys of the runs' config that may be set for a whole study: they leave its setting alone.
+# Config keys that a study's command may set: they do not change the study's setting.
 SETTABLE = (
     "data",
     "data.root",
@@ -55,17 +55,17 @@ SETTABLE = (
     "trainer.compile_model",
     "workers",
 )
-# Where records are kept some more may be set: `check_setting` compares with what is recorded.
+# With records, two more keys are safe: `check_setting` compares them with the recorded runs.
 SETTABLE_WITH_RECORDS = (*SETTABLE, "precision", "trainer.threads")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How much of a study is done.
+    """The size of a study.
 
     Attributes:
         overrides: of the runs' config.
-        seeds: those of each cell.
+        seeds: of each cell.
     """
 
     overrides: tuple[str, ...] = ()
@@ -74,15 +74,15 @@ class Preset:
 
 @dataclass(frozen=True)
 class Nothing:
-    """No options of a command."""
+    """The options of a command without options."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a study's command; empty is the preset's own.
+    """The options of a study's command; empty means the preset's value.
 
     Attributes:
-        start: "records" where finished runs are taken from the results beside the store.
+        start: "records" also takes finished runs from the records in the results.
     """
 
     preset: str = ""
@@ -93,20 +93,29 @@ class Options:
 
 @dataclass(frozen=True)
 class CellOptions(Options):
-    """The same for a study whose cells are of several kinds; empty is all of them."""
+    """Options of a study with several kinds of cells; empty means all."""
 
     kinds: str = ""
 
 
+@dataclass(frozen=True)
+class MethodOptions(Options):
+    """Options of a study of methods on several tasks; empty means all."""
+
+    tasks: str = ""
+    methods: str = ""
+    lrs: str = ""  # initial lrs
+
+
 @dataclass
 class Request:
-    """What a command line asks of a study.
+    """A parsed command line of a study.
 
     Attributes:
         name: of the preset.
-        overrides: of the runs' config, those of the preset first.
-        folder: where the results go; it is known once a part is under way.
-        archive: the name of the file of records that the command adds.
+        overrides: of the runs' config, the preset's first.
+        folder: of the results; set when the first part begins.
+        archive: the name of the archive that this command adds to the records.
     """
 
     options: Any
@@ -120,12 +129,12 @@ class Request:
 
 @dataclass
 class Part:
-    """Runs that can be done side by side, in batches of which the first tell most.
+    """Runs that can be done in parallel, in batches; the first batches are most informative.
 
     Attributes:
-        batches: runs as pairs of the cell of the table or figure and its config.
+        batches: runs as pairs of a cell (of the table or figure) and its config.
         name: of the CSV of the runs.
-        configs, summaries: the resolved configs, and what was found, once the part is done.
+        configs, summaries: the resolved configs, and the results once the part is done.
     """
 
     batches: Sequence[Sequence[tuple[Any, Config]]]
@@ -147,11 +156,11 @@ class Part:
 def each_seed(
     request: Request, base: Config, cells: Iterable[tuple[Any, str, str]]
 ) -> list[tuple[Any, Config]]:
-    """The runs of cells that differ in their stack alone, each with all seeds that are asked for.
+    """The runs of cells that differ only in their stack, each with all requested seeds.
 
     Args:
-        base: the config of all of them, but for stack, seed and row.
-        cells: each with its stack, and the name of its row.
+        base: the shared config, without stack, seed and row.
+        cells: each with its stack and the name of its row.
     """
     return [
         (cell, replace(base, stack=StackConfig(stack), seed=seed, row=row))
@@ -161,49 +170,48 @@ def each_seed(
 
 
 def chosen(cells: Sequence[Any], request: Request, known: Sequence[str]) -> list[Any]:
-    """The cells of the kinds that are asked for, of those that are known.
+    """The cells of the requested kinds.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: an unknown kind.
     """
-    asked = request.options.kinds
-    kinds = {choose("kinds", kind, known) for kind in asked.split(",")} if asked else known
+    kinds = choose_all("kinds", request.options.kinds, known)
     return [cell for cell in cells if cell.kind in kinds]
 
 
 class Reported:
-    """A study's report: the module of that name beside its runs."""
+    """Base class: a study with a module `report` beside its runs."""
 
     name: str
 
     @property
     def report(self) -> Any:
-        """The module, with `draw(folder)` and, where it has any, `claims(folder)`."""
+        """The module with `draw(folder)` and, optionally, `prose`, `captions` and `claims`."""
         return import_module(f"experiments.studies.{self.name}.report")
 
     def draw(self, folder: Path) -> list[Path]:
-        """Draw what a folder of results has the runs of; returns what was written.
+        """Draw a folder of results; returns the written files.
 
         Raises:
-            ValueError: what it has cannot be drawn.
+            ValueError: the results cannot be drawn.
         """
         try:
             return self.report.draw(folder)
         except ValueError as error:
             raise ValueError(
-                f"{error}; the runs are kept, and when this is mended, make tables draws them"
+                f"{error}; the runs are kept: fix this, then draw them with make tables"
             ) from None
 
     def prose(self, folder: Path) -> dict[str, str]:
-        """What README and docs say of a folder of results, by the names of the blocks."""
+        """The blocks of README and docs about a folder of results, by key."""
         return getattr(self.report, "prose", lambda folder: {})(folder)
 
     def captions(self, folder: Path) -> dict[str, str]:
-        """What is said of each figure of a folder of results, by the figure's name."""
+        """The captions of the figures in a folder of results, by figure name."""
         return getattr(self.report, "captions", lambda folder: {})(folder)
 
     def claims(self, folder: Path) -> Iterator[Any]:
-        """What the paper claims of it, beside what a folder of results has found."""
+        """The paper's claims beside the results of a folder."""
         yield from getattr(self.report, "claims", lambda folder: ())(folder)
 
 
@@ -212,19 +220,17 @@ class Study(Reported):
     """One table or figure.
 
     Attributes:
-        name: of its folder here and of that in results/.
-        presets: by their names; the first is the default.
-        parts: the runs that are asked for. A later part may need what an earlier one has found.
+        name: of its folder here and in results/.
+        presets: by name; the first is the default.
+        parts: yields the requested runs. A later part may use the results of an earlier one.
         doc: the help of its command.
-        line: the line of a run in the CSV, from its cell and its summary. None for a study that
-            keeps whole records of its runs, from which its report makes the CSV.
-        part_of: for a study that keeps records, the part of it that a run belongs to, given the
-            name of the preset and the run's identity or summary. The runs of a part have one
-            setting.
+        line: returns the line of a run in the CSV, from its cell and its summary. None for a
+            study that keeps records of its runs; its report makes the CSV from the records.
+        part_of: for a study with records, returns the part of the study that a run belongs to,
+            from the preset's name and the run's identity or summary. A part has one setting.
         options: the dataclass of the command's options.
-        settable: the keys of the runs' config that may be set.
         starts: the values of the option `start`.
-        place: of its figures on the page of all results.
+        place: the position of its figures on the page of all results.
     """
 
     name: str
@@ -234,15 +240,19 @@ class Study(Reported):
     line: Callable[[Any, Summary], dict[str, Any]] | None = None
     part_of: Callable[[str, Summary], Any] = lambda preset, run: None
     options: type[Options] = Options
-    settable: Sequence[str] = SETTABLE
     starts: Sequence[str] = ("scratch",)
     place: int = 100
 
+    @property
+    def settable(self) -> Sequence[str]:
+        """The config keys that the command may set."""
+        return SETTABLE if self.line else SETTABLE_WITH_RECORDS
+
     def request(self, arguments: Sequence[str]) -> Request:
-        """What a command line asks for.
+        """Parse a command line.
 
         Raises:
-            ValueError: an option or a value that is not known, in one line.
+            ValueError: an unknown option or value, in one line.
         """
         options, overrides = split(arguments, self.options, self.settable)
         name = options.preset or next(iter(self.presets))
@@ -253,7 +263,7 @@ class Study(Reported):
         return Request(options, name, preset, seeds, every)
 
     def main(self, arguments: Sequence[str]) -> int:
-        """The study's command: train what is not trained yet, and draw all of it."""
+        """The study's command: do the missing runs, and draw all of the study."""
         if asked_for_help(self.doc, self.options, self.settable, arguments):
             return 0
         request, good = self.request(arguments), True
@@ -276,39 +286,38 @@ class Study(Reported):
         return 0 if good else 1
 
     def say_what_moved(self, request: Request) -> None:
-        """One line on standard error where records lie as an earlier version kept them."""
+        """Print a hint on standard error if records have the layout of an earlier version."""
         results = Path(request.options.results)
         old = results / f"{self.name}_{request.name}.jsonl.gz"
         new = results / self.name / request.name
         if old.exists():
             print(
-                f"{old} is of an earlier layout; to use it: "
+                f"{old} has an earlier layout; to use it: "
                 f"mkdir -p {new}/records && mv {old} {new}/records/",
                 file=sys.stderr,
             )
 
     def folder(self, request: Request, configs: Sequence[Config]) -> Path:
-        """Where results go. Those of a part of a data set may not replace what is committed."""
+        """The folder of the results; runs on other data sets get a folder of their own."""
         names = {config.data.name for config in configs}
         others = sorted(name for name in names if not find(name).is_whole(name))
         return Path(request.options.results, self.name, "-".join([request.name, *others]))
 
     def folders(self, results: Path) -> list[Path]:
-        """Of the folders of `results` those that have runs of this study, one for each preset."""
+        """The folders of `results` with runs of this study, one for each preset."""
         kept = "runs.csv" if self.line else "records"
         return sorted(path.parent for path in (results / self.name).glob(f"*/{kept}"))
 
 
 @dataclass(frozen=True)
 class Measurement(Reported):
-    """A study whose numbers come from no runs of the store: its command finds and draws them.
+    """A study without runs in the store: its command measures and draws.
 
     Attributes:
-        name, doc: as a `Study` has them.
+        name, doc, place: as in `Study`.
         main: its command.
-        kept: the file in its folder from which its report can be drawn again, if there is one.
-        presets: none, so far.
-        place: as a `Study` has it.
+        kept: the file in its folder from which its report can be drawn again, if any.
+        presets: none.
     """
 
     name: str
@@ -319,12 +328,12 @@ class Measurement(Reported):
     place: int = 100
 
     def folders(self, results: Path) -> list[Path]:
-        """Its own folder, where it can be drawn again from there."""
+        """Its folder, if its report can be drawn again from there."""
         return [path.parent for path in (results / self.name).glob(self.kept or "no file")]
 
 
 def do_all(configs: Sequence[Config]) -> list[Summary] | None:
-    """The summaries of all runs, done where they are not; None if some failed, which are listed."""
+    """Do all runs; returns their summaries, or None after printing the failures."""
     outcomes = run_all(configs, configs[0].workers)
     if report_failures(outcomes):
         return None
@@ -334,7 +343,7 @@ def do_all(configs: Sequence[Config]) -> list[Summary] | None:
 def check_setting(
     configs: Sequence[Config], records: Path, part_of: Callable[[Summary], Any]
 ) -> None:
-    """Raise a ValueError for runs of another setting than the recorded ones of the same part."""
+    """Raise a ValueError if runs differ in their setting from recorded runs of the same part."""
 
     def told(values: dict[str, Any], keys: Sequence[str]) -> str:
         return " and ".join(
@@ -350,8 +359,8 @@ def check_setting(
         differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
         if differing:
             raise ValueError(
-                f"{records} has runs with {told(old, differing)}, and these would have "
-                f"{told(new, differing)}; give the same, or another folder for them as results="
+                f"{records} has runs with {told(old, differing)}, but the new runs would have "
+                f"{told(new, differing)}; give the same, or another folder as results="
             )
 
 
@@ -361,18 +370,18 @@ def train_and_archive(
     start: str,
     part_of: Callable[[Summary], Any] = lambda run: None,
 ) -> bool:
-    """Do all runs, one batch after the other; whether none failed. The failed ones are listed.
+    """Do all runs, one batch after the other; print the failures; return whether none failed.
 
-    What is new is added to a folder of records as a new file, after each batch and also where one
-    is stopped. No file that is there already is changed.
+    New runs go to a new archive in the folder of records, after each batch and on an interrupt.
+    Existing archives stay unchanged.
 
     Args:
-        archive: the new file; a second call with the same one adds to it.
-        start: "records" where the runs in that folder need not be done again.
+        archive: the new archive; a second call with the same one adds to it.
+        start: "records" takes finished runs from the folder of records.
 
     Raises:
-        OSError: the folder cannot be written to.
-        ValueError: it has runs of another setting.
+        OSError: the folder is not writable.
+        ValueError: the folder has runs of another setting.
     """
     records = archive.parent
     make_folder(records)
@@ -380,7 +389,7 @@ def train_and_archive(
     store, known = RunStore(batches[0][0].store), set(read_records(records))
     if start == "records":
         if not known:
-            print(f"there are no runs in {records} yet; all are to be done", file=sys.stderr)
+            print(f"there are no runs in {records} yet; all runs will be done", file=sys.stderr)
         import_runs(records, store)
     done, names = True, []
     for configs in batches:
@@ -393,10 +402,10 @@ def train_and_archive(
 
 
 def train_and_list(part: Part, path: Path, line: Callable[[Any, Summary], dict[str, Any]]) -> bool:
-    """Do all runs and write their CSV, and where it comes from beside it; whether none failed.
+    """Do all runs, and write their CSV and its provenance; return whether none failed.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: the folder is not writable.
     """
     make_folder(path.parent)
     began = time.monotonic()
@@ -406,7 +415,7 @@ def train_and_list(part: Part, path: Path, line: Callable[[Any, Summary], dict[s
     part.summaries = summaries
     made, where = provenance(summaries), path.with_suffix(".json")
     known = json.loads(where.read_text()) if where.exists() else {}
-    # The time is that of the command that did the runs, not of one that found them done.
+    # A command that finds all runs finished keeps the time of the command that did them.
     last = known.pop("wall_seconds_of_last_command", None)
     made["wall_seconds_of_last_command"] = last if known == made else time.monotonic() - began
     lines = [line(cell, summary) for cell, summary in zip(part.cells, summaries, strict=True)]

@@ -1,4 +1,4 @@
-"""How every figure looks: colours, sizes, and files that are the same whenever they are redrawn."""
+"""The style of all figures: colours, sizes, and files that are reproducible byte for byte."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from experiments.files import write_bytes
 WIDTH = 6.0  # inches; on a phone, text of 8 points is then 7 pixels high
 SMALL = 8  # points; no text is smaller
 
-# Of the Okabe-Ito palette, which colour-blind readers can tell apart; their greys differ too, and
-# each goes with a marker of its own, for print in black and white.
+# Okabe-Ito colours, which colour-blind readers can tell apart. For print in black and white, their
+# greys differ and each line has its own marker.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#000000"
 VERMILION = "#D55E00"
 
 MARKERS = "os^Dv*"
 
-# The paper's value, or what the paper's code gives, looks the same in all figures; so does ours.
+# One look for the paper's values and its code's results in all figures, and one for ours.
 PAPER: dict[str, Any] = {"color": ORANGE, "marker": "D", "markerfacecolor": "white"}
 OURS: dict[str, Any] = {"color": BLUE, "marker": "o"}
 
 
 def sequence(count: int) -> list[dict[str, Any]]:
-    """Looks of lines that have an order, the first light and the last dark, for `plot`."""
+    """Styles for `plot` of an ordered list of lines, from light to dark."""
     shades = matplotlib.colormaps["cividis_r"](np.linspace(0.08, 1.0, count))
     return [
         {"color": tuple(shade), "marker": marker}
@@ -43,7 +43,7 @@ def sequence(count: int) -> list[dict[str, Any]]:
 
 plt.rcParams.update(
     {
-        "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+        "font.family": "DejaVu Sans",  # matplotlib ships it, so every machine has it
         "font.size": 9,
         "axes.titlesize": 9,
         "figure.titlesize": 9,
@@ -70,17 +70,17 @@ plt.rcParams.update(
 
 
 def subplots(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, Any]:
-    """Axes on a figure as wide as a page, `height` inches high."""
+    """Make a figure as wide as a page and `height` inches high, with axes."""
     return plt.subplots(rows, columns, figsize=(WIDTH, height), **options)
 
 
 def title(figure: Figure, text: str) -> None:
-    """A title of lines that fit above a figure."""
+    """Set a figure's title, wrapped to its width."""
     figure.suptitle("\n".join(textwrap.fill(line, 76) for line in text.splitlines()))
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Write a figure as PDF and PNG beside each other, without the time of drawing."""
+    """Write a figure as PDF and PNG, without timestamps; returns the paths."""
     paths = []
     for suffix, metadata in ((".pdf", {"CreationDate": None}), (".png", {"Software": None})):
         buffer = io.BytesIO()

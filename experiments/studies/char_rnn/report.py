@@ -1,4 +1,4 @@
-"""The character RNN's table and curves, drawn from the records of its runs."""
+"""Draw the character RNN's table and curves from the records of its runs."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ METRICS = ("test_perplexity", "test_bits_per_character", "test_loss", "train_los
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs in a folder's records, by cell and seed.
+    """Read the runs in a folder's records, sorted by cell and seed.
 
     Raises:
-        ValueError: the records are damaged, or of several settings.
+        ValueError: the records are damaged, or have several settings.
     """
     order = list(KINDS)
     runs = curves.read_runs(folder / "records", cell_of)
@@ -67,7 +67,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def setting(runs: list[Run], preset: str) -> str:
-    """The runs' setting in words, for captions; a shorter one than the paper's is named as such."""
+    """The runs' setting in words, for captions; it mentions a reduced setting."""
     summary = runs[0].summary
     epochs = summary["trainer"]["epochs"]
     text = f"Character RNN on {data_label(summary['data'])}, preset {preset}, {epochs} epochs"
@@ -102,7 +102,7 @@ def lowest(run: Run) -> float:
 
 
 def verdicts(runs: list[Run]) -> list[str]:
-    """What is to be said of the towers, in sentences."""
+    """The towers' results, in sentences."""
     found = compare(runs)
     better = [lr for lr, (plain, tower) in found.items() if tower <= plain]
     lines = []
@@ -125,12 +125,12 @@ def verdicts(runs: list[Run]) -> list[str]:
         if math.isfinite(plain) and plain > best:
             lines.append(
                 f"From the worst start, lr {worst:g}, it closes "
-                f"{100 * (plain - tower) / (plain - best):.0f} % of the distance between the plain "
-                "run from there and the best plain run."
+                f"{100 * (plain - tower) / (plain - best):.0f} % of the gap between the plain run "
+                "from that start and the best plain run."
             )
     below = [run for run in runs if run.summary["tuned"] and lowest(run) <= 0]
     if below:
-        lines.append(f"In {len(below)} towers lr was 0 or below at some time.")
+        lines.append(f"lr fell to 0 or below in {len(below)} towers.")
     return lines
 
 
@@ -138,8 +138,8 @@ def missing(runs: list[Run], preset: str) -> list[str]:
     """The names of the cells that have no run yet, as a sentence."""
     known = PRESETS.get(preset.partition("-")[0])
     wanted = (*CELLS, *known.once) if known else ()
-    there = {run.cell for run in runs}
-    labels = [cell.label for cell in wanted if cell not in there]
+    found = {run.cell for run in runs}
+    labels = [cell.label for cell in wanted if cell not in found]
     return [f"Not run yet: {'; '.join(labels)}."] if labels else []
 
 
@@ -157,20 +157,20 @@ def rows(runs: list[Run], cells: pd.DataFrame) -> list[list[str]]:
 
 
 def markdown(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
-    """The table with the figure and what is to be said of them, as Markdown."""
+    """The page: the table, the figure and the results in words, as Markdown."""
     heads = ["", "From lr", "Test perplexity", "Bits per character", "Test loss", "Training loss"]
-    one = {run.cell.kind: run for run in runs if run.summary["tuned"]}  # of each kind of tower
+    one = {run.cell.kind: run for run in runs if run.summary["tuned"]}  # per kind of tower
     stacks = (f"{KINDS[run.cell.kind]}, `{run.summary['stack']}`" for run in one.values())
     return pages.page(
         f"# {setting(runs, preset)}",
-        "After the last epoch, losses in nats per character: mean ± standard deviation over n "
-        "seeds. The test part is the last twentieth of each of 50 streams; the training loss is "
-        "the mean over the last epoch. *Learned* are the final values, mean over seeds.",
+        "Results after the last epoch, losses in nats per character: mean ± standard deviation "
+        "over n seeds. The test part is the last twentieth of each of 50 streams; the training "
+        "loss is the mean over the last epoch. *Learned*: final values, mean over seeds.",
         pages.table([*heads, "Learned", "n"], "lrrrrrlr", rows(runs, cells)),
         *missing(runs, preset),
         *verdicts(runs),
-        f"The stacks: {'; '.join(stacks)}. Why most towers stop to tune, and how their hyper-step "
-        "size was chosen, is in `configs/experiment/char_rnn_tower.yaml`.",
+        f"The stacks: {'; '.join(stacks)}. `configs/experiment/char_rnn_tower.yaml` explains why "
+        "most towers stop tuning, and the choice of their hyper-step size.",
         *pages.captioned(captions_of(runs)),
     )
 
@@ -180,24 +180,24 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def captions_of(runs: list[Run]) -> dict[str, str]:
-    what = "Training loss, test perplexity and lr by the epoch, from three starts"
+    what = "Training loss, test perplexity and lr over the epochs, from three starts"
     return {"figure": f"{what} ({count(runs)}, a line for each seed)."}
 
 
 def latex(runs: list[Run], cells: pd.DataFrame, preset: str) -> str:
-    """The table for a paper."""
+    """The table as LaTeX."""
     heads = ("", "from lr", "test perplexity", "bits per character")
     body = [row[:4] for row in rows(runs, cells)]
     return pages.latex(f"{setting(runs, preset)}; {count(runs)}", "lrrr", heads, [("", body)])
 
 
 def nearest(lr: float) -> float:
-    """The column in which a cell is shown."""
+    """The figure's column for a cell: the nearest start."""
     return min(LRS, key=lambda start: abs(math.log(start / lr)))
 
 
 def figure(runs: list[Run], preset: str) -> plt.Figure:
-    """Loss, perplexity and lr below each other, a column for each start."""
+    """Draw loss, perplexity and lr, a row each, with a column for each start."""
     panels = (
         ("train_loss", "training loss (nats)"),
         ("test_perplexity", "test perplexity"),
@@ -230,7 +230,7 @@ def figure(runs: list[Run], preset: str) -> plt.Figure:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the table and the curves from a folder's records; returns what was written there."""
+    """Draw the table and the curves from a folder's records; returns the written files."""
     runs, preset = read_runs(folder), preset_of(folder)
     lines = run_table(runs)
     cells = cell_table(lines)
@@ -243,7 +243,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def claims(folder: Path) -> Iterator[Claim]:
-    """From each start, that the tower's test perplexity is no worse than without it."""
+    """A claim for each start: the tower's test perplexity is no worse than the plain run's."""
     runs, preset = read_runs(folder), preset_of(folder)
     for lr, (plain, tower) in compare(runs).items():
         seeds, hashes = paired(runs, *PAIRS[lr])

@@ -4,14 +4,15 @@
     python -m experiments.studies char_rnn preset=paper seeds=0 workers=1 data.root=data store=runs
     python -m experiments.studies char_rnn preset=cpu start=records
 
-From each lr of 1e-4, 2e-3, 1e-2 there is a plain run and the tower that tunes lr; besides them
-char-rnn's own decay of the lr, a tower that tunes lr, beta1 and beta2, and one that tunes to the
-end: the others stop after some hundred steps; configs/experiment/char_rnn_tower.yaml says why.
-The preset `paper` has one seed of more rows: from each lr the tower of Adam that tunes to the end
-with a hundredth of that lr above, one that tunes in the log domain, and Auto.
+The runs start from lr 1e-4, 2e-3 and 1e-2. Each start has a plain run and a tower that tunes lr.
+Three more runs: char-rnn's own lr decay, a tower that tunes lr, beta1 and beta2, and a tower that
+never stops tuning. The other towers stop after a few hundred steps;
+configs/experiment/char_rnn_tower.yaml explains why. The preset `paper` adds rows with one seed:
+from each lr, a tower of Adam that never stops and has a hundredth of that lr above; a tower in the
+log domain; and Auto.
 
-Runs that are finished in the store are not done again; with `start=records` nor are those whose
-records are in the results already.
+Finished runs in the store are not repeated. `start=records` also takes runs from the records in the
+results.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
 from experiments.studies.stacks import auto
 from experiments.studies.study import (
-    SETTABLE_WITH_RECORDS,
     CellOptions,
     Part,
     Preset,
@@ -55,7 +55,7 @@ OVERRIDES = {
     "betas": ("experiment=char_rnn_betas",),
     "free": ("experiment=char_rnn_free",),
 }
-# The stacks that are not in a config, with the start as {lr}.
+# Stacks without a config; {lr} is the start.
 STACKS = {
     "adam": "Adam({lr})[lr] / Adam({above:.4g})",
     "log": "Adam({lr})[lr: log] / Adam(0.001)",
@@ -86,7 +86,7 @@ PLAIN, TOWERS = (tuple(Cell(kind, lr) for lr in LRS) for kind in ("plain", "towe
 ADAMS = tuple(Cell("adam", lr) for lr in LRS)  # Adam above, with a hundredth of the start
 LOG, AUTO = Cell("log", KARPATHYS), Cell("auto", 1e-5)
 
-# Should one not wait for the last: of each seed the first are done before the second.
+# For each seed, the first wave is done before the second, so that early results say most.
 WAVES = ((DECAY, *TOWERS), (*PLAIN, BETAS, FREE))
 CELLS = tuple(cell for wave in WAVES for cell in wave)
 ONCE = (*ADAMS, LOG, AUTO)  # one seed of each says enough
@@ -94,12 +94,12 @@ ONCE = (*ADAMS, LOG, AUTO)  # one seed of each says enough
 
 @dataclass(frozen=True)
 class CharRnnPreset(Preset):
-    """How much is done: the cells of which the first seed alone is trained."""
+    """Adds the cells that have the first seed only."""
 
     once: tuple[Cell, ...] = ()
 
 
-# The decay stretches to whatever length there is.
+# The decay stretches to any length.
 PRESETS = {
     "cpu": CharRnnPreset(("trainer.epochs=5", "device=cpu")),
     "paper": CharRnnPreset(once=ONCE),
@@ -110,7 +110,7 @@ PRESETS = {
 
 
 def cell_config(cell: Cell, seed: int, overrides: Sequence[str]) -> Config:
-    """The config of one run: that of its experiment, but for its stack or the lr it starts from."""
+    """The config of one run: its experiment's, with the cell's stack and start."""
     base = _compose(*OVERRIDES.get(cell.kind, OVERRIDES["plain"]), *overrides)
     if cell.kind in STACKS:
         text = STACKS[cell.kind].format(lr=cell.lr, above=cell.lr / 100)
@@ -133,12 +133,12 @@ def _by_stack() -> dict[tuple[str | None, bool], Cell]:
 
 
 def cell_of(summary: dict[str, Any]) -> Cell:
-    """The cell that a run belongs to."""
+    """The cell of a run."""
     return _by_stack()[summary["stack"], "schedule" in summary]
 
 
 def parts(request: Request) -> Iterator[Part]:
-    """All runs, those that tell most first."""
+    """All runs, the most informative first."""
     seeds, overrides = request.seeds, request.overrides
     batches = [(seed, chosen(wave, request, list(KINDS))) for seed in seeds for wave in WAVES]
     batches.append((seeds[0], chosen(request.preset.once, request, list(KINDS))))
@@ -157,7 +157,6 @@ STUDY = Study(
     parts,
     __doc__,
     options=CellOptions,
-    settable=SETTABLE_WITH_RECORDS,
     starts=("scratch", "records"),
     place=4,
 )

@@ -1,4 +1,4 @@
-"""Auto with and without a linear decay: the table, drawn from the records of the runs."""
+"""Draw the table of Auto with and without a linear decay from the records of the runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import pandas as pd
 from experiments.data.catalog import label
 from experiments.files import write_json
 from experiments.records.provenance import provenance
-from experiments.studies.curves import read_runs
+from experiments.studies.curves import preset_of, read_runs
 from experiments.studies.decay.runs import DECAYS, PRESETS, STARTS, cell_of, task_config
 from experiments.studies.pages import csv_of, table, with_sd, write_all
 from experiments.studies.robustness.runs import TASKS
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the table from a folder's records; returns what was written there."""
-    preset = folder.name.partition("-")[0]
+    """Draw the table from a folder's records; returns the written files."""
+    preset = preset_of(folder)
     found = read_runs(
         folder / "records", functools.partial(cell_of, preset), lambda cell: cell.task
     )
@@ -64,7 +64,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def compared(runs: pd.DataFrame, preset: str) -> list[str]:
-    """The table, a line for each task and start."""
+    """The table, with a line for each task and start."""
     rows = []
     for task in PRESETS[preset].tasks:
         for start in STARTS:
@@ -88,7 +88,7 @@ def compared(runs: pd.DataFrame, preset: str) -> list[str]:
 
 
 def title(preset: str, task: str) -> str:
-    """As in "MLP, 5 epochs", with "(reduced)" if it is shorter than in the preset `paper`."""
+    """Such as "MLP, 5 epochs", with "(reduced)" if the preset `paper` is longer."""
     trainer = task_config(preset, task, "none").trainer
     length = f"{trainer.epochs} epoch{'s' * (trainer.epochs != 1)}"
     if trainer.steps is not None and trainer.epochs == 1:
@@ -98,6 +98,6 @@ def title(preset: str, task: str) -> str:
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """What docs/start-anywhere.md says of it."""
+    """The block in docs/start-anywhere.md."""
     runs = pd.read_csv(folder / "runs.csv")
     return {"table": "\n".join(compared(runs, folder.name))}

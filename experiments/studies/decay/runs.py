@@ -3,12 +3,11 @@
     python -m experiments.studies decay preset=cpu
     python -m experiments.studies decay preset=paper start=records
 
-A schedule multiplies the lr that Auto learns: the rule uses the learned lr times a factor that goes
-from 1 to 0 along the run. `cpu` is for one core and an hour: its character RNN and ResNet-20 are
-shorter, and have one start.
+A schedule multiplies the lr that Auto learns by a factor that falls from 1 to 0 during the run.
+`cpu` takes an hour on one core: its character RNN and ResNet-20 are shorter and have one start.
 
-Runs that are finished in the store are not done again; with `start=records` nor are those whose
-records are in the results already.
+Finished runs in the store are not repeated. `start=records` also takes runs from the records in the
+results.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
 from experiments.studies.robustness.runs import TASKS
 from experiments.studies.stacks import auto
-from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
+from experiments.studies.study import Part, Preset, Request, Study
 
-STARTS = (1e-5, 1e-2)  # the default, and one that is near what is learned
+STARTS = (1e-5, 1e-2)  # the default, and a start near the learned lr
 DECAYS = {"none": (), "linear": ("schedule=linear", "schedule.final=0")}
 
 
 @dataclass(frozen=True)
 class DecayPreset(Preset):
-    """How much is done: the overrides of each task, and the tasks that have one start alone."""
+    """Adds the overrides of each task, and the tasks with one start only."""
 
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     one_start: tuple[str, ...] = ()
@@ -63,7 +62,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table, but for its seeds.
+    """A cell of the table.
 
     Attributes:
         task: a key of `TASKS`.
@@ -82,14 +81,14 @@ class Cell:
 
 @functools.lru_cache
 def task_config(preset: str, task: str, decay: str, *overrides: str) -> Config:
-    """The config that the runs of a task have in common."""
+    """The config that the runs of a task share."""
     own = (*PRESETS[preset].tasks[task], *DECAYS[decay])
     named = f"experiment={TASKS[task].experiment}"
     return compose([named, "trainer.record_every=100", *own, *overrides])
 
 
 def cell_of(preset: str, summary: dict[str, Any]) -> Cell:
-    """The cell that a run belongs to."""
+    """The cell of a run."""
     decay = "linear" if "schedule" in summary else "none"
     start = next(start for start in STARTS if auto(start) == summary["stack"])
     for task in PRESETS[preset].tasks:
@@ -99,11 +98,11 @@ def cell_of(preset: str, summary: dict[str, Any]) -> Cell:
             summary["trainer"]["epochs"],
         ):
             return Cell(task, decay, start)
-    raise ValueError(f"run {summary['hash']} is of no task of the preset {preset}")
+    raise ValueError(f"run {summary['hash']} belongs to no task of the preset {preset}")
 
 
 def parts(request: Request) -> Iterator[Part]:
-    """All runs, those of one task after those of another."""
+    """All runs, one task after the other."""
     batches = []
     for task in request.preset.tasks:
         starts = STARTS[: 1 if task in request.preset.one_start else None]
@@ -133,7 +132,5 @@ STUDY = Study(
     parts,
     __doc__,
     part_of=lambda preset, run: cell_of(preset, run).task,
-    options=Options,
-    settable=SETTABLE_WITH_RECORDS,
     starts=("scratch", "records"),
 )

@@ -1,10 +1,10 @@
-"""What a step of Figure 2 costs on one core of this machine, and an estimate for a GPU.
+"""Measure the cost of a step of Figure 2 on one core, and estimate it for a GPU.
 
     python -m experiments.studies.figure2.cost
     python -m experiments.studies.figure2.cost results=results
 
-Measured are a plain run and a tower that take turns in one process; counted are the floating-point
-operations and the calls of operators of a step. It writes `figure2/cost.json` into `results`.
+It times a plain run and a tower, which take turns in one process. It counts the floating-point
+operations and the operator calls of a step. It writes `figure2/cost.json` into `results`.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from models import MODELS
 
 ROUNDS = 60
 STEPS = 64_000  # of a run of the preset `paper`
-RUNS = 3 * (len(CELLS) + 1)  # with its replays
-# What a GPU is taken to do.
-LAUNCH = 20e-6  # seconds for one operator, its share of Python included
-GPU = 10_000  # GFLOP each second
+RUNS = 3 * (len(CELLS) + 1)  # including the replays
+# Assumptions about a GPU.
+LAUNCH = 20e-6  # seconds for one operator, including its share of Python
+GPU = 10_000  # GFLOP/s
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     results: str = "results"
 
 
 class Run:
-    """One step after another of a cell, in the setting of the figure."""
+    """The gradient and the optimizer of a cell, in the setting of the figure."""
 
     def __init__(self, cell: Cell, images: Classification) -> None:
         model = MODELS["resnet20"].make().to(memory_format=torch.channels_last)
@@ -57,7 +57,7 @@ class Run:
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operators that are called, views apart."""
+    """Counts the called operators, except views."""
 
     count = 0
 
@@ -67,7 +67,7 @@ class Calls(TorchDispatchMode):
 
 
 def synthetic() -> Classification:
-    """Noise in the shape of CIFAR-10's training set, of which a step takes as long."""
+    """Noise in the shape of CIFAR-10's training set; a step takes as long as with images."""
     pixels = torch.randint(256, (50_000, 32, 32, 3), dtype=torch.uint8)
     labels = torch.randint(10, (50_000,))
     return Classification(
@@ -89,7 +89,7 @@ def timed(times: list[float], do: Callable[[], Any]) -> Any:
 
 
 def measure() -> dict[str, Any]:
-    """Medians over the rounds, in milliseconds, and what was counted."""
+    """Medians over the rounds, in milliseconds, and the counts of a step."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     images = synthetic()
@@ -118,23 +118,24 @@ def measure() -> dict[str, Any]:
 
 
 def words(measured: dict[str, Any]) -> str:
-    """What is said of it under the figure."""
+    """The text below the figure."""
     ms, gflop, operators = measured["milliseconds"], measured["gflop"], measured["operators"]
     step = ms["feed"] + ms["gradient"] + ms["plain"]
     arithmetic, launching = STEPS * gflop / GPU, STEPS * operators * LAUNCH
     hours = RUNS * max(arithmetic, launching) / 3600
     return (
         f"A step at batch 128 takes {step:.0f} ms on one core ({measured['device']}; medians of "
-        f"{measured['rounds']} steps of each kind, in turn). Feeding and augmentation are "
-        f"{ms['feed'] / step:.2%} of it. Plain SGD takes {ms['plain']:.2f} ms of it and the tower "
-        f"{ms['tower']:.2f} ms, so that the tower adds {(ms['tower'] - ms['plain']) / step:.2%}.\n"
+        f"{measured['rounds']} steps of each kind, in turn). Data feeding and augmentation take "
+        f"{ms['feed'] / step:.2%} of it. The step of plain SGD takes {ms['plain']:.2f} ms and the "
+        f"tower's {ms['tower']:.2f} ms, so the tower adds "
+        f"{(ms['tower'] - ms['plain']) / step:.2%}.\n"
         "\n"
-        "What the preset `paper` costs on a GPU is an estimate. Loss and gradient of a step are "
-        f"{gflop:.1f} GFLOP in {operators} calls of operators, both counted. For 64,000 steps that "
-        f"is {arithmetic / 60:.0f} minutes of arithmetic on a GPU that does {GPU / 1e3:.0f} "
-        f"TFLOP/s, and {launching / 60:.0f} minutes of launching at {1e6 * LAUNCH:.0f} µs an "
-        "operator. The larger of the two is what to expect of a run; all "
-        f"{RUNS} of them, one after the other, would take {hours:.0f} hours."
+        "The cost of the preset `paper` on a GPU is an estimate. Loss and gradient of a step are "
+        f"{gflop:.1f} GFLOP in {operators} operator calls, both counted. For 64,000 steps, that is "
+        f"{arithmetic / 60:.0f} minutes of arithmetic at {GPU / 1e3:.0f} TFLOP/s, and "
+        f"{launching / 60:.0f} minutes of launching at {1e6 * LAUNCH:.0f} µs an operator. A run "
+        f"takes about the larger of the two; all {RUNS} runs, one after the other, take "
+        f"{hours:.0f} hours."
     )
 
 

@@ -1,4 +1,4 @@
-"""Figure 2's curves, learned schedules, table and replay, drawn from the records of its runs."""
+"""Draw Figure 2's curves, learned schedules, table and replay from the records of its runs."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ PAIRS = {
 
 
 def read_figure2(folder: Path) -> list[Run]:
-    """The runs in a folder's records, by cell and seed, without replays of other schedules.
+    """Read the runs in a folder's records, sorted by cell and seed, without old replays.
 
     Raises:
-        ValueError: it holds runs of several settings.
+        ValueError: the records have several settings.
     """
     replayed = folder / "replay.csv"
     checksum = hashlib.sha256(replayed.read_bytes()).hexdigest() if replayed.exists() else None
@@ -70,7 +70,7 @@ def read_figure2(folder: Path) -> list[Run]:
 
 
 def setting(runs: list[Run]) -> str:
-    """The runs' setting in words, for captions; a shorter one than the paper's is named as such."""
+    """The runs' setting in words, for captions; it mentions a reduced setting."""
     summary = runs[0].summary
     steps = summary["trainer"].get("steps")
     length = f"{steps:,} steps" if steps else f"{summary['trainer']['epochs']} epochs"
@@ -111,7 +111,7 @@ HEADS = (
 
 
 def grid_row(runs: list[Run], cells: pd.DataFrame, start: tuple[float, float]) -> list[str]:
-    """What the plain runs and the towers from one start have come to."""
+    """The results of the plain runs and the towers from one start."""
     both = PAIRS[start]
     towers = of(runs, both[1])
     before, after = compare(runs).get(start, (math.nan, math.nan))
@@ -126,7 +126,7 @@ def grid_row(runs: list[Run], cells: pd.DataFrame, start: tuple[float, float]) -
 
 
 def markdown(runs: list[Run], cells: pd.DataFrame, about: str) -> str:
-    """The table with the figures and what is to be said of them, as Markdown."""
+    """The page: the tables, the figures and the results in words, as Markdown."""
     losses = compare(runs)
     better = sum(after <= before for before, after in losses.values())
     rows = (
@@ -142,9 +142,9 @@ def markdown(runs: list[Run], cells: pd.DataFrame, about: str) -> str:
     return pages.page(
         f"# Figure 2: {setting(runs)}",
         "Test error in percent after the last epoch and mean training loss in nats of that epoch: "
-        "mean ± standard deviation over n seeds. From each start plain SGD with lr and momentum "
-        "held fixed, and the tower that tunes both, with the paper's hyper-step sizes. Weight "
-        "decay 1e-4 throughout. *Learned* are the tower's final values, mean over seeds.",
+        "mean ± standard deviation over n seeds. *Plain*: SGD with fixed lr and momentum. *Tower*: "
+        "tunes both from the same start, with the paper's hyper-step sizes. Weight decay is 1e-4. "
+        "*Learned*: the tower's final values, mean over seeds.",
         pages.table(HEADS, "rrrrrrrrrrl", (grid_row(runs, cells, start) for start in PAIRS)),
         f"The tower's training loss is no worse than the plain run's from {better} of "
         f"{len(losses)} starts.",
@@ -158,7 +158,7 @@ def markdown(runs: list[Run], cells: pd.DataFrame, about: str) -> str:
 
 
 def about_replay(runs: list[Run]) -> str:
-    """What a replay is, and how far it ends from the tower that it follows."""
+    """Explain the replay, and how far it ends from the tower that it follows."""
     if not of(runs, REPLAY):
         return ""
     first = min(run.seed for run in of(runs, REPLAYED))
@@ -172,10 +172,10 @@ def about_replay(runs: list[Run]) -> str:
     if once and again and math.isfinite(apart := abs(again.loss - once.loss)):
         error = abs(again.summary["test_error"] - once.summary["test_error"])
         told += (
-            " With that seed these are the tower's own steps, but for rounding and for what "
-            "the tower did between two records, and yet it ends with a loss "
-            f"{apart:.3f} and an error {error:.2f} points away: smaller differences between "
-            "two single runs say nothing."
+            " With that seed, its steps differ from the tower's only by rounding and by the "
+            f"tower's changes between two records. Still, its final loss differs by {apart:.3f} "
+            f"and its error by {error:.2f} points: smaller differences between two single runs "
+            "mean nothing."
         )
     return told
 
@@ -185,7 +185,7 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def captions_of(runs: list[Run]) -> dict[str, str]:
-    """What is drawn, with a line on each."""
+    """The captions of all figures, by name."""
     found = {
         "train_loss": "Training loss from nine starts: towers against plain SGD",
         "test_error": "Test error from nine starts: towers against plain SGD",
@@ -198,7 +198,7 @@ def captions_of(runs: list[Run]) -> dict[str, str]:
 
 
 def latex(runs: list[Run], cells: pd.DataFrame) -> str:
-    """The table for a paper."""
+    """The table as LaTeX."""
     grid = [
         [*map(str, start), *(cell_text(cells, cell, "test_error", 2) for cell in both)]
         for start, both in PAIRS.items()
@@ -215,7 +215,7 @@ def latex(runs: list[Run], cells: pd.DataFrame) -> str:
 def grid_figure(
     runs: list[Run], title: str, label: str, draw: Callable[[plt.Axes, Any], None]
 ) -> plt.Figure:
-    """3 x 3 panels, lr by momentum."""
+    """Draw 3 x 3 panels, lr by momentum."""
     figure, axes = style.subplots(3, 3, 6.0, sharex=True, squeeze=False)
     for axis, start in zip(axes.flat, PAIRS, strict=True):
         draw(axis, start)
@@ -224,18 +224,15 @@ def grid_figure(
         axis.set_xlabel("epoch")
     for axis in axes[:, 0]:
         axis.set_ylabel(label)
-    handles = {text: line for axis in axes.flat for line, text in zip(*labelled(axis), strict=True)}
+    pairs = (zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes.flat)
+    handles = {text: line for own in pairs for line, text in own}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     style.title(figure, f"{title}\n{setting(runs)}; {count(runs)}")
     return figure
 
 
-def labelled(axis: plt.Axes) -> tuple[list[Any], list[str]]:
-    return axis.get_legend_handles_labels()
-
-
 def plot(axis: plt.Axes, runs: list[Run], column: str) -> None:
-    """One line for each run, by the epoch."""
+    """Plot a line for each run over the epochs."""
     for run in runs:
         axis.plot(*run.columns(column), linewidth=1, **LOOKS[run.cell.kind])
     if runs:
@@ -264,7 +261,7 @@ def schedules_figure(runs: list[Run], column: str, label: str, log: bool) -> plt
 
 
 def replay_figure(runs: list[Run]) -> plt.Figure:
-    """Loss, error and lr of the tower, of its schedule replayed, of He et al., and of plain SGD."""
+    """Draw loss, error and lr of the tower, its replay, He et al.'s schedule, and plain SGD."""
     figure, axes = style.subplots(1, 3, 2.8)
     chosen = [own for cell in (PAIRS[0.1, 0.9][0], HE, REPLAYED, REPLAY) if (own := of(runs, cell))]
     panels = (
@@ -277,7 +274,7 @@ def replay_figure(runs: list[Run]) -> plt.Figure:
             plot(axis, own, column)
         axis.set(xlabel="epoch", ylabel=label)
     axes[2].set_yscale("log")
-    figure.legend(*labelled(axes[0]), loc="outside lower center", ncols=4)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     seeds = count(run for own in chosen for run in own)
     style.title(figure, f"From lr 0.1, momentum 0.9\n{setting(runs)}; {seeds}")
     return figure
@@ -287,7 +284,7 @@ def replay_figure(runs: list[Run]) -> plt.Figure:
 
 
 def beside_float32(runs: list[Run], folder: Path) -> str:
-    """He et al.'s schedule in bf16 beside the same in float32, where a preset has both."""
+    """He et al.'s schedule in bf16 beside float32, if the results have both."""
     other = folder.with_name(folder.name.replace("_bf16", ""))
     if other == folder or not (other / "records").is_dir():
         return ""
@@ -303,10 +300,10 @@ def beside_float32(runs: list[Run], folder: Path) -> str:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw Figure 2 from a folder's records; returns what was written there.
+    """Draw Figure 2 from a folder's records; returns the written files.
 
     Raises:
-        ValueError: the records are damaged, or of several settings.
+        ValueError: the records are damaged, or have several settings.
     """
     runs = read_figure2(folder)
     lines = run_table(runs)
@@ -333,9 +330,9 @@ def claims(folder: Path) -> Iterator[Claim]:
 
 
 def claims_of(runs: list[Run]) -> Iterator[Claim]:
-    """From each start, that the tower's training loss is no worse than without it.
+    """A claim for each start: the tower's training loss is no worse than the plain run's.
 
-    And that the learned lr decays: at its end it is to be half of the start or less.
+    One more: the learned lr decays, to half of the start or less.
     """
     data, words = data_label(runs[0].summary["data"]), setting(runs)
     how_much = scale(is_papers(runs))
@@ -371,7 +368,7 @@ def claims_of(runs: list[Run]) -> Iterator[Claim]:
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """The towers against plain SGD and He et al., in words."""
+    """The blocks in README and docs: the towers against plain SGD and He et al."""
     runs = read_figure2(folder)
     every = cell_table(run_table(runs))
     cells = every.set_index(["kind", "lr", "momentum"])
@@ -386,7 +383,7 @@ def prose(folder: Path) -> dict[str, str]:
         f"{tower.test_error.min():.2f} %. The tower ends at a lower test error than the plain run "
         f"from {lower} of {len(tower)} starts, and at no higher training loss from {losses}. It "
         f"gains most from lr {start[0]:g} and momentum {start[1]:g}: "
-        f"{tower.test_error[start]:.2f} % in place of "
+        f"{tower.test_error[start]:.2f} % instead of "
         f"{plain.test_error[start]:.2f} %. It lowers lr most from lr {farthest[0]:g} and momentum "
         f"{farthest[1]:g}, to {tower.learned_lr[farthest]:.2g}; He et al. lower theirs to a "
         "hundredth of the start."

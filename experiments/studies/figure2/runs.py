@@ -4,16 +4,16 @@
     python -m experiments.studies figure2 preset=paper seeds=0 workers=1 data.root=data store=runs
     python -m experiments.studies figure2 preset=cpu start=records kinds=he
 
-For each lr of 0.01, 0.1, 1.0 and momentum of 0.09, 0.9, 0.99 there is a plain run and the tower
-that tunes both; besides them He et al.'s schedule and, with plain SGD, a replay of the schedule
-that the tower from He et al.'s lr and momentum learned with the first seed.
+For each lr of 0.01, 0.1, 1.0 and momentum of 0.09, 0.9, 0.99 there is a plain run and a tower that
+tunes both. Two more runs use plain SGD: He et al.'s schedule, and a replay. The replay follows the
+schedule that the tower from He et al.'s lr and momentum learned with the first seed.
 
-The presets `cpu` and `cpu_bf16` train for 10 epochs, in float32 and in bf16; `paper` and
-`paper_bf16` for the paper's 64,000 steps, the latter on a CPU. bf16 takes about half the time of
-float32 on a processor that has instructions for it, and longer on one that has not.
+The presets `cpu` and `cpu_bf16` train for 10 epochs, in float32 and in bf16. `paper` and
+`paper_bf16` train for the paper's 64,000 steps, `paper_bf16` on a CPU. bf16 takes about half the
+time of float32 on a processor with bf16 instructions, and longer without them.
 
-Runs that are finished in the store are not done again; with `start=records` nor are those whose
-records are in the results already.
+Finished runs in the store are not repeated. `start=records` also takes runs from the records in the
+results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from experiments.config.schema import Config, StackConfig
 from experiments.files import csv_text, write_text
 from experiments.records.store import RunDirectory, RunStore
 from experiments.studies.study import (
-    SETTABLE_WITH_RECORDS,
     CellOptions,
     Part,
     Preset,
@@ -41,7 +40,7 @@ from experiments.studies.study import (
 from hyperopt import parse
 
 LRS, MOMENTA = (0.1, 0.01, 1.0), (0.9, 0.09, 0.99)
-# The most telling first: He et al.'s own start, a wild one, a slow one.
+# The most informative first: He et al.'s own start, a wild one, a slow one.
 FIRST = ((0.1, 0.9), (1.0, 0.09), (0.01, 0.99))
 STARTS = (*FIRST, *((lr, m) for m in MOMENTA for lr in LRS if (lr, m) not in FIRST))
 WEIGHT_DECAY = 1e-4
@@ -55,7 +54,7 @@ KINDS = {
 
 TEN_EPOCHS = ("trainer.epochs=10", "trainer.steps=null", "trainer.record_every=50", "device=cpu")
 
-# The schedules stretch to whatever length there is.
+# The schedules stretch to any length.
 PRESETS = {
     "cpu": Preset(TEN_EPOCHS),
     "cpu_bf16": Preset((*TEN_EPOCHS, "precision=bf16")),
@@ -95,14 +94,14 @@ class Cell:
 
 
 HE = Cell("he", 0.1, 0.9)
-# The tower whose schedule is replayed, and by what.
+# The tower whose schedule is replayed, and its replay.
 REPLAYED, REPLAY = Cell("tower", 0.1, 0.9), Cell("replay", 0.1, 0.9)
 
 CELLS = (HE, *(Cell(kind, *start) for start in STARTS for kind in ("tower", "plain")))
 
 
 def cell_config(cell: Cell, seed: int, overrides: Sequence[str]) -> Config:
-    """The config of one run; a replay's needs the file among the overrides."""
+    """The config of one run; for a replay, the overrides must have the file."""
     schedule = cell.kind if cell.kind in ("he", "replay") else "constant"
     base = _compose(f"schedule={schedule}", *overrides)
     return replace(base, stack=StackConfig(cell.stack), seed=seed, row=cell.label)
@@ -114,7 +113,7 @@ def _compose(*overrides: str) -> Config:
 
 
 def cell_of(summary: dict[str, Any]) -> Cell:
-    """The cell that a run belongs to."""
+    """The cell of a run."""
     stack = parse(summary["stack"])
     kinds = {"steps": "he", "replay": "replay", None: "tower" if stack.height else "plain"}
     start: Any = stack.levels[0].values
@@ -123,9 +122,9 @@ def cell_of(summary: dict[str, Any]) -> Cell:
 
 
 def learned(run: RunDirectory) -> list[list[Any]]:
-    """The schedule that a finished tower learned: what step was made with which lr and momentum.
+    """The schedule that a finished tower learned: lr and momentum by step.
 
-    Steps count from 1; the first is made with the initial values.
+    Steps count from 1. The first step uses the initial values.
     """
     start = cell_of(run.summary() or {})
     with open(run.path / "hyperparameters.csv", newline="") as file:
@@ -137,7 +136,7 @@ def learned(run: RunDirectory) -> list[list[Any]]:
 
 
 def parts(request: Request) -> Iterator[Part]:
-    """The grid, and when it is done the replays."""
+    """The grid, then the replays."""
     overrides, seeds = request.overrides, request.seeds
     cells = chosen(CELLS, request, list(KINDS)[:3])
     batches = [[(cell, cell_config(cell, seed, overrides)) for cell in cells] for seed in seeds]
@@ -158,7 +157,6 @@ STUDY = Study(
     parts,
     __doc__,
     options=CellOptions,
-    settable=SETTABLE_WITH_RECORDS,
     starts=("scratch", "records"),
     place=2,
 )

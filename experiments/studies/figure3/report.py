@@ -1,11 +1,11 @@
-"""Figure 3: how far towers forgive their initial step sizes, and what each level costs.
+"""Figure 3: the robustness of towers to their initial step sizes, and the cost of each level.
 
     python -m experiments.studies.figure3.report
     python -m experiments.studies.figure3.report results=results
 
-checks what the paper says of it: it prints the decades of robustness of each height, and our test
-errors beside those of the published package. The exit status is 1 where the claim or the agreement
-does not hold.
+The command checks the paper's claims. It prints the decades of robustness of each height, and our
+test errors beside those of the published package. The exit status is 1 if a claim does not hold or
+an error does not agree.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from experiments.studies.claim import Claim, scale
 from experiments.studies.pages import csv_of, diverged, table, with_sd, write_all
 from experiments.studies.step_time.report import plot_heights
 
-# The authors' package (1.0 on PyPI) in the setting of the preset quick: test error of one seed.
+# Test errors of the authors' package (1.0 on PyPI) in the setting of the preset quick, one seed.
 REFERENCE = Path(__file__).with_name("published.csv")
 TIMES = ROOT / "results" / "step_time" / "times.csv"
 PAPERS_EPOCHS = 30
-NEAR = 1.5  # times the best plain error is near enough
-GUESSING = 80.0  # percent; guessing one of ten digits gets about 90 of them wrong
+NEAR = 1.5  # an error is near if at most this factor times the best plain error
+GUESSING = 80.0  # percent; guessing one of ten digits has an error of about 90
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     results: str = "results"
 
@@ -59,11 +59,11 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
 def robustness(table: pd.DataFrame) -> pd.DataFrame:
     """A line for each rule and height: its decades of robustness.
 
-    These are how many powers of ten of starts end within 1.5 times the best error of that rule
-    without a tower: near starts, by how many of them there are in a power of ten. `below` counts
-    those alone that are less than the best start of the plain rule, and `reach` is how many powers
-    of ten below that one the least near start lies. `own_decades` and `own_reach` take the best
-    error of the height itself: how flat its curve is.
+    A start is near if its error is within 1.5 times the best error of the plain rule. `decades` is
+    the number of near starts, divided by the number of starts in a power of ten. `below` counts
+    only near starts below the best start of the plain rule. `reach` is the distance in powers of
+    ten from that best start down to the smallest near start. `own_decades` and `own_reach` use the
+    height's own best error, and so measure how flat its curve is.
     """
     lines = []
     for rule, own in table.groupby("rule", sort=False):
@@ -93,21 +93,21 @@ def robustness(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _decades_below(starts: pd.Series, lr: float) -> float:
-    """How many powers of ten the least of the starts lies below lr; 0 where none does."""
+    """How many powers of ten the smallest start lies below lr; 0 if none does."""
     return max(0.0, round(math.log10(lr / starts.min()), 2)) if len(starts) else 0.0
 
 
 # The check.
 
 
-MEASURES = {  # the heads of the table
+MEASURES = {  # table heads
     "decades": "Decades",
     "below": "Too small",
     "reach": "Reach",
     "own_decades": "Own decades",
     "own_reach": "Own reach",
 }
-# What is not to shrink with height.
+# Measures that must not shrink with height.
 CLAIMED = {
     "below": "decades of starts below the best plain one that end near its error",
     "reach": "decades from the best plain start down to the least that ends near its error",
@@ -116,7 +116,7 @@ CLAIMED = {
 
 
 def claim(robust: pd.DataFrame) -> dict[tuple[str, str], bool]:
-    """For each rule and each measure of starts that are too small, whether none shrinks."""
+    """For each rule and each claimed measure, whether the measure never shrinks with height."""
     return {
         (str(rule), measure): bool(own.sort_values("height")[measure].is_monotonic_increasing)
         for rule, own in robust.groupby("rule", sort=False)
@@ -125,10 +125,10 @@ def claim(robust: pd.DataFrame) -> dict[tuple[str, str], bool]:
 
 
 def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Our means beside the published package's errors of one seed, where both have a start.
+    """Our means beside the published package's errors of one seed, for the starts of both.
 
-    `agrees`: that one run is no more than three of our standard deviations off, or 15 % of the
-    error, whichever is more; errors of guessing agree with each other.
+    `agrees`: the difference is at most three of our standard deviations, or 15 % of the error,
+    whichever is larger. Two errors at the level of guessing also agree.
     """
     both = published.merge(table, on=["rule", "height", "lr"], suffixes=("_published", ""))
     off = (both.test_error - both.test_error_published).abs()
@@ -139,7 +139,7 @@ def beside_published(table: pd.DataFrame, published: pd.DataFrame) -> pd.DataFra
 
 
 def check(folder: Path) -> bool:
-    """Print the numbers behind the paper's claim, and whether it holds.
+    """Print the numbers behind the paper's claims; returns whether all hold.
 
     Raises:
         ValueError: there are no runs.
@@ -169,7 +169,7 @@ def check(folder: Path) -> bool:
 
 
 def is_of_reference(runs: pd.DataFrame) -> bool:
-    """Whether runs are in the setting of the published package's."""
+    """Whether runs have the setting of published.csv."""
     return bool((runs.data == "mnist").all() and (runs.epochs == 2).all())
 
 
@@ -178,7 +178,7 @@ def is_papers(runs: pd.DataFrame) -> bool:
     return bool((runs.data == "mnist").all() and (runs.epochs == PAPERS_EPOCHS).all())
 
 
-# What is said and drawn.
+# The page and the figure.
 
 
 def setting(runs: pd.DataFrame) -> str:
@@ -192,7 +192,7 @@ def setting(runs: pd.DataFrame) -> str:
 
 
 def markdown(runs: pd.DataFrame, errors: pd.DataFrame, robust: pd.DataFrame) -> str:
-    """The figure with its caption, the decades of robustness, and every point, as Markdown."""
+    """The page: the figure, the decades of robustness, and every point, as Markdown."""
     rows = (
         (
             *(line.rule, str(line.height)),
@@ -206,10 +206,10 @@ def markdown(runs: pd.DataFrame, errors: pd.DataFrame, robust: pd.DataFrame) -> 
         f"# Figure 3: {setting(runs)}",
         *pages.captioned(captions_of(runs)),
         "## Decades of robustness",
-        f"How many powers of ten of starts end within {NEAR} times the best error of the plain "
-        "rule. *Too small*: of those alone that are less than the plain rule's best start. "
-        "*Reach*: how many powers of ten below that start the least of them lies. *Own*: the same "
-        "with the best error of the height itself, so how flat its curve is.",
+        f"*Decades*: how many powers of ten of starts end within {NEAR} times the best error of "
+        "the plain rule. *Too small*: the same, only for starts below the plain rule's best start. "
+        "*Reach*: how many powers of ten the smallest of them lies below that best start. *Own*: "
+        "the same with the height's own best error, so how flat its curve is.",
         table(heads, "lrrrrrrrrrr", rows),
         "With height:",
         [
@@ -240,19 +240,19 @@ def captions(folder: Path) -> dict[str, str]:
 def captions_of(runs: pd.DataFrame) -> dict[str, str]:
     diverged = int(runs.diverged.sum())
     text = (
-        "(a) Test error after the last epoch against the step size at which all levels of a tower "
-        "start, mean and standard deviation over seeds. A cross above marks a start from which "
-        f"some run diverged; {diverged} of {len(runs)} did, and count with the error of their "
+        "(a) Test error after the last epoch against the initial step size of all levels of a "
+        "tower, mean and standard deviation over seeds. A cross above marks a start from which "
+        f"a run diverged; {diverged} of {len(runs)} diverged, and count with the error of their "
         "last weights. Below, decades of robustness: how many powers of ten of starts end within "
-        f"{NEAR} times the best error of the plain rule (dotted line), and hatched, of the height "
-        "itself. (b) Time of a training step of the MLP against height, from results/step_time. "
+        f"{NEAR} times the best error of the plain rule (dotted line) or, hatched, of the same "
+        "height. (b) Time of a training step of the MLP against height, from results/step_time. "
         f"{setting(runs)}."
     )
     return {"figure": text}
 
 
 def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt.Figure:
-    """Error against the start for each rule, decades below it, and time against height."""
+    """Draw error against the start for each rule, decades below it, and time against height."""
     rules = list(table.rule.unique())
     figure = plt.figure(figsize=(style.WIDTH, 4.6))
     left, right = figure.subfigures(1, 2, width_ratios=[2.3, 1])  # type: ignore[misc]
@@ -274,7 +274,7 @@ def figure(runs: pd.DataFrame, table: pd.DataFrame, robust: pd.DataFrame) -> plt
 
 
 def draw_errors(axis: plt.Axes, table: pd.DataFrame, rule: str) -> None:
-    """A curve for each height; starts from which some run diverged are marked above."""
+    """Draw a curve for each height; crosses above mark starts from which a run diverged."""
     looks = style.sequence(table.height.nunique())
     for (height, own), look in zip(table.groupby("height"), looks, strict=True):
         rows = own.sort_values("lr")
@@ -297,7 +297,7 @@ def draw_errors(axis: plt.Axes, table: pd.DataFrame, rule: str) -> None:
 
 
 def draw_decades(axis: plt.Axes, robust: pd.DataFrame) -> None:
-    """A bar for each height; behind it, hatched, that by the best error of the same height."""
+    """Draw a bar for each height; behind it, hatched, the bar by the height's own best error."""
     looks = style.sequence(len(robust))
     for line, look in zip(robust.itertuples(), looks, strict=True):
         colour = look["color"]
@@ -318,7 +318,7 @@ def draw_decades(axis: plt.Axes, robust: pd.DataFrame) -> None:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw Figure 3 from the CSV of its runs; returns what was written beside it."""
+    """Draw Figure 3 from the CSV of its runs; returns the written files."""
     runs = pd.read_csv(folder / "runs.csv")
     errors = points(runs)
     robust = robustness(errors)
@@ -328,7 +328,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def claims(folder: Path) -> Iterator[Claim]:
-    """For each rule and measure, that taller towers forgive starts that are too small no less."""
+    """A claim for each rule and measure: robustness to small starts never shrinks with height."""
     runs = pd.read_csv(folder / "runs.csv")
     robust = robustness(points(runs))
     for (rule, measure), holds in claim(robust).items():
@@ -347,7 +347,7 @@ def claims(folder: Path) -> Iterator[Claim]:
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """What taller towers forgive, in words."""
+    """The blocks in README and docs: the robustness of taller towers, in words."""
     runs = pd.read_csv(folder / "runs.csv")
     errors = points(runs).set_index(["rule", "height", "lr"]).sort_index().test_error
     robust = robustness(points(runs)).set_index(["rule", "height"])

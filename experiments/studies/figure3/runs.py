@@ -23,7 +23,7 @@ HEIGHTS = range(6)
 
 @dataclass(frozen=True)
 class Figure3Preset(Preset):
-    """How much is done: the initial step sizes."""
+    """Adds the initial step sizes."""
 
     lrs: tuple[float, ...] = STARTS
 
@@ -31,14 +31,14 @@ class Figure3Preset(Preset):
 PRESETS = {
     "cpu": Figure3Preset(("trainer.epochs=5", "device=cpu")),
     "paper": Figure3Preset(("trainer.epochs=30",)),
-    # What published.csv is compared with.
+    # The setting of published.csv.
     "quick": Figure3Preset(("trainer.epochs=2", "device=cpu"), seeds=(0,), lrs=STARTS[::2]),
 }
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One point of a curve, but for its seeds."""
+    """A point of a curve."""
 
     rule: str
     height: int

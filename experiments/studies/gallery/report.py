@@ -1,4 +1,4 @@
-"""The gallery's figure and animation."""
+"""Draw the gallery's figure and animation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHOSEN = (
 
 
 def ground(axis: plt.Axes, surface: Surface) -> None:
-    """The surface from above, in shades of the logarithm of its height; minima and start."""
+    """Draw a surface from above, with shades for the log of its height, its minima and start."""
     x0, x1, y0, y1 = surface.view
     x, y = torch.meshgrid(torch.linspace(x0, x1, 240), torch.linspace(y0, y1, 240), indexing="xy")
     z = surface.f(x, y).double().numpy()
@@ -47,7 +47,7 @@ def ground(axis: plt.Axes, surface: Surface) -> None:
 
 
 def still(walks: Walks) -> plt.Figure:
-    """A row for each surface, a column for each group of methods."""
+    """Draw the figure: a row for each surface, a column for each group of methods."""
     groups = list(next(iter(walks.values())))
     figure, axes = plt.subplots(
         len(SURFACES), len(groups), figsize=(style.WIDTH, 1.55 * len(SURFACES) + 0.8)
@@ -67,7 +67,7 @@ def still(walks: Walks) -> plt.Figure:
 
 
 def animation(walks: Walks) -> bytes:
-    """All surfaces side by side, with a method of each group, as a GIF."""
+    """Draw all surfaces side by side, with a method of each group, as a GIF."""
     figure, axes = plt.subplots(1, len(SURFACES), figsize=(8, 2.5))
     moving = []
     for axis, surface in zip(axes, SURFACES, strict=True):
@@ -87,7 +87,7 @@ def animation(walks: Walks) -> bytes:
         figure.savefig(buffer, format="png", dpi=100)
         frames.append(Image.open(buffer).convert("RGB"))
     plt.close(figure)
-    # By coverage, since the lines are few pixels and their colours must not be lost.
+    # MAXCOVERAGE keeps the colours of thin lines, which have few pixels.
     palette = frames[-1].quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     first, *others = (f.quantize(palette=palette, dither=Image.Dither.NONE) for f in frames)
     buffer = io.BytesIO()
@@ -97,7 +97,7 @@ def animation(walks: Walks) -> bytes:
 
 
 def draw(walks: Walks, folder: Path) -> list[Path]:
-    """Draw the figure and the animation into a folder; returns what was written."""
+    """Draw the figure and the animation into a folder; returns the written files."""
     write_bytes(folder / "animation.gif", animation(walks))
     return [folder / "animation.gif", *style.save(still(walks), folder / "figure")]
 

@@ -1,11 +1,11 @@
-"""A gallery of paths on surfaces of two dimensions: the methods of the textbooks, and towers.
+"""A gallery of paths on two-dimensional surfaces: textbook methods and towers.
 
     python -m experiments.studies gallery
     python -m experiments.studies gallery results=results
 
 All paths on a surface begin at the same point. The step size of each rule, and the hyper-step size
-of each tower, are the best of a grid, by the mean value along the path; the towers' own step size
-begins at a thousandth of plain gradient descent's. It is drawn into `results/gallery`.
+of each tower, are the best of a grid, by the mean value along the path. The towers' own step size
+begins at a thousandth of plain gradient descent's. The figures go to `results/gallery`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from experiments.studies.study import Measurement
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     results: str = "results"
 

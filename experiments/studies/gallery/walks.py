@@ -1,4 +1,4 @@
-"""Surfaces of two dimensions, and the paths of the methods on them."""
+"""Two-dimensional surfaces, and the paths of optimization methods on them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hyperopt import HyperOptimizer
 
 STEPS = 150
 GRID = tuple(m * 10.0**k for k in range(-6, 2) for m in (1, 3))  # of step sizes
-HYPER_GRID = tuple(10.0**k for k in range(-12, -1))  # of the step sizes of step sizes
-TOO_SMALL = 1e-3  # towers begin at this part of plain gradient descent's step size
+HYPER_GRID = tuple(10.0**k for k in range(-12, -1))  # of hyper-step sizes
+TOO_SMALL = 1e-3  # towers begin at this fraction of plain gradient descent's step size
 
 Function = Callable[[Tensor, Tensor], Tensor]
-
-
+# From a surface and a step size (its meaning depends on the method) to the STEPS + 1 points of a
+# path; to fewer if the path diverges.
 Walk = Callable[["Surface", float], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Surface:
-    """A function of x and y, where paths begin, its minima, and what of it is shown."""
+    """A function of x and y, the start of all paths, its minima, and the view."""
 
     name: str
     f: Function
@@ -81,10 +81,6 @@ SURFACES = (
 )
 
 
-# How to walk: a step size (what it means depends) to the points of a path, STEPS + 1 of them, or
-# fewer where it leads to infinity.
-
-
 def by_optimizer(make: Callable[[list[Tensor], float], torch.optim.Optimizer]) -> Walk:
     def walk(surface: Surface, size: float) -> list[Tensor]:
         point = surface.begin()
@@ -114,7 +110,7 @@ def by_tower(notation: str) -> Walk:
 
 
 def by_hand(step: Callable[[Surface, Tensor, Tensor], Tensor]) -> Walk:
-    """By a function of the surface, the point and the gradient there."""
+    """Walk by a function that returns the next point from surface, point and gradient."""
 
     def walk(surface: Surface, size: float) -> list[Tensor]:
         point = surface.begin().detach()
@@ -128,7 +124,7 @@ def by_hand(step: Callable[[Surface, Tensor, Tensor], Tensor]) -> Walk:
 
 
 def exact_line_search(surface: Surface, point: Tensor, gradient: Tensor) -> Tensor:
-    """Downhill to the first minimum on the line."""
+    """Go downhill to the first minimum on the line."""
 
     def along(size: float) -> float:
         return float(surface.at(point - size * gradient))
@@ -143,7 +139,7 @@ def exact_line_search(surface: Surface, point: Tensor, gradient: Tensor) -> Tens
 
 
 def newton(surface: Surface, point: Tensor, gradient: Tensor) -> Tensor:
-    """To the point where the quadratic model is level, be it a minimum or not."""
+    """Go to the stationary point of the quadratic model, which need not be a minimum."""
     hessian = torch.func.hessian(surface.at)(point)
     return point - torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]
 
@@ -176,7 +172,7 @@ GROUPS: dict[str, dict[str, tuple[Walk, Sequence[float]]]] = {
     },
 }
 
-# Towers, by the step size that they begin with and the grid's.
+# Towers; lr is the initial step size and size the hyper-step size, from a grid.
 TOWERS: dict[str, tuple[str, Sequence[float]]] = {
     "SGD / SGD": ("SGD({lr!r}) / SGD({size!r})", HYPER_GRID),
     "SGD / Adam": ("SGD({lr!r})[lr: log] / Adam({size!r})", (0.03, 0.1, 0.3, 1.0)),
@@ -187,13 +183,13 @@ TOWERS_GROUP = "towers"
 
 @dataclass(frozen=True)
 class Trail:
-    """A walk that was made.
+    """The result of a walk.
 
     Attributes:
-        size: the best of its grid; NaN where there was none to choose.
+        size: the best of its grid; NaN for a method without a step size.
         points: [steps + 1, 2].
-        above: how far the value at the end is above that of the minima.
-        mean: the same, over the whole path; infinite where it leads to infinity.
+        above: the final value minus the value at the minima.
+        mean: the same, averaged over the path; infinite if the path diverges.
     """
 
     method: str
@@ -204,7 +200,7 @@ class Trail:
 
 
 def best(surface: Surface, method: str, walk: Walk, grid: Sequence[float]) -> Trail:
-    """Of the walks with the step sizes of a grid, the lowest on the whole."""
+    """Try all step sizes of a grid; return the walk with the lowest mean value."""
     trails = []
     for size in grid:
         points = torch.stack(walk(surface, size))

@@ -1,4 +1,4 @@
-"""Test errors of searches and of towers by their budgets, from the CSV of their runs."""
+"""Table of test errors of searches and towers by budget, from the CSV of their runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pandas as pd
 
 from experiments.studies.pages import table, with_sd
 
-BUDGETS = {5: 1, 40: 5}  # epochs in all, and of each trial of a search
+BUDGETS = {5: 1, 40: 5}  # total epochs: epochs of each trial of a search
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """The table: of a search each seed's trial with the smallest training loss."""
+    """The table; a search counts by each seed's trial with the smallest training loss."""
     runs = pd.read_csv(folder / "runs.csv")
     plain = runs[runs["stack.height"] == 0]
     best = plain.loc[plain.groupby(["trainer.epochs", "seed"]).train_loss.idxmin()]

@@ -1,8 +1,8 @@
-"""A search for Adam's lr by Optuna, beside towers that have as many epochs in all.
+"""A search for Adam's lr by Optuna, beside towers with the same total number of epochs.
 
     python -m experiments.studies optuna
 
-prints the table. Its runs are made by the commands in docs/sweeps.md.
+The command prints the table. docs/sweeps.md has the commands of its runs.
 """
 
 from __future__ import annotations

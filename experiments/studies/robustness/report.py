@@ -1,11 +1,11 @@
-"""Start anywhere: the table, the heat map and the curves, drawn from the records of the runs."""
+"""Draw the robustness benchmark's tables, heat map and curves from the records of the runs."""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from experiments.data.catalog import label as data_label
 from experiments.files import write_json
-from experiments.records.provenance import provenance
 from experiments.studies import curves as records
 from experiments.studies import pages, style
 from experiments.studies.curves import Run, counted, preset_of, read_runs
@@ -32,7 +31,7 @@ from experiments.studies.robustness.runs import (
 )
 from experiments.studies.robustness.softmax_optimum import PATH as OPTIMUM
 
-NEAR = (1.1, 1.5)  # times the best fixed lr's error
+NEAR = (1.1, 1.5)  # factors of the best fixed lr's error
 TIMES = "times.json"
 REFERENCE = "torch.optim.Adam"
 
@@ -69,8 +68,8 @@ PARTS = ["Auto", *ABLATION]
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     """A line for each run.
 
-    `error` is the metric of its task. A loss that diverged counts as infinite. A test error is that
-    of the last weights, also of a run that diverged.
+    `error` is the metric of the run's task. A diverged loss is infinite. A diverged run still has
+    the test error of its last weights.
     """
     lines = records.run_table(runs, ("data", "test_error", "train_loss"), ("lr",))
     errors = [run.summary[TASKS[run.cell.task].metric] for run in runs]
@@ -82,7 +81,7 @@ def run_table(runs: Sequence[Run]) -> pd.DataFrame:
 def points(runs: pd.DataFrame) -> pd.DataFrame:
     """A line for each task, method and start: mean, sample standard deviation and range over seeds.
 
-    `ratio` is the mean by that of the best fixed lr on the task, where there is one.
+    `ratio` is the mean divided by the best fixed lr's mean on the task; NaN without a fixed lr.
     """
     groups = runs.groupby(["task", "method", "start"], sort=False, dropna=False)
     table = groups.agg(
@@ -99,35 +98,36 @@ def points(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_fixed(own: pd.DataFrame) -> Any:
-    """Of one task's points, that of the best fixed lr; None where there is none that ended well."""
+    """The point of the best fixed lr among one task's points; None if all diverged."""
     fixed = own[own.method.isin(FIXED) & np.isfinite(own.error)]
     return None if fixed.empty else fixed.loc[fixed.error.idxmin()]
 
 
 def compared(table: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """The points that methods are compared by: not those where only a fixed lr is searched."""
-    there = (
+    """The points to compare: without those that only search for the best fixed lr."""
+    kept = (
         point.method in FREE or point.start in PRESETS[preset].tasks[point.task].starts
         for point in table.itertuples()
     )
-    return table[np.fromiter(there, bool, len(table))]
+    return table[np.fromiter(kept, bool, len(table))]
 
 
 def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """A line for each task and method that has runs: its decades of robustness.
+    """A line for each task and method with runs: its decades of robustness.
 
-    These are how many powers of ten of starts end within 1.1 and within 1.5 times the best fixed
-    lr's error: the share of starts that do, of the powers of ten from the first to the last. What
-    has no start is near from all of them, or from none. Without a best fixed lr they are NaN.
+    They count the powers of ten of starts whose error is within 1.1 and within 1.5 times the best
+    fixed lr's: the share of such starts, times the powers of ten from the first to the last start.
+    A method without a start is near from all starts or from none. Without a best fixed lr, they
+    are NaN.
     """
     lines = []
     for (task, method), mine in compared(table, preset).groupby(["task", "method"]):
-        there = PRESETS[preset].tasks[str(task)].starts
-        decades = round(math.log10(there[-1] / there[0])) + 1
-        weight = len(there) if method in FREE else 1
+        starts = PRESETS[preset].tasks[str(task)].starts
+        decades = round(math.log10(starts[-1] / starts[0])) + 1
+        weight = len(starts) if method in FREE else 1
         worst = mine.loc[mine.error.idxmax()]
         near = {
-            f"decades_{bar}": weight * (mine.ratio <= bar).sum() * (decades / len(there))
+            f"decades_{bar}": weight * (mine.ratio <= bar).sum() * (decades / len(starts))
             if mine.ratio.notna().all()
             else math.nan
             for bar in NEAR
@@ -136,14 +136,14 @@ def robustness(table: pd.DataFrame, preset: str) -> pd.DataFrame:
             {
                 **{"task": task, "method": method, **near, "worst": worst.error},
                 **{"worst_ratio": worst.ratio, "worst_start": worst.start},
-                **{"starts": weight * len(mine), "of": len(there)},
+                **{"starts": weight * len(mine), "of": len(starts)},
             }
         )
     return pd.DataFrame(lines)
 
 
 def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
-    """What is to be said of Auto on each task, in sentences."""
+    """Auto's results on each task, in sentences."""
     found = []
     for task in PRESETS[preset].tasks:
         own = table[(table.task == task) & table.ratio.notna()]
@@ -153,12 +153,12 @@ def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
         limit, worst = TASKS[task].limit, auto.loc[auto.ratio.idxmax()]
         text = (
             f"{title(preset, task)}, {counted(auto.n)}: within {limit} times the best fixed lr's "
-            f"from {(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} times "
-            f"from the worst, {worst.start:g}"
+            f"error from {(auto.ratio <= limit).sum()} of {len(auto)} starts; {worst.ratio:.2f} "
+            f"times from the worst start, {worst.start:g}"
         )
         if not prodigy.empty:
             as_good = (auto.error <= prodigy.error.item()).sum()
-            text += f"; no worse than Prodigy from {as_good} of {len(auto)}"
+            text += f"; no worse than Prodigy from {as_good} of {len(auto)} starts"
         found.append(f"{text}.")
     return found
 
@@ -167,7 +167,7 @@ def verdicts(table: pd.DataFrame, preset: str) -> list[str]:
 
 
 def title(preset: str, task: str) -> str:
-    """As in "MLP, 5 epochs"; a setting that is not the benchmark's own is named as reduced."""
+    """Such as "MLP, 5 epochs", with "(reduced)" if the preset `paper` differs."""
     setting, whole = PRESETS[preset].tasks[task], PRESETS["paper"].tasks[task]
     given = dict(override.split("=") for override in setting.overrides)
     steps, epochs = given.get("trainer.steps", "null"), given["trainer.epochs"]
@@ -176,7 +176,7 @@ def title(preset: str, task: str) -> str:
 
 
 def reductions(preset: str) -> str:
-    """In which a preset is less than the benchmark is."""
+    """The reductions of a preset against the preset `paper`, in a sentence."""
     found = []
     for task, setting in PRESETS[preset].tasks.items():
         whole = PRESETS["paper"].tasks[task]
@@ -187,7 +187,7 @@ def reductions(preset: str) -> str:
             parts.append(f"{len(setting.starts)} of {len(whole.starts)} starts")
         if setting.grid != whole.grid:
             low, high = setting.grid[0], setting.grid[-1]
-            parts.append(f"the best fixed lr is looked for from {low:g} to {high:g}")
+            parts.append(f"search for the best fixed lr from {low:g} to {high:g}")
         if setting.seeds:
             parts.append("one seed" if setting.seeds == 1 else f"{setting.seeds} seeds")
         if parts:
@@ -205,7 +205,7 @@ def overview(robust: pd.DataFrame, preset: str, methods: Sequence[str], times: A
     """The table of methods and tasks, as lines of Markdown.
 
     Args:
-        times: by method, what a step takes relative to the reference; None for no such column.
+        times: by method, the time of a step relative to the reference; None for no such column.
     """
     tasks = [task for task in PRESETS[preset].tasks if (robust.task == task).any()]
     heads = ["", *(title(preset, task) for task in tasks), *(["Step"] if times else [])]
@@ -233,16 +233,16 @@ def overview_cell(line: Any) -> str:
 
 
 def ablated(robust: pd.DataFrame) -> pd.DataFrame:
-    """Of `robustness`, the tasks on which Auto was tried without one of its parts."""
+    """The lines of `robustness` for the tasks with ablations of Auto."""
     return robust[robust.task.isin(robust.task[robust.method.isin(ABLATION)])]
 
 
 OVERVIEW = (
-    "In each cell: how many powers of ten of starts end within 1.1 times, and within 1.5 times, "
-    "the error of the best fixed lr of SGD, SGD with momentum and Adam; and how many times that "
-    "the worst start of all ends at. All starts count alike, for 11 powers of ten together where "
-    "they go from 1e-8 to 100. The best fixed lr is searched at half powers of ten too, so that "
-    "the rule that has it may end near it from none of its starts."
+    "The first two numbers of a cell: how many powers of ten of starts end within 1.1 times and "
+    "within 1.5 times the error of the best fixed lr of SGD, SGD with momentum and Adam. The third "
+    "number: the error from the worst start, divided by the same error. All starts count alike; "
+    "starts from 1e-8 to 100 count as 11 powers of ten. The search for the best fixed lr also "
+    "tries half powers of ten, so its own rule may have no start near it."
 )
 
 
@@ -259,8 +259,9 @@ def markdown(table: pd.DataFrame, runs: pd.DataFrame, preset: str, times: Any) -
         f"{CAPTION} {counted(drawn(table, preset).n)}.",
         "## Decades of robustness",
         OVERVIEW
-        + (f" *Step*: a whole training step of the MLP, by {REFERENCE}'s (foreach)." * bool(times))
-        + " A dash: there is no fixed lr to compare with." * bool(robust.worst_ratio.isna().any()),
+        + f" *Step*: the time of a training step of the MLP, relative to {REFERENCE} (foreach)."
+        * bool(times)
+        + " A dash: no fixed lr to compare with." * bool(robust.worst_ratio.isna().any()),
         overview(robust, preset, MAIN, times),
         "Auto:" if said else "",
         [f"- {verdict}" for verdict in said],
@@ -285,19 +286,18 @@ def remarks(own: pd.DataFrame, preset: str, task: str, data: str) -> str:
     found = []
     if best is not None:
         found.append(
-            f"The best fixed lr is that of {LABELS[best.method]} from {best.start:g}: "
-            f"{best.error:.4g}."
+            f"The best fixed lr is {best.start:g}, with {LABELS[best.method]}: {best.error:.4g}."
         )
         if chosen := some_fixed(own, PRESETS[preset].tasks[task].grid):
-            found.append(f"Of those that are searched, these were run: {chosen}.")
+            found.append(f"Searched so far: {chosen}.")
     if TASKS[task].metric == "objective" and data == "MNIST":
         least = json.loads(OPTIMUM.read_text())["objective"]
-        found.append(f"The least objective that there is, by L-BFGS: {least:.6f}.")
+        found.append(f"The optimum, by L-BFGS: {least:.6f}.")
     return " ".join(found)
 
 
 def some_fixed(own: pd.DataFrame, grid: Sequence[float]) -> str:
-    """The fixed lrs of one task that were run, where they are not all of those to search."""
+    """The fixed lrs that one task's search has run; empty if it has run all."""
     run = {method: own.start[own.method == method] for method in FIXED}
     if all(set(grid) <= set(lrs) for lrs in run.values()):
         return ""
@@ -310,19 +310,19 @@ def some_fixed(own: pd.DataFrame, grid: Sequence[float]) -> str:
 
 def matrix(own: pd.DataFrame, preset: str, task: str) -> list[str]:
     """Errors by method and start, as lines of Markdown: mean ± standard deviation over seeds."""
-    there = PRESETS[preset].tasks[task].starts
+    starts = PRESETS[preset].tasks[task].starts
     digits = 2 if TASKS[task].metric == "test_error" else 4
     rows = []
     for method in LABELS:
         mine = own[own.method == method]
-        mine = mine if method in FREE else mine[mine.start.isin(there)]
+        mine = mine if method in FREE else mine[mine.start.isin(starts)]
         if not mine.empty:
             texts = {line.start: _text(line, digits) for line in mine.itertuples()}
             free = _text(next(mine.itertuples()), digits) if method in FREE else ""
             label = f"{'Auto ' * (method in ABLATION)}{LABELS[method]}"
-            cells = [texts.get(start, free) for start in there]
+            cells = [texts.get(start, free) for start in starts]
             rows.append([label, *cells, counted(mine.n).removeprefix("n = ")])
-    heads = ["", *(f"{start:g}" for start in there), "n"]
+    heads = ["", *(f"{start:g}" for start in starts), "n"]
     return pages.table(heads, "l" + "r" * (len(heads) - 1), rows)
 
 
@@ -339,20 +339,20 @@ def _text(line: Any, digits: int) -> str:
 
 EDGES = (*NEAR, 2.0, 4.0, 8.0)
 CAPTION = (
-    "Final error by the initial learning rate, relative to the best fixed one of SGD, SGD with "
-    "momentum and Adam on the task; mean over seeds. Methods without a learning rate have one "
+    "Final error by initial learning rate, relative to the best fixed learning rate of SGD, SGD "
+    "with momentum and Adam on the task; mean over seeds. Methods without a learning rate have one "
     "value for all starts. Hatched: not run."
 )
 
 
 def drawn(table: pd.DataFrame, preset: str) -> pd.DataFrame:
-    """The points that the heat map has."""
+    """The points in the heat map."""
     found = compared(table, preset)
     return found[found.method.isin(MAIN)]
 
 
 def figure(table: pd.DataFrame, preset: str) -> plt.Figure:
-    """The heat map: a panel for each task that has runs, a row for each method."""
+    """Draw the heat map: a panel for each task with runs, a row for each method."""
     tasks = [task for task in PRESETS[preset].tasks if (table.task == task).any()]
     methods = [method for method in MAIN if (table.method == method).any()]
     columns = min(2, len(tasks))
@@ -422,7 +422,7 @@ SHORT = {
 
 
 def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
-    """The story in short: the error by the start under Adam, the paper's tower, and Auto."""
+    """Draw the error by start under Adam, the paper's tower, and Auto."""
     own = own[own.method.isin(SHORT)]
     figure, axis = plt.subplots(figsize=(0.75 * style.WIDTH, 2.3))
     for (method, (label, colour)), marker in zip(SHORT.items(), style.MARKERS, strict=False):
@@ -440,10 +440,10 @@ def curves(own: pd.DataFrame, preset: str, task: str) -> plt.Figure:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the table and the figures from a folder's records; returns what was written there.
+    """Draw the tables and the figures from a folder's records; returns the written files.
 
     Raises:
-        ValueError: the records are damaged, of several settings, or of no method.
+        ValueError: the records are damaged, have several settings, or an unknown method.
     """
     preset, tasks, methods = preset_of(folder), list(TASKS), list(LABELS)
 
@@ -465,24 +465,19 @@ def draw(folder: Path) -> list[Path]:
         "README.md": markdown(table, runs, preset, times),
     }
     paths = write_all(folder, texts)
-    write_json(folder / "runs.json", {task: made(found, task) for task in runs.task.unique()})
+    made = {
+        task: records.made([run for run in found if run.cell.task == task])
+        for task in runs.task.unique()
+    }
+    write_json(folder / "runs.json", made)
     own = table[table.task == "mlp"]
     if set(SHORT) <= set(own.method):
         paths += style.save(curves(own, preset, "mlp"), folder / "mlp")
     return [*paths, folder / "runs.json", *style.save(figure(table, preset), folder / "figure")]
 
 
-def made(runs: Iterable[Run], task: str) -> dict[str, Any]:
-    """Where the numbers of a task come from."""
-    summaries = [run.summary for run in runs if run.cell.task == task]
-    peers = {summary["provenance"].get("peer") for summary in summaries} - {None}
-    found = {**provenance(summaries), "peers": sorted(peers)}
-    del found["seconds_per_step"]
-    return found
-
-
 def prose(folder: Path) -> dict[str, str]:
-    """What README and docs/start-anywhere.md say of the benchmark."""
+    """The blocks in README and docs/start-anywhere.md."""
     preset, runs = preset_of(folder), pd.read_csv(folder / "runs.csv")
     found = points(runs)
     robust = robustness(found, preset)
@@ -503,8 +498,8 @@ def prose(folder: Path) -> dict[str, str]:
         "line": " | ".join(line),
         "summary": (
             f"Auto starts anywhere between {auto.start.min():g} and {auto.start.max():g} "
-            f"({counted(auto.n)}). From its worst start it ends, beside the best fixed lr of SGD, "
-            f"SGD with momentum and Adam, at an error of {', '.join(worst)}."
+            f"({counted(auto.n)}). Its error from the worst start, relative to the best fixed lr "
+            f"of SGD, SGD with momentum and Adam: {', '.join(worst)}."
         ),
         "verdicts": "\n".join(verdict_list),
         "overview": "\n".join(overview(robust, preset, MAIN, None)),
@@ -515,7 +510,7 @@ def prose(folder: Path) -> dict[str, str]:
 
 
 def lower(found: pd.DataFrame, preset: str) -> str:
-    """The methods that end lower from their own best start than Auto from its best."""
+    """The methods whose best start has a lower error than Auto's best start."""
     best = found.loc[found.groupby(["task", "method"]).error.idxmin()]
     lines = []
     for task in PRESETS[preset].tasks:
@@ -530,14 +525,14 @@ def lower(found: pd.DataFrame, preset: str) -> str:
 
 
 def costs(times: Mapping[str, Any]) -> str:
-    """What Auto adds to a step."""
+    """The time that Auto adds to a step."""
     relative = times["relative"]
     added = ", ".join(
         f"{100 * shares['Adam']:.1f} % on {model}"
         for model, shares in times["overheads_of_auto"].items()
     )
     return (
-        f"A whole training step of the MLP takes {relative['Auto']:.2f} times as long with Auto as "
-        f"with torch's Adam (foreach); with our own Adam it takes {relative['Adam']:.2f} times as "
-        f"long. Beside our own Adam, `step()` of Auto adds to a whole step: {added}."
+        f"A training step of the MLP with Auto takes {relative['Auto']:.2f} times as long as with "
+        f"torch's Adam (foreach); with our own Adam, {relative['Adam']:.2f} times. Compared with "
+        f"our own Adam, `step()` of Auto adds to a whole training step: {added}."
     )

@@ -1,4 +1,4 @@
-"""Start anywhere: every method from many initial learning rates, on five tasks.
+"""The robustness benchmark: every method from many initial learning rates, on five tasks.
 
     python -m experiments.studies robustness preset=cpu
     python -m experiments.studies robustness preset=paper tasks=mlp methods=Auto,Prodigy seeds=0
@@ -6,29 +6,29 @@
 
 The tasks: mlp and mlp30 (the MLP of Table 1, 5 and 30 epochs), softmax (a convex problem, see
 configs/experiment/softmax.yaml), char_rnn (3 epochs), resnet (ResNet-20, 2 epochs of CIFAR-10).
-`cpu` is for two cores and a few hours: fewer starts and seeds, and less of the long tasks.
+`cpu` takes a few hours on two cores: fewer starts and seeds, and shorter long tasks.
 
-A method has the same setting from every start, and on every task but as said of Adam-HD:
+A method has the same setting from every start and, except Adam-HD, on every task:
 
-    Auto            `hyperopt.Auto`; the no-... are it without one of its parts
+    Auto            `hyperopt.Auto`; the methods no-... are Auto without one of its parts
     SGD, Momentum, Adam, AdamW
-                    as torch.optim has them; Momentum is SGD with momentum 0.9
+                    as in torch.optim; Momentum is SGD with momentum 0.9
     ScheduleFree, Prodigy, DAdaptAdam, DAdaptSGD
-                    experiments/config/baselines.py; the last three have no lr to start from, so
-                    that one run of theirs for each seed stands for all starts
+                    see experiments/config/baselines.py; the last three have no initial lr, so one
+                    run for each seed counts for all starts
     SGD-HD, Adam-HD Baydin et al. 2018 (arXiv 1703.04782), with the hyper-step sizes of their code:
                     1e-3 for SGD; for Adam 1e-7 on the MLP and softmax regression, 1e-8 on the
-                    convolutional net, and on the RNN, which they have not, its default, 1e-8
+                    convolutional net; their code has no RNN, so the RNN has its default, 1e-8
     Adam/SGD        Adam under SGD(1e-5), as in the paper's Table 1
     SGD-5, Adam-2, Adam-5
-                    towers of the paper's Figure 3, of that height, all levels started at one lr
+                    towers of the paper's Figure 3, of this height, all levels started at one lr
 
-The best fixed lr, which all are compared with, is the best of SGD, Momentum and Adam. From 1e-4 to
-10, or as far as a preset says, these have starts at half powers of ten, whatever the others have.
+All methods are compared with the best fixed lr, the best of SGD, Momentum and Adam. These three
+also start at all half powers of ten from 1e-4 to 10; a preset can change this range.
 
-Runs that are finished in the store are not done again; with `start=records`
-nor are those whose records are in the results already. So tasks, methods and seeds may be done one
-by one, on several machines. Of all that is asked for, what tells most comes first.
+Finished runs in the store are not repeated. `start=records` also takes runs from the records in the
+results. So several machines can do tasks, methods and seeds one by one. The most informative runs
+come first.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from experiments.cli import choose
+from experiments.cli import choose_all
 from experiments.config.baselines import parse
 from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
 from experiments.studies.stacks import STARTS, MethodCell, auto, tower
-from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
+from experiments.studies.study import MethodOptions, Part, Preset, Request, Study
 from hyperopt import Adam
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, and how it is judged.
+    """A training task and its metric.
 
     Attributes:
         label: for captions.
         experiment: the file in configs/experiment.
-        metric: of a run's summary, the one that it is judged by; less is better.
-        unit: the metric's.
+        metric: a key of a run's summary; less is better.
+        unit: of the metric.
         beta: the hyper-step size of Adam-HD.
-        ablated: whether Auto is tried on it without one of its parts.
-        limit: how many times the best fixed lr's error Auto's is meant to be at most.
+        ablated: whether it has runs of Auto without one of its parts.
+        limit: the goal for Auto's error, as a factor of the best fixed lr's error.
     """
 
     label: str
@@ -84,13 +84,13 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """How much of a task a preset does.
+    """The part of a task that a preset does.
 
     Attributes:
         overrides: of the runs' config.
         starts: the initial learning rates.
-        seeds: how many, at most, of those that are asked for.
-        grid: those that are searched besides for the best fixed one.
+        seeds: the maximum number of seeds.
+        grid: more learning rates, only to search for the best fixed one.
     """
 
     overrides: tuple[str, ...]
@@ -101,7 +101,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class RobustnessPreset(Preset):
-    """How much is done: the setting of each task."""
+    """Adds the setting of each task."""
 
     tasks: Mapping[str, Setting] = field(default_factory=dict)
 
@@ -141,7 +141,7 @@ PRESETS = {
 
 # The methods.
 
-# With the start as {lr}, and the task's beta; what has no {lr} has no start.
+# {lr} is the start, and {beta} the task's beta. A stack without {lr} has no start.
 STACKS = {
     "SGD": "SGD({lr})",
     "Momentum": "SGD({lr}, momentum=0.9)",
@@ -158,7 +158,7 @@ STACKS = {
     "Adam-2": tower("Adam", 2, "{lr}"),
     "Adam-5": tower("Adam", 5, "{lr}"),
 }
-# What of Auto is another. An update can be bounded in the log domain alone.
+# Changes to Auto. Only the log domain can bound an update, so no-log needs trust=inf.
 ABLATION: dict[str, dict[str, Any]] = {
     "no-mean": {"rule": Adam},
     "no-log": {"domain": "real", "trust": math.inf},
@@ -167,10 +167,10 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no-trust": {"trust": math.inf},
     "no-accumulator": {"initial_accumulator_value": 0.0},
 }
-FIXED = ("SGD", "Momentum", "Adam")  # the best of these is the best fixed lr
+FIXED = ("SGD", "Momentum", "Adam")  # the best fixed lr is the best of these
 FREE = tuple(name for name, stack in STACKS.items() if "{lr}" not in stack)
 
-# Should one not wait for the last: of each seed the first are done before the second.
+# For each seed, the first wave is done before the second, so that early results say most.
 WAVES = (
     ("Auto", "Adam", "SGD", "Momentum", "Prodigy"),
     ("AdamW", "ScheduleFree", "DAdaptAdam", "DAdaptSGD"),
@@ -181,11 +181,11 @@ METHODS = tuple(method for wave in WAVES for method in wave)
 
 
 class Cell(MethodCell):
-    """One point of a curve: of a task in `TASKS` and a method in `METHODS`."""
+    """A point of a curve: a task in `TASKS`, a method in `METHODS`, and a start."""
 
     @property
     def stack(self) -> str:
-        """Its notation, as the summary of a run has it."""
+        """The notation, as in a run's summary."""
         if self.method in STACKS:
             text = STACKS[self.method].format(lr=self.start, beta=TASKS[self.task].beta)
             return str(parse(text))
@@ -194,14 +194,14 @@ class Cell(MethodCell):
 
 
 def starts(method: str, setting: Setting) -> list[float | None]:
-    """Where a method starts from in a task of that setting."""
+    """A method's starts in a setting."""
     if method in FREE:
         return [None]
     return [*sorted({*setting.starts, *(setting.grid if method in FIXED else ())})]
 
 
 def cells(preset: str) -> list[Cell]:
-    """All of a preset, in the order of the methods."""
+    """All cells of a preset, in the order of the methods."""
     return [
         Cell(task, method, start)
         for method in METHODS
@@ -236,17 +236,17 @@ def _by_run(preset: str) -> dict[tuple, Cell]:
 
 
 def cell_of(preset: str, summary: dict[str, Any]) -> Cell:
-    """The cell that a run belongs to.
+    """The cell of a run.
 
     Raises:
-        ValueError: it belongs to none.
+        ValueError: no cell matches.
     """
     trainer = summary["trainer"]
     key = summary["model"]["name"], trainer["epochs"], trainer.get("steps"), summary["stack"]
     if key not in (known := _by_run(preset)):
         raise ValueError(
-            f"run {summary['hash']}, of {summary['stack']}, is in the records of the preset "
-            f"{preset}, but no method there has that stack any more; begin the records anew"
+            f"the records of the preset {preset} have run {summary['hash']} of "
+            f"{summary['stack']}, but no method has this stack any more; remove the records"
         )
     return known[key]
 
@@ -254,34 +254,21 @@ def cell_of(preset: str, summary: dict[str, Any]) -> Cell:
 # The command.
 
 
-@dataclass(frozen=True)
-class RobustnessOptions(Options):
-    """What the command line sets beside the keys of the runs' config; empty is all."""
-
-    tasks: str = ""
-    methods: str = ""
-    lrs: str = ""  # of those that methods start from
-
-
 def parts(request: Request) -> Iterator[Part]:
-    """The runs that are asked for, those that tell most first.
+    """The requested runs, the most informative first.
 
     Raises:
-        ValueError: a task, method or initial lr that is not known.
+        ValueError: an unknown task, method or initial lr.
     """
     options, preset = request.options, request.name
-    tasks, methods = (
-        [choose(name, one, known) for one in text.split(",")] if text else list(known)
-        for name, text, known in (
-            ("tasks", options.tasks, tuple(TASKS)),
-            ("methods", options.methods, METHODS),
-        )
-    )
+    tasks = choose_all("tasks", options.tasks, tuple(TASKS))
+    methods = choose_all("methods", options.methods, METHODS)
     wanted = [c for c in cells(preset) if c.task in tasks and c.method in methods]
     if options.lrs:
         every = sorted({c.start for c in wanted if c.start is not None})
         known = {f"{lr:g}": lr for lr in every}
-        lrs = {known[choose("lrs", one, list(known))] for one in _plain(options.lrs)}
+        plain = ",".join(_plain(options.lrs))
+        lrs = {known[one] for one in choose_all("lrs", plain, list(known))}
         wanted = [c for c in wanted if c.start in lrs]
     settings = PRESETS[preset].tasks
     waves = [
@@ -299,7 +286,7 @@ def parts(request: Request) -> Iterator[Part]:
 
 
 def _plain(text: str) -> list[str]:
-    """The numbers of a text as "1e-3,10", each as `:g` writes it; what is none, as it is."""
+    """Split "1e-3,10" and write each number as `:g` does; leave other words unchanged."""
     found = []
     for one in text.split(","):
         try:
@@ -315,8 +302,7 @@ STUDY = Study(
     parts,
     __doc__,
     part_of=lambda preset, run: cell_of(preset, run).task,
-    options=RobustnessOptions,
-    settable=SETTABLE_WITH_RECORDS,
+    options=MethodOptions,
     starts=("scratch", "records"),
     place=5,
 )

@@ -1,10 +1,10 @@
-"""The least objective of the convex problem, configs/experiment/softmax.yaml, on the whole MNIST.
+"""The optimum of the convex problem, configs/experiment/softmax.yaml, on the whole MNIST.
 
     python -m experiments.studies.robustness.softmax_optimum
 
-finds it by L-BFGS in float64, in three minutes of a core, and writes `softmax_optimum.json` to
-results/robustness. The objective is strongly convex: where its gradient has norm e, it is no more
-than e^2 / (2 l2) above its least value. That bound stands beside it.
+It runs L-BFGS in float64, three minutes on one core, and writes `softmax_optimum.json` to
+results/robustness. The objective is strongly convex: if its gradient has norm e, its value is at
+most e^2 / (2 l2) above the optimum. The file has this bound too.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ PATH = ROOT / "results" / "robustness" / "softmax_optimum.json"
 
 
 def least_objective(x: Tensor, y: Tensor, classes: int, l2: float) -> dict[str, float]:
-    """The least mean negative log-likelihood of softmax regression, with l2 / 2 times its weights'
-    squares, biases included, added to it.
+    """Minimise the mean negative log-likelihood of softmax regression plus an L2 penalty.
+
+    The penalty is l2 / 2 times the squared norm of the weights, including biases.
 
     Args:
         x: (n, pixels), float64.
         y: labels, int64, (n,).
     """
     x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    x = x[:, x.any(0)]  # the weights of pixels that are always 0 are best 0
+    x = x[:, x.any(0)]  # pixels that are always 0 have weights of 0 at the optimum
 
     def objective(flat: Any) -> tuple[float, Any]:
         w = torch.tensor(flat).view(-1, classes).requires_grad_()
@@ -58,14 +59,14 @@ def main() -> int:
         return 0
     (config,) = resolve_all([compose(["experiment=softmax", *sys.argv[1:]])])
     if config.data.name != "mnist":
-        raise ValueError("the optimum is that of the whole MNIST; set data.root to where it is")
+        raise ValueError("the optimum needs the whole MNIST; set data.root to its folder")
     torch.set_num_threads(config.trainer.threads)
     data = load(config.data.name, config.data.root)
     assert config.trainer.l2 is not None
     x = pixels(data.x_train).flatten(1).double()
     found = least_objective(x, data.y_train, 10, config.trainer.l2)
     write_json(PATH, {"l2": config.trainer.l2, "data_sha256": data.sha256, **found})
-    print(f"{found['objective']:.9f} nats, no more than {found['bound']:.1g} above the least")
+    print(f"{found['objective']:.9f} nats, at most {found['bound']:.1g} above the optimum")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""What a training step costs under each method.
+"""Measure the time of a training step under each method.
 
     python -m experiments.studies.robustness.times
 
-times a training step of the MLP under each method, and what Auto adds to a step of each of the
-models, all in one process and in turn, on one core. It writes `results/robustness/times.json`, from
-which the table has its last column.
+It times a training step of the MLP under each method, and the time that Auto adds to a step of each
+model. All methods take turns in one process on one core. It writes `results/robustness/times.json`,
+the source of the table's last column.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROUNDS = 60
 
 
 def measure(count: int = ROUNDS, at_least: float = 0.02, compile: bool = True) -> dict[str, Any]:
-    """Microseconds of a whole training step of the MLP under each method: median and quartiles."""
+    """Microseconds of a training step of the MLP under each method: median and quartiles."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (256, 28, 28), dtype=torch.uint8, generator=generator)
@@ -72,9 +72,9 @@ def measure(count: int = ROUNDS, at_least: float = 0.02, compile: bool = True) -
 
 
 def overheads(counts: Mapping[str, int], compile: bool = True) -> dict[str, dict[str, float]]:
-    """What Auto's `step()` takes beyond Adam's, torch's and ours, as a share of the whole step.
+    """The time that Auto's `step()` takes beyond Adam's, torch's and ours, as a share of the step.
 
-    It is timed within whole steps, which scatter by more than is in question.
+    It times `step()` within training steps, because the times of whole steps vary by more.
 
     Args:
         counts: the number of rounds for each model of `experiments.studies.step_time`.

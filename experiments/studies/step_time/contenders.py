@@ -1,4 +1,4 @@
-"""The models and the optimizers that are timed beside each other."""
+"""The models and the optimizers of the step-time benchmark."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ ROUNDS = {"mlp": 50, "resnet20": 11, "char_rnn": 40, "transformer": 15}
 
 TRAFFIC = "reads and writes alone"
 
-# From so many elements on, the optimizer works on a parameter where it lies.
+# The optimizer works in place on parameters with at least this number of elements.
 LARGE = 1 << 16
 
-# Steps that move next to nothing, so that no contender diverges while it is timed.
+# Tiny step sizes, so that no contender diverges during the benchmark.
 FAMILIES: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "SGD": ("SGD(1e-6)", "SGD(1e-12)", HEIGHTS),
     "SGD momentum": ("SGD(1e-6, momentum=0.9)", "SGD(1e-12)", (0, 1)),
@@ -38,7 +38,7 @@ def tower(family: str, height: int) -> str:
     return " / ".join([lowest, *[above] * height])
 
 
-# The models, each with a function that gives the loss of a fixed batch.
+# The models, each with the loss of a fixed batch.
 
 
 class Blocks(nn.Module):
@@ -51,7 +51,7 @@ class Blocks(nn.Module):
 
 
 def setting(name: str) -> tuple[Callable[[], nn.Module], Callable[[Any], Tensor] | None]:
-    """How to make a model, and the loss of one batch given its forward pass; None for no loss."""
+    """Return a function that makes a model, and a function from its forward pass to the loss."""
     torch.manual_seed(0)
     if name == "mlp":
         images, labels = torch.rand(256, 28, 28), torch.randint(10, (256,))
@@ -70,11 +70,11 @@ def setting(name: str) -> tuple[Callable[[], nn.Module], Callable[[Any], Tensor]
     return Blocks, None
 
 
-# The contenders: each makes whole training steps, and all but the published one a bare `step()`.
+# The contenders. All make whole training steps; all except the published one make a bare `step()`.
 
 
 class Plain:
-    """A model under any `torch.optim.Optimizer`, ours among them."""
+    """A model under any `torch.optim.Optimizer`, including ours."""
 
     def __init__(self, model: nn.Module, loss: Any, optimizer: Any) -> None:
         self.model, self.loss, self.optimizer = model, loss, optimizer
@@ -112,10 +112,10 @@ class Published:
 
 
 class Traffic:
-    """What Adam / Adam reads and writes of the large vectors, with next to no arithmetic.
+    """The reads and writes of Adam / Adam on large vectors, with almost no arithmetic.
 
-    A bound on its time: the hypergradients need all gradients of a step, and the weights need the
-    hyperparameters that come of them, so that a step goes over its vectors twice.
+    A lower bound on its time. The hypergradients need all gradients of a step, and the weights need
+    the new hyperparameters, so a step passes over its vectors twice.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:

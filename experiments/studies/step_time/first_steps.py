@@ -1,9 +1,9 @@
-"""What the first steps cost: seconds and compiled kernels, for models of many shapes and settings.
+"""The cost of the first steps: seconds and compiled kernels, for models of many shapes.
 
     python -m experiments.studies step_time first
 
-A kernel belongs to a rule and not to a size, so that all cases have the same number of them, and
-none is compiled after the second step.
+A kernel depends on the rule, not on sizes. So all cases have the same number of kernels, and no
+kernel is compiled after the second step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def auto(model: nn.Module) -> Any:
     return Auto(model.parameters(), compile=True)
 
 
-# What is made, how it is optimized, and whether each block is left out in half of the steps.
+# The model, its optimizer, and whether half of the steps skip each block.
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], bool]] = {
     "mlp": (MLP, auto, False),
     "resnet18": (resnet18, auto, False),
@@ -56,9 +56,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], bool
 
 
 def measure(case: str) -> dict[str, Any]:
-    """The seconds of the first step, and the kernels after it and after the last, in this process.
+    """Measure the seconds of the first steps and count the kernels, in this process.
 
-    Gradients are random; a process that has compiled before would find its kernels again.
+    Gradients are random. Use a new process: an old one reuses its kernels.
     """
     make, optimizer_of, leaves_out = CASES[case]
     generator = torch.Generator().manual_seed(0)
@@ -94,8 +94,8 @@ def parts(model: nn.Module, leaves_out: bool, generator: torch.Generator) -> Ite
 def table(rows: Sequence[Any]) -> list[str]:
     """The lines of the page."""
     return [
-        f"The first of {STEPS} steps in a process of its own, with the import of the compiler.",
-        "A kernel belongs to a rule and not to a size.",
+        f"The first of {STEPS} steps in a new process, including the import of the compiler.",
+        "A kernel depends on the rule, not on sizes.",
         "",
         "| what | parameters | first step, cold | from the cache on disk | kernels "
         "| compiled after the second step |",

@@ -1,4 +1,4 @@
-"""The tables and figures of step times, drawn from the CSVs that `runs.py` writes."""
+"""Draw the tables and figures of step times from the CSVs that `runs.py` writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from experiments.studies.step_time.contenders import LABELS, TRAFFIC, tower_labe
 
 
 def bars(times: pd.DataFrame, compiling: pd.DataFrame) -> list[tuple[str, str, float, float]]:
-    """What a hyperoptimizer may cost: what is compared, the bound, its value, what was measured."""
+    """The performance goals: the comparison, "≤" or "≥", the bound, and the measured value."""
     table = times.set_index(["model", "optimizer", "family", "height"])
     seconds = compiling.set_index(["family", "height"])
 
@@ -97,18 +97,18 @@ def bars(times: pd.DataFrame, compiling: pd.DataFrame) -> list[tuple[str, str, f
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the page and both figures from a folder's CSVs; returns what was written."""
+    """Draw the page and both figures from a folder's CSVs; returns the written files."""
     times = pd.read_csv(folder / "times.csv")
     compiling = pd.read_csv(folder / "compile.csv")
     about = (folder / "machine.txt").read_text().strip()
     lines = [
-        "# What a hyperoptimizer costs",
+        "# The cost of a hyperoptimizer",
         "",
         f"{about}.",
-        "Medians over rounds in which all contenders of a model take turns, with the quartiles.",
-        "Whole steps vary by more than optimizers differ, so that what a tower adds to one is",
-        "measured within it: `step()` is timed there too, where the model has had the caches.",
-        "Made by `make benchmark`; ratios carry over to other machines, times do not.",
+        "Medians over rounds in which all contenders of a model take turns, with quartiles.",
+        "Times of whole steps vary by more than the optimizers differ. So the time that a tower",
+        "adds is measured by timing `step()` within whole steps, after the model has used the",
+        "caches. Made by `make benchmark`; ratios carry over to other machines, times do not.",
         "",
         "| what | bound | measured | |",
         "|---|---|---|---|",
@@ -122,8 +122,9 @@ def draw(folder: Path) -> list[Path]:
     bound = steps[TRAFFIC, "Adam", 1] / steps["torch.optim fused", "Adam", 0]
     lines += [
         "",
-        f"With 25 M parameters, two loops that read and write what Adam / Adam has to ({TRAFFIC})",
-        f"take {bound:.2f} times as long as torch Adam (fused), which goes over its vectors once.",
+        "With 25 M parameters, two loops with only the reads and writes of Adam / Adam",
+        f"({TRAFFIC}) take {bound:.2f} times as long as torch Adam (fused), which passes over its",
+        "vectors once.",
     ]
     lines += ["", "## Compiling", "", "| stack | cold | from the cache on disk |", "|---|---|---|"]
     for row in compiling.itertuples():
@@ -160,7 +161,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def draw_heights(times: pd.DataFrame) -> plt.Figure:
-    """Time of a training step against the height of the tower (the paper's Figure 3b)."""
+    """Draw the time of a training step against the height of the tower (the paper's Figure 3b)."""
     models = [model for model in LABELS if times[times.model == model].whole_us.notna().any()]
     figure, axes = plt.subplots(1, len(models), figsize=(style.WIDTH, 3.0), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
@@ -173,7 +174,7 @@ def draw_heights(times: pd.DataFrame) -> plt.Figure:
 
 
 def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
-    """Time of a training step of one model against height, ours and the published package."""
+    """Plot the time of a training step of one model against height, ours and the published."""
     looks = {"compiled": ("ours", style.OURS), "published": ("published", style.PAPER)}
     families = (("SGD", "--"), ("Adam", "-"))
     for (kind, (name, look)), (family, line) in itertools.product(looks.items(), families):
@@ -193,7 +194,7 @@ def plot_heights(axis: plt.Axes, times: pd.DataFrame, model: str) -> None:
 
 
 def draw_peers(times: pd.DataFrame) -> plt.Figure:
-    """Time of `step()` alone and of the whole training step, beside all peers."""
+    """Draw the time of `step()` alone and of the whole training step, beside all peers."""
     kinds = {
         "torch.optim foreach": ("#bbbbbb", "foreach"),
         "torch.optim fused": ("#dddddd", "fused"),
@@ -248,7 +249,7 @@ def claims(folder: Path) -> Iterator[Claim]:
 
 
 def claims_of(times: pd.DataFrame) -> Iterator[Claim]:
-    """What each level of a tower adds to a training step of ResNet-20; no run of the store."""
+    """A claim on the time that each level of a tower adds to a training step of ResNet-20."""
     own = times[(times.model == "resnet20") & (times.optimizer == "compiled")]
     towers = own[own.family == "SGD"].set_index("height").sort_index()
     if len(towers) > 1:
@@ -268,7 +269,7 @@ def claims_of(times: pd.DataFrame) -> Iterator[Claim]:
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """The two numbers that matter most, in words."""
+    """The blocks in README and docs: the two most important numbers, in words."""
     found = bars(pd.read_csv(folder / "times.csv"), pd.read_csv(folder / "compile.csv"))
     values = [value for _, _, _, value in found]
     text = (

@@ -1,11 +1,11 @@
-"""What a hyperoptimizer costs, beside `torch.optim` and the published package.
+"""The cost of a hyperoptimizer, compared with `torch.optim` and the published package.
 
     make benchmark                                everything, about twenty minutes of one core
     python -m experiments.studies step_time mlp   some of the models, or compiling, or first
 
-All contenders of a model stand beside each other in one process, on one thread, and take turns:
-every round each of them makes a few steps, and what is reported is the median over the rounds with
-its quartiles. Times of another run, or of another machine, compare as ratios only.
+All contenders of a model take turns in one process on one thread. In every round, each makes a few
+steps. The result is the median over the rounds, with quartiles. Compare times of different runs or
+machines as ratios only.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FOLDER = Path("results", "step_time")
 
 
 def rounds(actions: dict[Any, Callable[[], None]], count: int, at_least: float) -> dict[Any, list]:
-    """Seconds a call, one number a round for each action; they take turns, in a new order."""
+    """Seconds per call, a number for each action and round; actions take turns in random order."""
     repeats = {}
     for key, action in actions.items():
         action(), action(), action()
@@ -60,7 +60,7 @@ def rounds(actions: dict[Any, Callable[[], None]], count: int, at_least: float) 
 
 
 def held(optimizer: Any, model: nn.Module) -> float:
-    """Bytes of tensors that an optimizer holds beyond weights and gradients, per parameter."""
+    """Bytes of an optimizer's tensors per parameter, without weights and gradients."""
     own = {
         t.untyped_storage().data_ptr()
         for p in model.parameters()
@@ -118,7 +118,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def apart(*words: str, cache: str | None = None) -> Any:
-    """What this command finds in a process of its own, with a folder for compiled kernels."""
+    """The result of this command in a new process, with `cache` as the folder of kernels."""
     command = [sys.executable, "-m", "experiments.studies", "step_time", *words]
     environment = os.environ | ({"TORCHINDUCTOR_CACHE_DIR": cache} if cache else {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
@@ -128,8 +128,8 @@ def apart(*words: str, cache: str | None = None) -> Any:
 def compile_times(stacks: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
     """Seconds to compile a step for the MLP: with an empty cache, and from the cache on disk.
 
-    The very first compilation on a machine also finds out what the processor and the C++ compiler
-    can do; that one is made beforehand, and reported as height -1.
+    The first compilation on a machine also probes the processor and the C++ compiler. So one
+    compilation comes first, and is reported as height -1.
     """
     with tempfile.TemporaryDirectory() as cache:
         rows = [
@@ -173,7 +173,7 @@ def environment() -> str:
     return f"{cpu}, one thread, {versions}, commit {commit}"
 
 
-# What processes of their own find.
+# Commands of the new processes.
 INNER: dict[str, Callable[..., Any]] = {
     "compile": lambda family, height: compile_once(family, int(height)),
     "measure": measure,
@@ -190,9 +190,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     known = [*LABELS, "compiling", "first"]
     if unknown := set(arguments) - {*known}:
-        raise ValueError(
-            f"there is no {unknown.pop()!r} to benchmark; there are {', '.join(known)}"
-        )
+        raise ValueError(f"{unknown.pop()!r} is not a benchmark; give some of {', '.join(known)}")
     asked = arguments or known
     rows = []
     for model in [name for name in LABELS if name in asked]:

@@ -1,7 +1,7 @@
-"""The suite: a table of every task, and a performance profile, drawn from the records of the runs.
+"""Draw the suite's tables and performance profile from the records of the runs.
 
-The profile of a method (Dolan and Moré 2002) is the share of tasks on which it ends within a factor
-of the best method, as a function of the factor.
+The profile of a method (Dolan and Moré 2002) is the share of tasks on which its final value is
+within a factor of the best method's, as a function of the factor.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.files import write_json
-from experiments.records.provenance import provenance
 from experiments.studies import style
-from experiments.studies.curves import Run, read_runs
+from experiments.studies.curves import Run, made, preset_of, read_runs
 from experiments.studies.pages import csv_of, table, write_all
 from experiments.studies.suite.runs import (
     CHOOSING,
@@ -38,13 +37,13 @@ MOST = 10.0  # the largest factor of the profile
 
 
 def line(run: Run) -> dict[str, Any]:
-    """A run in the CSV: its value at the end, and on the way where it was tested there."""
+    """A run in the CSV: its final value, and its values at a quarter and half if tested there."""
     metric, curves = TASKS[run.cell.task].metric, run.curves
     steps = run.summary["steps"]
 
     def at(share: float) -> float:
-        there = curves[metric][curves.step == round(share * steps)]
-        return there.item() if len(there) else math.nan
+        found = curves[metric][curves.step == round(share * steps)]
+        return found.item() if len(found) else math.nan
 
     value = run.summary[metric]
     return {
@@ -62,9 +61,9 @@ def line(run: Run) -> dict[str, Any]:
 
 
 def judged(runs: pd.DataFrame) -> pd.DataFrame:
-    """A line for each task and method: the mean over seeds of the start that counts.
+    """A line for each task and method: the mean over seeds of one start.
 
-    That is the best of a method that is tuned, and the worst of any other.
+    It is the best start of a tuned method, and the worst start of any other method.
     """
     keys = ["task", "method", "start"]
     means = runs.groupby(keys, dropna=False, sort=False)[["quarter", "half", "final"]].mean()
@@ -82,23 +81,23 @@ def judged(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def compared(found: pd.DataFrame) -> pd.DataFrame:
-    """The lines of the tasks that have the reference."""
+    """The lines of the tasks with runs of the reference."""
     return found[found.task.isin(found.task[found.method == REFERENCE])]
 
 
 def ratios(found: pd.DataFrame, preset: str, tasks: tuple[str, ...]) -> list[str]:
-    """The table of final values relative to the best fixed Adam, of the tasks that have it."""
-    there = [task for task in tasks if (compared(found).task == task).any()]
+    """The table of final values relative to the best fixed lr of Adam."""
+    shown = [task for task in tasks if (compared(found).task == task).any()]
     rows = []
     for method in METHODS:
         own = found[found.method == method].set_index("task")
         if own.empty:
             continue
         most = len(starts(method, PRESETS[preset]))
-        texts = ("" if task not in own.index else cell_text(own.loc[task], most) for task in there)
+        texts = ("" if task not in own.index else cell_text(own.loc[task], most) for task in shown)
         rows.append((method, *texts))
-    heads = ("", *(TASKS[task].label for task in there))
-    return table(heads, "l" + "r" * len(there), rows)
+    heads = ("", *(TASKS[task].label for task in shown))
+    return table(heads, "l" + "r" * len(shown), rows)
 
 
 def cell_text(one: pd.Series, most: int) -> str:
@@ -111,7 +110,7 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def profile(found: pd.DataFrame, preset: str) -> plt.Figure:
-    """The performance profiles of all methods."""
+    """Draw the performance profiles of all methods."""
     figure, axis = plt.subplots(figsize=(style.WIDTH, 3.2))
     factors = np.geomspace(1, MOST, 400)
     count = found.task.nunique()
@@ -138,7 +137,7 @@ def profile(found: pd.DataFrame, preset: str) -> plt.Figure:
 
 
 def within(found: pd.DataFrame) -> list[str]:
-    """The profile at some factors, in numbers."""
+    """The table of the profile at some factors."""
     count = found.task.nunique()
     rows = []
     for method in METHODS:
@@ -150,7 +149,7 @@ def within(found: pd.DataFrame) -> list[str]:
 
 
 def on_the_way(found: pd.DataFrame) -> list[str]:
-    """What Auto and the tuned methods have at a quarter, half and the end."""
+    """The table of Auto's and the tuned methods' values at a quarter, half and the end."""
     rows = [
         (
             f"{TASKS[one.task].label}, {one.method}",
@@ -166,14 +165,14 @@ def on_the_way(found: pd.DataFrame) -> list[str]:
 
 
 SAID = (
-    "Final held-out loss (on cart-pole 500 over the mean return) by that of the best fixed lr of "
-    "Adam, mean over seeds; below 1 is better. Of the tuned methods (Adam, AdamW-cosine, "
-    "ScheduleFree) the best lr of the grid counts, of all others the worst start."
+    "Final held-out loss (on cart-pole, 500 divided by the mean return), relative to the best "
+    "fixed lr of Adam, mean over seeds; less is better. A tuned method (Adam, AdamW-cosine, "
+    "ScheduleFree) counts with its best lr of the grid, any other method with its worst start."
 )
 
 
 def reduced(preset: str) -> str:
-    """What a preset has less of than the suite."""
+    """The reductions of a preset against the preset `paper`, in a sentence."""
     own, whole = PRESETS[preset], PRESETS["paper"]
     if own == whole:
         return ""
@@ -188,8 +187,8 @@ def reduced(preset: str) -> str:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the page and the profile from a folder's records; returns what was written there."""
-    preset = folder.name.partition("-")[0]
+    """Draw the page and the profile from a folder's records; returns the written files."""
+    preset = preset_of(folder)
     read = read_runs(folder / "records", functools.partial(cell_of, preset), lambda c: c.task)
     tasks, methods = list(TASKS), list(METHODS)
     read.sort(
@@ -214,7 +213,7 @@ def draw(folder: Path) -> list[Path]:
     text += [
         "## Performance profile",
         "",
-        "On how many tasks a method ends within a factor of the best of all.",
+        "On how many tasks a method's final value is within a factor of the best method's.",
         "",
         f"![{captions(Path())['profile']}](profile.png)",
         "",
@@ -224,10 +223,7 @@ def draw(folder: Path) -> list[Path]:
         "",
         *on_the_way(found),
     ]
-    made = provenance([run.summary for run in read])
-    del made["seconds_per_step"]
-    made["peers"] = sorted({run.summary["provenance"].get("peer") or "" for run in read} - {""})
-    write_json(folder / "runs.json", made)
+    write_json(folder / "runs.json", made(read))
     texts = {
         "runs.csv": csv_of(runs, None),
         "table.csv": csv_of(found),
@@ -238,7 +234,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """What docs/start-anywhere.md says of the suite."""
+    """The blocks in docs/start-anywhere.md."""
     preset, found = folder.name, judged(pd.read_csv(folder / "runs.csv"))
     return {
         "choosing": "\n".join(ratios(found, preset, CHOOSING)),

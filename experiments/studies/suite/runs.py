@@ -1,48 +1,48 @@
-"""Many kinds of task, small: Auto beside tuned optimizers and those that need no learning rate.
+"""The suite: small tasks of many kinds; Auto beside tuned and learning-rate-free optimizers.
 
     python -m experiments.studies suite preset=cpu
     python -m experiments.studies suite preset=paper tasks=table,vae methods=Auto,Adam seeds=0
     python -m experiments.studies suite preset=cpu start=records
 
-Ten small problems (experiments/tasks/problems.py), and in the preset `paper` the five tasks of the
-robustness benchmark. Settings of Auto may be chosen on the tasks of `CHOOSING` alone; those of
-`REPORTING` show what a choice is worth. `cpu` is for one core and an hour: one seed, and fewer lrs.
+The suite has ten small problems (experiments/tasks/problems.py); the preset `paper` adds the five
+tasks of the robustness benchmark. Choose settings of Auto on the tasks of `CHOOSING` only; the
+tasks of `REPORTING` test the choice. `cpu` takes an hour on one core: one seed, and fewer lrs.
 
     Auto            from each of four lrs, and also under a linear decay to zero (Auto-linear)
-    Adam            a grid of half powers of ten, as the next two; the best one counts
+    Adam            lrs from a grid of half powers of ten, as for the next two; the best lr counts
     AdamW-cosine    AdamW with a warm-up of a twentieth of the run and a cosine to zero
     ScheduleFree    Schedule-Free AdamW
     Adam-2          the paper's tower of Adam, height 2, from the lrs of Auto
     Prodigy, Prodigy-cosine, ProdigyPlus, MoMo, Mechanic, TRAC, DAdaptAdam
-                    experiments/config/baselines.py; no lr is given
+                    see experiments/config/baselines.py; with their default lr
 
-Runs that are finished in the store are not done again; with `start=records` nor are those whose
-records are in the results already.
+Finished runs in the store are not repeated. `start=records` also takes runs from the records in the
+results.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from experiments.cli import choose
+from experiments.cli import choose_all
 from experiments.config.baselines import parse
 from experiments.config.compose import compose
 from experiments.config.schema import Config, StackConfig
 from experiments.studies.stacks import STARTS, MethodCell, auto, tower
-from experiments.studies.study import SETTABLE_WITH_RECORDS, Options, Part, Preset, Request, Study
+from experiments.studies.study import MethodOptions, Part, Preset, Request, Study
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A training task and its metric.
 
     Attributes:
         label: for tables.
         overrides: of the runs' config.
-        metric: of a run's summary; less is better.
+        metric: a key of a run's summary; less is better.
     """
 
     label: str
@@ -76,13 +76,13 @@ TASKS = {
 }
 CHOOSING = ("table", "picture", "finetune", "transformer", "cartpole")
 REPORTING = ("ratings", "vae", "convnet", "change", "stiff")
-OLD = ("mlp", "softmax", "mlp30", "char_rnn", "resnet")  # what Auto was made on
+OLD = ("mlp", "softmax", "mlp30", "char_rnn", "resnet")  # Auto was developed on these
 
 AUTO_STARTS = (1e-8, 1e-5, 1e-2, 10.0)
 LINEAR = ("schedule=linear", "schedule.final=0")
-TUNED = ("Adam", "AdamW-cosine", "ScheduleFree")  # of their lrs, the best one counts
+TUNED = ("Adam", "AdamW-cosine", "ScheduleFree")  # they count with their best lr
 
-# The stack and the overrides of each. A stack without {lr} has no start.
+# The stack and the overrides of each method. A stack without {lr} has no start.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Auto": ("Auto", ()),
     "Adam": ("Adam({lr})", ()),
@@ -102,11 +102,11 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class SuitePreset(Preset):
-    """How much is done.
+    """Adds the tasks and the grid.
 
     Attributes:
         tasks: keys of `TASKS`.
-        grid: the lrs of those that are tuned.
+        grid: the lrs of the tuned methods.
     """
 
     tasks: tuple[str, ...] = CHOOSING + REPORTING
@@ -126,11 +126,11 @@ PRESETS = {
 
 
 class Cell(MethodCell):
-    """One number: of a task in `TASKS` and a method in `METHODS`."""
+    """A cell: a task in `TASKS`, a method in `METHODS`, and a start."""
 
     @property
     def stack(self) -> str:
-        """Its notation, as the summary of a run has it."""
+        """The notation, as in a run's summary."""
         text = METHODS[self.method][0]
         return auto(self.start) if text == "Auto" else str(parse(text.format(lr=self.start)))
 
@@ -153,7 +153,7 @@ def cells(preset: SuitePreset) -> list[Cell]:
 
 @functools.lru_cache
 def task_config(task: str, method: str, *overrides: str) -> Config:
-    """The config of a method on a task, but for its stack and seed."""
+    """The config of a method on a task, without stack and seed."""
     return compose([*TASKS[task].overrides, *METHODS[method][1], *overrides])
 
 
@@ -172,10 +172,10 @@ def _by_run(preset: str) -> dict[tuple[Any, ...], Cell]:
 
 
 def cell_of(preset: str, run: dict[str, Any]) -> Cell:
-    """The cell that a run belongs to.
+    """The cell of a run.
 
     Raises:
-        ValueError: it belongs to none.
+        ValueError: no cell matches.
     """
     named = run["model"]["name"], run["data"], run["trainer"]["epochs"], run["stack"]
     schedule = run.get("schedule", {"name": "constant"})["name"]
@@ -184,28 +184,10 @@ def cell_of(preset: str, run: dict[str, Any]) -> Cell:
     return known[key]
 
 
-@dataclass(frozen=True)
-class SuiteOptions(Options):
-    """What the command line sets beside the keys of the runs' config; empty is all."""
-
-    tasks: str = ""
-    methods: str = ""
-    lrs: str = ""  # of those that methods start from, with one digit
-
-
-def asked(name: str, text: str, known: Sequence[str]) -> list[str]:
-    """The names of a list, or all.
-
-    Raises:
-        ValueError: one is not known.
-    """
-    return [choose(name, one, known) for one in text.split(",")] if text else list(known)
-
-
 def parts(request: Request) -> Iterator[Part]:
-    """The runs that are asked for, those of one task after those of another."""
-    tasks = asked("tasks", request.options.tasks, request.preset.tasks)
-    methods = asked("methods", request.options.methods, tuple(METHODS))
+    """The requested runs, one task after the other; `lrs` has one digit."""
+    tasks = choose_all("tasks", request.options.tasks, request.preset.tasks)
+    methods = choose_all("methods", request.options.methods, tuple(METHODS))
 
     def configs(cell: Cell) -> Iterator[tuple[Cell, Config]]:
         base = task_config(cell.task, cell.method, *request.overrides)
@@ -216,9 +198,9 @@ def parts(request: Request) -> Iterator[Part]:
     wanted = [c for c in cells(request.preset) if c.task in tasks and c.method in methods]
     if request.options.lrs:
         known = [f"{c.start:.1g}" for c in wanted if c.start is not None]
-        lrs = asked("lrs", request.options.lrs, list(dict.fromkeys(known)))
+        lrs = choose_all("lrs", request.options.lrs, list(dict.fromkeys(known)))
         wanted = [c for c in wanted if c.start is None or f"{c.start:.1g}" in lrs]
-    # One batch, so that what is compiled for one task serves the others.
+    # One batch, so that the tasks share compiled steps.
     yield Part([[run for cell in wanted for run in configs(cell)]])
 
 
@@ -228,7 +210,6 @@ STUDY = Study(
     parts,
     __doc__,
     part_of=lambda preset, run: cell_of(preset, run).task,
-    options=SuiteOptions,
-    settable=SETTABLE_WITH_RECORDS,
+    options=MethodOptions,
     starts=("scratch", "records"),
 )

@@ -1,4 +1,4 @@
-"""The hyperoptimization surface, as a 3-D figure and as a flat map, from the curves of its runs."""
+"""Draw the hyperoptimization surface as a 3-D figure and as a map, from the curves of its runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from experiments.studies import pages, style
 from experiments.studies.pages import write_all
 from hyperopt import parse
 
-SMOOTH = 9  # steps over which losses are averaged; batches differ
+SMOOTH = 9  # steps of the losses' moving average
 TICKS = (-3, -2, -1, 0)  # log10 of lr
 LOOKS: tuple[dict[str, Any], ...] = (  # of the towers, in their order
     {"color": style.VERMILION, "marker": "o"},
@@ -33,7 +33,7 @@ class Surface:
         lrs: log10 of the plain runs' lrs, ascending, [runs].
         steps: [steps].
         losses: in nats, smoothed, [runs, steps].
-        towers: for each notation log10 of its lr, and its smoothed loss, both [steps].
+        towers: for each notation, log10 of the lr, and the smoothed loss, both [steps].
     """
 
     def __init__(self, curves: pd.DataFrame) -> None:
@@ -62,7 +62,7 @@ def titled(figure: plt.Figure, axis: Any, words: str) -> plt.Figure:
 
 
 def poster(surface: Surface, words: str) -> plt.Figure:
-    """The surface in three dimensions: a thin line for each plain run, thick ones for towers."""
+    """Draw the surface in 3-D: a thin line for each plain run, thick lines for towers."""
     figure = plt.figure(figsize=(style.WIDTH, 5.2))
     axis: Any = figure.add_subplot(projection="3d", computed_zorder=False)
     low, high = 0.8, float(np.nanmax(surface.losses))
@@ -71,7 +71,7 @@ def poster(surface: Surface, words: str) -> plt.Figure:
         lr, losses = np.full(len(surface.steps), surface.lrs[k]), surface.losses[k]
         line = np.column_stack([surface.steps, lr, losses])
         foot = np.column_stack([surface.steps, lr, np.full(len(lr), low)])[::-1]
-        # What stands in front hides what is behind.
+        # A white curtain hides the lines behind it.
         curtain = Poly3DCollection([np.vstack([line, foot])], facecolor="white", zorder=2 * rank)
         segments = Line3DCollection(
             np.stack([line[:-1], line[1:]], 1),
@@ -114,7 +114,7 @@ def poster(surface: Surface, words: str) -> plt.Figure:
 
 
 def flat(surface: Surface, words: str) -> plt.Figure:
-    """The same from above: loss as shades and contours, towers as paths."""
+    """Draw the surface from above: loss as shades and contours, towers as paths."""
     figure, axis = style.subplots(1, 1, 3.6)
     mesh = axis.pcolormesh(
         surface.steps,
@@ -155,7 +155,7 @@ def setting(runs: pd.DataFrame) -> str:
 
 
 def markdown(folder: Path, runs: pd.DataFrame, surface: Surface) -> str:
-    """Both figures with their caption, and where the towers' step sizes go, as Markdown."""
+    """The page: both figures, and the towers' final step sizes, as Markdown."""
     errors = runs.set_index("stack").test_error
     plain = errors.drop(list(surface.towers))
     rows = [
@@ -177,14 +177,14 @@ def captions(folder: Path) -> dict[str, str]:
     runs = pd.read_csv(folder / "runs.csv")
     text = (
         f"{setting(runs)}. Thin lines, or shades: plain SGD at "
-        f"{(~runs['stack'].str.contains('/')).sum()} step sizes. Thick lines: towers that move "
-        "theirs, from where the mark is."
+        f"{(~runs['stack'].str.contains('/')).sum()} step sizes. Thick lines: towers that tune "
+        "theirs; a marker shows the start."
     )
     return {"figure": text, "flat": "The same from above"}
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw both figures from the CSVs of runs and curves; returns what was written beside them."""
+    """Draw both figures from the CSVs of runs and curves; returns the written files."""
     runs = pd.read_csv(folder / "runs.csv")
     surface = Surface(pd.read_csv(folder / "curves.csv"))
     words = setting(runs)

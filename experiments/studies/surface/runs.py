@@ -3,8 +3,8 @@
     python -m experiments.studies surface
     python -m experiments.studies surface data.root=data store=runs results=results
 
-Plain SGD at many step sizes, and towers that move theirs. Beside the line of each run,
-`curves.csv` has the losses of each run and the step sizes of the towers, a line for each step.
+Plain SGD at many step sizes, and towers that tune theirs. `curves.csv` has a line for each step,
+with the loss of each run and the step sizes of the towers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOWERS = (
 
 @dataclass(frozen=True)
 class SurfacePreset(Preset):
-    """How much is done: plain SGD at every so-manieth of the step sizes."""
+    """Adds the stride over plain SGD's step sizes."""
 
     every: int = 1
 
@@ -38,7 +38,7 @@ PRESETS = {"paper": SurfacePreset(seeds=(0,)), "quick": SurfacePreset(seeds=(0,)
 
 
 def parts(request: Request) -> Iterator[Part]:
-    """The runs of the surface, of one seed."""
+    """The runs of the surface; afterwards, write `curves.csv`."""
     base = compose(["experiment=surface", *request.overrides])
     plain = (f"SGD({lr})" for lr in LRS[:: request.preset.every])
     surface = Part([each_seed(request, base, ((s, s, s) for s in [*plain, *TOWERS]))])
@@ -55,7 +55,7 @@ def line(stack: str, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def curves(store: RunStore, summaries: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """A line for each step: each run's loss, and each tower's lr; empty once a run has diverged."""
+    """A line for each step: each run's loss and each tower's lr; empty after a run diverged."""
     columns: dict[str, list[Any]] = {}
     for summary in summaries:
         with open(store.run(summary["hash"]).path / "hyperparameters.csv", newline="") as file:

@@ -1,4 +1,4 @@
-"""Table 1, drawn from the CSVs of its runs: the table, the second one, and the figure."""
+"""Draw Table 1, the table of relearned rows, and the figure from the CSVs of the runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ KINDS = {"baseline": "plain", "tower": "tower", "relearned": "plain, relearned"}
 
 
 def summarize(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """One line for each row of the published table that was run, ours beside the published values.
+    """A line for each row of the published table with runs, ours beside the published values.
 
-    Ours are the mean and the sample standard deviation over seeds, in percent, and the same of the
-    learned hyperparameters. `agrees`: the means differ by no more than twice the pooled standard
-    deviation or 0.3 points, whichever is larger; it stays empty for runs that are not in the
-    published setting.
+    Ours: mean and sample standard deviation over seeds of the test error in percent and of the
+    learned hyperparameters. `agrees`: the means differ by at most twice the pooled standard
+    deviation or 0.3 points, whichever is larger. Runs in another setting have no such column.
     """
     learned = [f"learned_{name}" for name in LEARNED]
     columns: dict[str, Any] = {
@@ -64,7 +63,7 @@ def is_published_setting(runs: pd.DataFrame, reference: pd.DataFrame) -> bool:
 
 
 def setting(runs: pd.DataFrame, reference: pd.DataFrame) -> str:
-    """The runs' setting in words, for a caption; a reduced one is named as such."""
+    """The runs' setting in words, for a caption; it mentions a reduced setting."""
     seeds = runs.seed.nunique()
     text = f"{data_label(runs.data.iloc[0])}, {seeds} seed{'s' * (seeds > 1)}"
     if is_published_setting(runs, reference):
@@ -75,7 +74,7 @@ def setting(runs: pd.DataFrame, reference: pd.DataFrame) -> str:
 
 
 def learned_text(line: pd.Series) -> str:
-    """As in "lr = 0.06958 ± 0.0043"; without a standard deviation where there is none."""
+    """Such as "lr = 0.06958 ± 0.0043"; without the standard deviation if it is NaN."""
     texts = []
     for name in LEARNED:
         mean, sd = line[f"learned_{name}"], line[f"learned_{name}_sd"]
@@ -97,7 +96,7 @@ def ours(line: pd.Series) -> str:
 
 
 def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words: str) -> str:
-    """The table, and the small one of the rows started from our own towers, as Markdown."""
+    """The page: the table, and the table of rows relearned from our own towers, as Markdown."""
     lines = [line for _, line in rows.iterrows()]
     heads = ["Optimizer", "Kind", "Epochs", "Published", "Its code, rerun", "Ours", "n"]
     cells = (
@@ -111,11 +110,11 @@ def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words
     parts: list[Any] = [
         f"# Table 1: {words}",
         "Test error in percent after the last epoch, mean ± standard deviation over seeds. "
-        "*Published* is the paper, *its code, rerun* the published package on the same data. "
-        "*Relearned* is the plain optimizer started at the hyperparameters that the tower above it "
-        "learned in the paper. *Learned* are our towers' final values, in the same way. "
-        "*Agrees*: ours is within twice the pooled standard deviation of the published mean, or "
-        "0.3 points, whichever is larger.",
+        "*Published*: the paper. *Its code, rerun*: the published package on the same data. "
+        "*Relearned*: the plain optimizer, started at the hyperparameters that the tower above it "
+        "learned in the paper. *Learned*: our towers' final values, mean ± standard deviation. "
+        "*Agrees*: the means differ by at most twice the pooled standard deviation or 0.3 points, "
+        "whichever is larger.",
         table([*heads, "Learned", "Agrees"], "llrrrrrll", cells),
     ]
     if own is not None:
@@ -125,13 +124,13 @@ def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words
             for _, o in own.iterrows()
         )
         parts += [
-            f"## Relearned rows, started from what our towers learned: {own_words}",
-            "The plain optimizer started at the mean of our towers' final hyperparameters.",
+            f"## Relearned rows, started from our own towers: {own_words}",
+            "The plain optimizer starts at the mean of our towers' final hyperparameters.",
             table([*heads, "Published"], "llrrlr", rows_of_own),
         ]
         parts += [
-            f"`{tower.row}` is left out: no plain optimizer can start at the mean of what our "
-            f"towers learned, {learned_text(tower)}."
+            f"`{tower.row}` is left out: no plain optimizer can start at the mean of our towers' "
+            f"values, {learned_text(tower)}."
             for tower, row in itertools.pairwise(lines)
             if row.kind == "relearned" and row.row not in set(own.row)
         ]
@@ -139,7 +138,7 @@ def markdown(rows: pd.DataFrame, own: pd.DataFrame | None, words: str, own_words
 
 
 def latex(rows: pd.DataFrame, words: str) -> str:
-    """The table for a paper."""
+    """The table as LaTeX."""
     groups = (
         (
             BLOCKS[str(block)],
@@ -156,7 +155,7 @@ def latex(rows: pd.DataFrame, words: str) -> str:
 
 
 def figure(table: pd.DataFrame, words: str) -> plt.Figure:
-    """Published and ours side by side, a panel for each block."""
+    """Draw published and our errors side by side, a panel for each block."""
     blocks = list(table.groupby("block", sort=False))
     ratios = {"height_ratios": [len(rows) for _, rows in blocks]}
     height = 0.6 + 0.2 * len(table)
@@ -194,7 +193,7 @@ def captions(folder: Path) -> dict[str, str]:
 
 
 def own_table(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """`summarize`, with the tower of each row and the start that ours had."""
+    """The result of `summarize`, with each row's tower and our start."""
     rows, order = summarize(runs, reference), list(reference.index)
     rows["tower"] = [order[order.index(row) - 1] for row in rows.row]
     rows["start"] = [runs.loc[runs.row == row, "stack"].iloc[0] for row in rows.row]
@@ -202,14 +201,14 @@ def own_table(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
 
 
 def read(path: Path) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """The runs of a CSV, the table of them, and their setting in words."""
+    """Read the runs of a CSV; returns them, their table, and their setting in words."""
     reference = pd.read_csv(REFERENCE).set_index("stack")
     runs = pd.read_csv(path)
     return runs, summarize(runs, reference), setting(runs, reference)
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw Table 1 from the CSVs of its runs; returns what was written beside them."""
+    """Draw Table 1 from the CSVs of its runs; returns the written files."""
     _, rows, words = read(folder / "runs.csv")
     texts = {"table.csv": csv_of(rows)}
     own, own_words = None, ""
@@ -249,7 +248,7 @@ SHOWN = (
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """Some rows of the table, and how many of all agree."""
+    """The blocks in README and docs: some rows of the table, and how many agree."""
     rows = pd.read_csv(folder / "table.csv").set_index("row")
     shown = rows.loc[list(SHOWN)].iterrows()
     cells = (

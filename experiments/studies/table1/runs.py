@@ -4,7 +4,8 @@
     python -m experiments.studies table1 preset=quick workers=4 data.root=data store=runs
     python -m experiments.studies table1 start=own
 
-`start=own` does, besides, the relearned rows from what *our* towers learned, for a second table.
+`start=own` also trains the relearned rows from the hyperparameters of *our* towers, for a second
+table.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ LEARNED = ("lr", "beta1", "beta2", "gamma")
 
 
 def reference() -> list[Row]:
-    """The rows of the published table, in its order, from published.csv.
+    """Read the rows of the published table, in its order, from published.csv.
 
     `published_*` are the paper's numbers: test error in percent, mean and standard deviation of
-    three runs. `rerun_*` are those of the authors' package (1.0 on PyPI), run again on the full
-    MNIST with seeds 0 to 2. `kind`: a baseline is the plain optimizer, a tower a stack, and
-    relearned is the plain optimizer started at what the tower in the row above learned there.
+    three runs. `rerun_*` are from the authors' package (1.0 on PyPI) on the full MNIST with seeds
+    0 to 2. `kind`: "baseline" is a plain optimizer, "tower" a stack, and "relearned" a plain
+    optimizer started at the paper's learned values of the tower in the row above.
     """
     with open(REFERENCE, newline="") as file:
         return list(csv.DictReader(file))
@@ -55,7 +56,7 @@ def row_configs(overrides: Sequence[str] = ()) -> dict[str, Config]:
 
 
 def parts(request: Request) -> Iterator[Part]:
-    """The table's runs and, where it is asked for, those of the second table."""
+    """The table's runs and, with start=own, those of the second table."""
     configs = row_configs(request.overrides)
     table = Part(
         [
@@ -72,9 +73,9 @@ def parts(request: Request) -> Iterator[Part]:
 
 
 def own_runs(table: Part, seeds: Sequence[int]) -> list[tuple[Row, Config]]:
-    """The relearned rows, started at the mean of what our towers learned; 4 digits, as the paper.
+    """The relearned rows, started at the mean of our towers' values, to 4 digits as in the paper.
 
-    A row is left out, with a line that says so, where no plain optimizer can start at that mean.
+    If no plain optimizer can start at that mean, the row is left out, with a message.
     """
     configs = {row["stack"]: config for row, config in zip(table.cells, table.configs, strict=True)}
     towers: dict[str, list[dict[str, Any]]] = {}
@@ -100,7 +101,7 @@ def own_runs(table: Part, seeds: Sequence[int]) -> list[tuple[Row, Config]]:
 
 
 def line(row: Row, summary: dict[str, Any]) -> dict[str, Any]:
-    """A run in the CSV. What was learned is the lowest level's tuned hyperparameters at the end."""
+    """A run in the CSV, with the final values of the lowest level's tuned hyperparameters."""
     learned = _learned(summary)
     return {
         "block": row["block"],

@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the paper's first version, from the CSV of our runs."""
+"""Draw Tables 1 and 2 of the paper's first version from the CSV of our runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from experiments.studies.pages import csv_of, diverged, table, with_sd, write_al
 from experiments.studies.tables_v1.runs import REFERENCE
 
 TOO_MUCH = (
-    "Where the paper has SGD(0.001) / SGD(0.0001) above Adam, the step size of the second level "
-    "falls below 0 within three steps, and Adam's then grows for the rest of the epoch. The "
-    "published package (1.0) does the same on this stack, to rounding (tests/test_published.py), "
-    "so that the first version must have had other constants than its table gives."
+    "With SGD(0.001) / SGD(0.0001) above Adam, the step size of the second level falls below 0 "
+    "within three steps, and Adam's step size then grows for the rest of the epoch. The published "
+    "package (1.0) gives the same results on this stack, to rounding (tests/test_published.py). So "
+    "the first version must have used other constants than those in its table."
 )
 
 
 def summarize(runs: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
-    """One line for each row of the published tables, accuracies in percent, times in ms.
+    """A line for each row of the published tables, accuracies in percent, times in ms.
 
-    Ours are mean and sample standard deviation over seeds; the time is that of the fastest seed,
-    since the step of some stacks is compiled within the first of their runs.
+    Ours: mean and sample standard deviation over seeds, and the time of the fastest seed, because
+    the first run of some stacks includes the compilation.
     """
     ours = runs.groupby(["table", "row"]).agg(
         accuracy=("test_accuracy", "mean"),
@@ -72,11 +72,11 @@ def markdown(rows: pd.DataFrame, words: str) -> str:
     heads = ("Optimizer", "Published", "Ours", "Published time", "Our time")
     parts: list[Any] = [
         f"# The first version's tables: {words}",
-        "Test accuracy in percent, mean ± standard deviation over seeds, beside that of arXiv "
-        "1909.13371v1, which has one run of each. Plain rows below a tower start at what it "
-        "learned in the paper. *Time* is ms of a whole training step: theirs on a 2.4 GHz laptop "
-        "core, ours that of the fastest seed, of runs side by side on a machine that may have had "
-        "more to do; what a step costs is measured in [results/step_time](../../step_time).",
+        "Test accuracy in percent, mean ± standard deviation over seeds. *Published*: arXiv "
+        "1909.13371v1, one run of each. A plain row below a tower starts at the values that the "
+        "tower learned in the paper. *Time*: ms of a whole training step. The published times are "
+        "from a 2.4 GHz laptop core. Ours are of the fastest seed, with parallel runs and perhaps "
+        "other load; see [results/step_time](../../step_time) for a benchmark.",
     ]
     for number, own in rows.groupby("table"):
         parts += [f"## Table {number}", table(heads, "lrrrr", cells(own))]
@@ -84,7 +84,7 @@ def markdown(rows: pd.DataFrame, words: str) -> str:
 
 
 def latex(rows: pd.DataFrame, words: str) -> str:
-    """The tables for a paper."""
+    """The tables as LaTeX."""
     groups = ((f"Table {number}", cells(own)) for number, own in rows.groupby("table"))
     caption = f"Test accuracy (\\%), published in the first version and ours. {words}"
     heads = ("Optimizer", "Published", "Ours", "ms", "ms, ours")
@@ -92,7 +92,7 @@ def latex(rows: pd.DataFrame, words: str) -> str:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw the tables from the CSV of the runs; returns what was written beside it."""
+    """Draw the tables from the CSV of the runs; returns the written files."""
     runs = pd.read_csv(folder / "runs.csv")
     rows, words = summarize(runs, pd.read_csv(REFERENCE)), setting(runs)
     texts = {
@@ -104,7 +104,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def claims(folder: Path) -> Iterator[Claim]:
-    """A claim for each row of the first version's tables, to the digits that these have."""
+    """A claim for each row of the first version's tables, with the tables' digits."""
     runs = pd.read_csv(folder / "runs.csv")
     for _, line in summarize(runs, pd.read_csv(REFERENCE)).iterrows():
         own = runs[(runs.table == line.table) & (runs.row == line.row)]
@@ -123,7 +123,7 @@ def claims(folder: Path) -> Iterator[Claim]:
 
 
 def prose(folder: Path) -> dict[str, str]:
-    """How many rows agree."""
+    """The block in README: how many rows agree."""
     found = [claim.verdict for claim in claims(folder)]
     line = (
         "First version, Tables 1 and 2",

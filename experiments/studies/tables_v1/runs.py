@@ -20,18 +20,18 @@ Row = dict[str, str]  # a line of the published tables
 
 
 def reference() -> list[Row]:
-    """The rows of the published tables, in their order, from published.csv.
+    """Read the rows of the published tables, in their order, from published.csv.
 
-    Test accuracy in percent of one run, and ms of a step on one core of a 2.4 GHz laptop.
+    They have the test accuracy in percent of one run, and ms of a step on a 2.4 GHz laptop core.
     """
     with open(REFERENCE, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def notation(row: str) -> str:
-    """The stack that a row of the published tables names, with the paper's constants.
+    """The stack of a row of the published tables, with the paper's constants.
 
-    A level "per hyperparameter" has a step size for each hyperparameter of Adam below it.
+    A level "per hyperparameter" has a step size for each hyperparameter of the Adam below it.
     """
 
     def per_hyperparameter(match: re.Match) -> str:
