@@ -308,7 +308,7 @@ def test_without_a_fixed_lr_that_ended_well_nothing_is_said_to_be_near_it(fixed)
     assert robust[["decades_1.1", "decades_1.5", "worst_ratio"]].isna().all(axis=None)
     runs = pd.DataFrame({"task": ["mlp"], "data": ["mnist"]})
     text = drawn.markdown(points, runs, "cpu", None)
-    assert "| Auto | - |" in text and "there is no fixed lr to compare with" in text
+    assert "| Auto | - |" in text and "A dash: no fixed lr to compare with." in text
     assert "nan" not in text and "\nAuto:\n" not in text
 
 
