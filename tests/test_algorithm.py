@@ -127,7 +127,7 @@ class Late(Rule, known=False):
 
 
 @pytest.mark.parametrize("rule", [Signed, Late])
-def test_rules_that_hide_that_they_depend_on_the_weights(rule):
+def test_rules_with_hidden_dependence_on_the_weights(rule):
     check(rule(0.05) / SGD(1e-3))
 
 

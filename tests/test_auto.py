@@ -65,7 +65,7 @@ def test_a_finite_horizon_forgets(horizon):
 
 
 @pytest.mark.parametrize("rule", ["ScheduleFreeAdam(0.01, r=2)", "AdamW(0.01)"])
-def test_a_gradient_that_is_not_finite_leaves_the_way_as_it_is(rule):
+def test_a_non_finite_gradient_keeps_the_accumulation(rule):
     g = gradients(12)
     stack = f"{rule}[lr: log, beta2] / AdaGrad(0.5, horizon=inf, normalize=True)"
     weights, numbers = run(stack, g)
@@ -76,7 +76,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_way_as_it_is(rule):
 
 
 @pytest.mark.parametrize("horizon", ["inf", "4"])
-def test_a_way_begins_anew_where_its_hyperparameter_has_fallen_to_a_thousandth(horizon):
+def test_the_accumulation_restarts_when_its_hyperparameter_falls_to_a_thousandth(horizon):
     g = [1.0, *[-1.0] * 9]  # what the first step has added outweighs what the smaller ones can
     stack = f"SGD(0.1)[lr: log] / SGD(2, horizon={horizon}, normalize=True)"
     lr = lrs(run(stack, [torch.tensor([each], dtype=torch.float64) for each in g])[1])
@@ -93,7 +93,7 @@ def test_a_way_begins_anew_where_its_hyperparameter_has_fallen_to_a_thousandth(h
     assert min(lr) < 1e-4 < lr[-1]  # without that it would fall on
 
 
-def test_auto_goes_on_where_gradients_have_no_noise():
+def test_auto_keeps_tuning_without_gradient_noise():
     generator = torch.Generator().manual_seed(1)
     inputs, first, second = (torch.randn(n, 8, generator=generator) for n in (64, 1, 1))
     w = torch.zeros(8, requires_grad=True)
@@ -125,7 +125,7 @@ def test_a_horizon_of_one_step_is_the_paper_s_hypergradient():
         "AdamW(0.05, 0.7, 0.9, eps=0.1)[lr: log, beta1, beta2, eps]",
     ],
 )
-def test_normalized_it_is_the_cosine_with_the_derivative_of_the_weights(lowest):
+def test_a_normalized_hypergradient_is_a_cosine(lowest):
     """The derivative by central differences of the rule itself, one raw value after the other."""
     g = gradients(5)
     rule = parse(lowest).levels[0]
@@ -154,7 +154,7 @@ def test_normalized_it_is_the_cosine_with_the_derivative_of_the_weights(lowest):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("horizon", ["", ", horizon=inf"])
 @pytest.mark.parametrize("rule", ["Adam", "Adamax", "RAdam", "ScheduleFreeAdam"])
-def test_what_rounding_has_left_of_a_derivative_has_no_cosine(rule, horizon, dtype):
+def test_a_derivative_of_rounding_errors_has_no_cosine(rule, horizon, dtype):
     """The betas do not matter to Adam's first step, and do to the second."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(100, generator=generator).to(dtype).requires_grad_()
@@ -186,7 +186,7 @@ def test_a_normalized_level_on_a_level_sees_signs():
     assert len({move > 0 for move in moves[2:]}) == 2
 
 
-def test_no_update_is_larger_than_the_share_of_the_weights_that_is_trusted():
+def test_no_update_exceeds_the_trusted_share_of_the_weights():
     g = gradients(10, 1000)
     w = torch.linspace(-1, 2, 1000, dtype=torch.float64)
     weights, numbers = run("Adam(100.0)[lr: log] / SGD(0, trust=0.01)", g, w)
@@ -254,7 +254,7 @@ def test_a_bound_is_moved_where_it_held_and_what_it_held_back_is_not():
     assert seen == {True, False}
 
 
-def test_a_bound_is_tuned_beside_what_it_does_not_bound():
+def test_a_bound_is_tuned_beside_hyperparameters_that_it_does_not_bound():
     """Nothing bounds the momentum, and after a gradient that is not finite nothing is known."""
     w = torch.linspace(-1, 2, 6, dtype=torch.float64).requires_grad_()
     stack = BOUND.format("").replace("(0.5)[lr: log]", "(0.5, momentum=0.3)[lr: log, momentum]")
@@ -273,7 +273,7 @@ def test_a_bound_is_tuned_beside_what_it_does_not_bound():
     assert len(set(bounds)) > 3
 
 
-def test_the_bound_is_one_number_among_the_hyperparameters_and_constant_unless_it_is_named():
+def test_the_bound_is_one_hyperparameter_and_constant_by_default():
     p = torch.ones(3, requires_grad=True)
     for text, tuned in (
         ("SGD(0.1)[lr: log] / SGD(0.1, trust=0.1) / SGD(0.1)", {"lr"}),
@@ -310,7 +310,7 @@ def test_updates_whose_squares_have_no_sum_are_bounded(size, compile):
     assert optimizer.skipped[0] == 0
 
 
-def test_weights_of_zero_can_be_moved_all_the_same():
+def test_zero_weights_can_move():
     w = torch.zeros(4, dtype=torch.float64)
     weights, _ = run("Adam(100.0)[lr: log] / SGD(0, trust=0.1)", gradients(3, 4), w)
     assert float(weights[1].norm()) == pytest.approx(0.1 * 1e-3 * 4**0.5, rel=1e-4)

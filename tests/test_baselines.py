@@ -74,7 +74,7 @@ def test_a_run_is_the_package_s_own_loop(tmp_path: Path, stack: str) -> None:
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(tmp_path: Path, stack: str) -> None:
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path, stack: str) -> None:
     overrides = f"stack={stack}", "trainer.epochs=2", "trainer.checkpoint_every=7"
     whole = train(config(tmp_path / "whole", *overrides))
     broken = config(tmp_path / "broken", *overrides)
@@ -87,7 +87,7 @@ def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(tmp_path: Path, stack: st
 
 
 @pytest.mark.parametrize("stack", SUITE)
-def test_a_peer_of_the_suite_goes_on_or_starts_again(
+def test_a_peer_of_the_suite_resumes_or_restarts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stack: str
 ) -> None:
     peer = parse(stack).levels[0]
@@ -104,7 +104,7 @@ def test_a_peer_of_the_suite_goes_on_or_starts_again(
     assert ("cannot resume from a checkpoint" in capsys.readouterr().err) != SUITE[stack]
 
 
-def test_a_peer_that_needs_the_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_needs_the_loss_receives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("momo")
     weight = nn.Linear(1, 1, bias=False)
     optimizer = make_optimizer(weight, "MomoAdam()", compile=False)
@@ -121,7 +121,7 @@ def test_a_peer_that_needs_the_loss_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert told == [2.0]
 
 
-def test_what_a_run_records_can_be_read_as_any_other(tmp_path: Path) -> None:
+def test_the_records_of_a_peer_have_the_usual_form(tmp_path: Path) -> None:
     own = config(tmp_path, "stack=Prodigy()", "trainer.epochs=1")
     summary = train(own)
     assert summary["stack"] == "Prodigy(1.0)" and summary["tuned"] == []
@@ -135,12 +135,12 @@ def test_what_a_run_records_can_be_read_as_any_other(tmp_path: Path) -> None:
     assert RunStore(tmp_path).summary(run_hash(own)) == summary
 
 
-def test_a_start_that_is_too_large_is_recorded_as_diverged(tmp_path: Path) -> None:
+def test_a_too_large_lr_is_recorded_as_diverged(tmp_path: Path) -> None:
     summary = train(config(tmp_path, "stack=AdamWScheduleFree(1e38)"))
     assert summary["diverged"] and summary["epochs"] == 1
 
 
-def test_schedules_reach_them(tmp_path: Path) -> None:
+def test_schedules_apply_to_peers(tmp_path: Path) -> None:
     summary = train(config(tmp_path, "stack=AdamWScheduleFree(0.01)", "schedule=cosine"))
     assert 0 < summary["hyperparameters"][0]["lr"] < 1e-4
 
@@ -158,7 +158,7 @@ class Stretched(nn.Module):
         return self.norm(self.weight * images.flatten(1).mean(1, keepdim=True))
 
 
-def test_averages_of_batch_normalisation_follow_the_weights_that_are_judged() -> None:
+def test_batch_normalisation_follows_the_evaluation_weights() -> None:
     images, labels = torch.full((512, 2, 2), 255, dtype=torch.uint8), torch.zeros(512).long()
     data = Classification(Dataset("mnist", "", "", images, labels, images, labels), 8, False, "cpu")
     for stack, expected in (("AdamWScheduleFree(1.0)", "moved"), ("SGD(1.0)", "left alone")):
@@ -195,7 +195,7 @@ def test_errors(stack: str, message: str) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_package_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise ModuleNotFoundError(name)
 

@@ -96,7 +96,7 @@ def test_the_setting_is_char_rnns() -> None:
     assert (schedule.factor, schedule.after, schedule.epochs) == (0.97, 10, 50)
 
 
-def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
+def test_the_hashes_of_a_preset_are_stable() -> None:
     """Else the committed records are those of other runs."""
     configs = [resolve(cell_config(c, 0, PRESETS["cpu"].overrides), "war_and_peace") for c in CELLS]
     assert run_hash(configs[0]) == "07f0c1c134852d1a"
@@ -142,7 +142,7 @@ def done(lines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_towers_move_what_they_tune_and_nothing_else_moves(done: Path) -> None:
+def test_towers_change_only_what_they_tune(done: Path) -> None:
     moving = {"plain": [], "decay": ["0.lr"], "tower": ["0.lr"], "free": ["0.lr"]}
     for run in read_runs(results_of(done)):
         moved = [name for name in run.values.columns[1:] if run.values[name].nunique() > 1]
@@ -168,7 +168,7 @@ def test_tables_are_drawn_from_the_records_alone(
     assert all((results_of(done) / f"figure{suffix}").exists() for suffix in (".png", ".pdf"))
 
 
-def test_the_table_states_its_setting_and_where_each_number_is_from(done: Path) -> None:
+def test_the_table_states_its_setting_and_provenance(done: Path) -> None:
     text = (results_of(done) / "README.md").read_text()
     assert text.startswith("# Character RNN on War and Peace, preset cpu, 2 epochs; a reduced")
     with open(results_of(done) / "runs.csv", newline="") as file:
@@ -195,7 +195,7 @@ def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
     assert towers and all("0.lr" in entry.curves for entry in towers)
 
 
-def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:
+def test_the_sentences_on_towers_follow_from_the_runs(done: Path) -> None:
     """Perplexities put in by hand: two starts of three are mended, the worst by four fifths."""
     by_hand = {
         ("plain", 1e-4): 9.0,
@@ -224,7 +224,7 @@ def test_what_is_said_of_the_towers_follows_from_the_runs(done: Path) -> None:
     assert "from 1 of 2 starts" in verdicts(runs)[0]  # from the third both have diverged
 
 
-def test_what_is_finished_is_recorded_and_need_not_be_done_again(
+def test_finished_runs_are_recorded_and_not_repeated(
     done: Path, lines: Path, tmp_path: Path
 ) -> None:
     """Stopped in the second wave, and gone on with elsewhere from the records alone."""
@@ -265,7 +265,7 @@ def run_of(done: Path, kind: str = "plain", lr: float = 1e-2) -> Options:
     raise AssertionError
 
 
-def test_a_sample_goes_on_from_its_start(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sample_continues_its_start(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = replace(run_of(done), length="40")
     text = sample.sample(options)
     assert text.startswith("to ") and len(text) == 43 and set(text) <= set(LINES)
@@ -312,7 +312,7 @@ def test_a_bad_option_of_a_sample_gets_one_clear_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_run_from_records_has_no_weights_to_write_with(done: Path, tmp_path: Path) -> None:
+def test_a_run_from_records_has_no_weights(done: Path, tmp_path: Path) -> None:
     options = run_of(done)
     import_runs(results_of(done) / "records", RunStore(tmp_path))
     with pytest.raises(ValueError, match="has no weights in"):

@@ -108,7 +108,7 @@ def step(w: list[Tensor], optimizer: HyperOptimizer, t: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stack", "dtype", "own"), STACKS, ids=[s[0] for s in STACKS])
-def test_compiled_is_eager_to_rounding_and_compiled_once(
+def test_compiled_matches_eager_to_rounding_and_compiles_once(
     stack, dtype, own, compiler, compilations, monkeypatch
 ):
     precision = 1e-9 if dtype == torch.float64 else 1e-5
@@ -183,7 +183,7 @@ def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
 
 
 @pytest.mark.slow
-def test_sets_of_parameters_that_change_share_kernels(compiler, compilations):
+def test_changing_sets_of_parameters_share_kernels(compiler, compilations):
     """As of experts, of which each step moves some."""
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (300, 1, 700)]
@@ -207,7 +207,7 @@ def test_sets_of_parameters_that_change_share_kernels(compiler, compilations):
 
 
 @pytest.mark.slow
-def test_compiling_draws_none_of_the_user_s_random_numbers(compiler, compilations):
+def test_compiling_does_not_change_the_user_s_random_state(compiler, compilations):
     """So a run does not depend on whether it, or another one before it, was compiled."""
     w, groups = made(torch.float32, {})
     step(w, HyperOptimizer(groups, "AdamW(0.01)", compile=False), 0)
@@ -242,7 +242,7 @@ def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compile
 
 
 @pytest.mark.slow
-def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
+def test_a_kernel_that_cannot_work_in_place_is_compiled_differently(
     compiler, compilations, monkeypatch
 ):
     """Both ways compute the same, and the trial tells a kernel that does not work in place."""
@@ -280,7 +280,7 @@ def test_a_kernel_that_may_not_write_where_it_reads_is_made_another_way(
 
 
 @pytest.mark.slow
-def test_a_function_that_looks_at_the_length_has_a_kernel_for_each(compiler, compilations):
+def test_a_function_that_depends_on_the_length_has_a_kernel_for_each(compiler, compilations):
     def centred(small: Tensor, old: Tensor, new: Tensor) -> None:
         new.copy_((old - old.sum() / len(old)) * small)
 
@@ -361,7 +361,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_watch_sees_what_it_should():
+def test_the_watch_detects_synchronizations():
     one = torch.ones(())
     for read in (Tensor.item, float, bool, lambda t: t > 0 and True, lambda t: t.to("meta")):
         with Watch() as watch:
@@ -372,7 +372,7 @@ def test_the_watch_sees_what_it_should():
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("which", [2, 4], ids=["AdamW", "as Auto"])
-def test_a_step_waits_for_nothing(which, compile, compiler, compilations, monkeypatch):
+def test_a_step_does_not_synchronize(which, compile, compiler, compilations, monkeypatch):
     stack, dtype, own = STACKS[which]
     w, groups = made(dtype, own)
     optimizer = HyperOptimizer(groups, stack, compile=compile)
@@ -502,7 +502,7 @@ def test_a_step_computes_nothing_twice_and_its_loops_are_few(
     assert all(found <= bar for found, bar in zip(loops, most, strict=True)), loops
 
 
-def test_the_cpp_compiler_does_what_it_is_good_for(monkeypatch):
+def test_the_cpp_compiler_is_used_where_it_helps(monkeypatch):
     from torch._inductor import compile_fx, cpp_builder
 
     asked = []
@@ -559,7 +559,7 @@ def moved_by(stack: Stack | Rule) -> float:
 
 
 @pytest.mark.slow
-def test_what_was_edited_is_compiled_again(compiler, compilations, monkeypatch):
+def test_edited_code_is_compiled_again(compiler, compilations, monkeypatch):
     assert moved_by(Edited(0.5)) == pytest.approx(0.5)
     assert moved_by(Edited(0.25)) == pytest.approx(0.25)
     assert len(compilations) == 1
@@ -594,7 +594,7 @@ def test_what_was_edited_is_compiled_again(compiler, compilations, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_domain_that_was_made_again_is_compiled_again(compiler, compilations):
+def test_a_redefined_domain_is_compiled_again(compiler, compilations):
     def stepped(value, raw, compile: bool) -> Tensor:
         Domain("cell", value, raw, low=0.0)
         w = torch.ones(5, requires_grad=True)

@@ -105,7 +105,7 @@ def test_the_full_cifar10_is_known_by_its_checksum() -> None:
         assert (share @ (levels - mean) ** 2).sqrt().item() == pytest.approx(sd, abs=1e-7)
 
 
-def test_cifar10_is_the_same_in_whatever_order_and_container_it_comes(
+def test_cifar10_does_not_depend_on_order_and_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few images stand for it, in an npz file and, in another order, in torchvision's folder."""
@@ -146,7 +146,7 @@ def test_cifar10_is_the_same_in_whatever_order_and_container_it_comes(
         assert labelled[row.numpy().tobytes()] == label
 
 
-def test_without_cifar10_it_is_said_where_to_put_it(tmp_path: Path, offline: list[Path]) -> None:
+def test_without_cifar10_the_error_names_the_file(tmp_path: Path, offline: list[Path]) -> None:
     for download, tried in ((False, 0), (True, 1)):
         with pytest.raises(ValueError) as caught:
             resolve("cifar10", tmp_path, download)
@@ -181,14 +181,14 @@ def test_a_truncated_npz_is_refused(tmp_path: Path) -> None:
         load("mnist", tmp_path)
 
 
-def test_without_mnist_the_embedded_digits_stand_in(tmp_path: Path, offline: list[Path]) -> None:
+def test_without_mnist_the_embedded_digits_are_used(tmp_path: Path, offline: list[Path]) -> None:
     assert resolve("mnist", tmp_path, download=False) == "mnist-5k"
     assert offline == []
     assert resolve("mnist", tmp_path, download=True) == "mnist-5k"
     assert offline == [tmp_path]
 
 
-def test_a_banner_says_that_other_digits_stand_in(
+def test_a_banner_warns_of_other_digits(
     tmp_path: Path, offline: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = compose([f"data.root={tmp_path}"])

@@ -159,7 +159,7 @@ def spawned(work: Callable[[int, Path], None], folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_two_processes_are_as_one(tmp_path):
+def test_two_processes_match_one(tmp_path):
     tmp_path = spawned(work, tmp_path)
     model = Net()
     optimizer = HyperOptimizer(model.parameters(), TALL, compile=False)

@@ -47,7 +47,7 @@ def give(params: list[Tensor], gradients: list[Tensor], active=lambda i: True) -
 
 
 @pytest.mark.parametrize("stack", PLAIN)
-def test_parameters_rest_as_in_torch_optim(memory, stack):
+def test_parameters_without_gradients_match_torch_optim(memory, stack):
     shapes = [(3, 2), (4,), (), (5,)]
     ours, theirs = parameters(*shapes), parameters(*shapes)
     optimizer, peer = HyperOptimizer(ours, stack, compile=False), PLAIN[stack](theirs)
@@ -71,7 +71,7 @@ def test_parameters_rest_as_in_torch_optim(memory, stack):
             assert entry["step"] + entry.get("moved", 0) == their[i]["step"]
 
 
-def test_constants_that_change_while_parameters_rest(memory):
+def test_constants_that_change_while_parameters_have_no_gradient(memory):
     """A parameter that comes to rest has made its last move with the constants of that time."""
     ours, theirs = parameters((3,), (4,)), parameters((3,), (4,))
     optimizer = HyperOptimizer(ours, "SGD(0.1, momentum=0.9)[lr] / SGD(0)", compile=False)
@@ -86,7 +86,7 @@ def test_constants_that_change_while_parameters_rest(memory):
 
 
 @pytest.mark.parametrize("lowest", ["SGD(0.1, momentum=0.6)", "Adam(0.1, 0.6, 0.8, eps=0.1)"])
-def test_hypergradients_where_parameters_rest(memory, lowest):
+def test_hypergradients_with_parameters_without_gradients(memory, lowest):
     stack = f"{lowest} / Adam(1e-3, eps=0.1)"
     start = [0.4, -0.7, 1.1, 0.3]
     w = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in start]
@@ -335,7 +335,7 @@ def test_groups_that_are_added_in_mid_run(memory):
 
 
 @pytest.mark.parametrize("own", [[{}, {"lr": 0.05}], [{"lr": 0.05}, {}]])
-def test_a_group_that_is_added_goes_on_as_one_that_waited(memory, own):
+def test_an_added_group_continues_like_one_without_gradients(memory, own):
     """What a level above knows of the first group's own values is not of those shared since."""
     stack = "SGD(0.1, momentum=0.6) / SGD(1e-3, momentum=0.5) / SGD(1e-5)"
 

@@ -91,7 +91,7 @@ def test_hypergradients_are_differences(name):
 
 
 @every_rule
-def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(name):
+def test_weights_without_gradients_stay_and_do_no_harm(name):
     hypers = RULES[name].hypers
     still = {name: 0.0 for name in ("weight_decay", "lambd") if name in hypers}
     values = {n: h.default or 0.1 for n, h in hypers.items() if n not in still} | {"lr": 0.01}
@@ -115,7 +115,7 @@ def test_weights_that_never_see_a_gradient_stay_and_spoil_nothing(name):
 
 @every_rule
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1e20])
-def test_a_gradient_that_would_poison_the_state_leaves_no_trace(name, bad):
+def test_a_non_finite_gradient_leaves_the_state_unchanged(name, bad):
     """One that is not finite, or whose square overflows in float32."""
     for rule, size in itertools.product(variants(name), (0, 1e-3)):
         runs = []
@@ -161,7 +161,7 @@ def test_no_hyperparameter_leaves_its_domain(name):
 
 
 @every_rule
-def test_the_notation_reads_what_it_writes(name):
+def test_the_notation_round_trips(name):
     for rule in variants(name):
         stack = Stack(rule, rule, SGD(0.1))
         assert parse(str(stack)) == stack
@@ -217,7 +217,7 @@ def moved(rule: Rule, values: dict[str, Any]) -> Tensor:
 
 
 @every_rule
-def test_an_update_is_pure_and_keeps_the_kinds_of_its_state(name):
+def test_an_update_is_pure_and_keeps_its_state_types(name):
     for rule, dtype in itertools.product(variants(name), (torch.float32, torch.float64)):
         w = torch.randn(4, dtype=dtype)
         state = rule.init(w)
@@ -226,7 +226,7 @@ def test_an_update_is_pure_and_keeps_the_kinds_of_its_state(name):
 
 
 @every_rule
-def test_each_hyperparameter_below_may_have_values_of_its_own(name):
+def test_each_hyperparameter_below_may_have_its_own_values(name):
     """Then an update reads vectors, and moves each entry as it would alone."""
     for rule in variants(name):
         for n in rule.hypers:

@@ -64,7 +64,7 @@ def test_the_grid_is_the_papers() -> None:
         assert sizes["momentum"] == pytest.approx(1e-6 / (1 - cell.momentum), rel=1e-5)
 
 
-def test_the_setting_is_that_of_he_et_al() -> None:
+def test_the_setting_is_he_et_al_s() -> None:
     config = cell_config(HE, 0, PRESETS["paper"].overrides)
     assert (config.model.name, config.data.name, config.data.augment) == (
         *("resnet20", "cifar10"),
@@ -81,7 +81,7 @@ def test_the_setting_is_that_of_he_et_al() -> None:
     assert {cell_config(c, 0, ()).schedule.name for c in CELLS[1:]} == {"constant"}
 
 
-def test_the_hashes_of_a_preset_stay_what_they_are() -> None:
+def test_the_hashes_of_a_preset_are_stable() -> None:
     """Else the committed records are those of other runs."""
     configs = [resolve(cell_config(cell, 0, PRESETS["cpu"].overrides), "cifar10") for cell in CELLS]
     assert run_hash(configs[0]) == "5a29e44676a9c428"
@@ -189,12 +189,12 @@ def test_in_every_tower_lr_and_momentum_move(done: Path) -> None:
         assert {row["0.weight_decay"] for row in rows} == {1e-4}
 
 
-def test_hes_schedule_is_followed(done: Path) -> None:
+def test_he_et_al_s_schedule_is_followed(done: Path) -> None:
     lrs = [row["0.lr"] for row in values(done, HE)]
     np.testing.assert_allclose(lrs, [0.1, 0.1, 0.01, 0.001])
 
 
-def test_the_replay_is_the_tower_again(done: Path) -> None:
+def test_the_replay_repeats_the_tower(done: Path) -> None:
     """With the same seed and values, plain SGD makes the steps that the tower made."""
     tower, replay = values(done, REPLAYED), values(done, REPLAY)
     for name in ("0.lr", "0.momentum"):
@@ -246,7 +246,7 @@ def copy_of_records(done: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_table_states_n_and_where_each_number_is_from(done: Path) -> None:
+def test_the_table_states_n_and_provenance(done: Path) -> None:
     text = (results_of(done) / "README.md").read_text()
     assert "a reduced setting, the paper's is 64,000 steps" in text and "n = 1" in text
     with open(results_of(done) / "runs.csv", newline="") as file:
@@ -274,7 +274,9 @@ def test_the_table_states_n_and_where_each_number_is_from(done: Path) -> None:
 # Records.
 
 
-def test_records_are_finished_runs_elsewhere(done: Path, cifar: Path, tmp_path: Path) -> None:
+def test_records_move_finished_runs_to_another_machine(
+    done: Path, cifar: Path, tmp_path: Path
+) -> None:
     """Half of the runs here, the rest on another machine, which has the records alone."""
     (here := tmp_path / "here").mkdir()
     assert execute(here, cifar, stop_after=7, draw=False) == 7
@@ -291,7 +293,7 @@ def test_records_are_finished_runs_elsewhere(done: Path, cifar: Path, tmp_path: 
     assert {n: again[n] for n in curves} == {n: whole[n] for n in curves}
 
 
-def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None:
+def test_import_restores_exported_runs(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     hashes = [run.name for run in (done / "runs").iterdir()]
     assert export_runs(RunStore(tmp_path / "runs"), hashes, path) == 0 and not path.exists()
@@ -308,7 +310,7 @@ def test_import_gives_back_what_was_exported(done: Path, tmp_path: Path) -> None
     assert path.read_bytes() == before
 
 
-def test_new_runs_are_added_as_a_new_file(done: Path, cifar: Path, tmp_path: Path) -> None:
+def test_new_runs_go_to_a_new_file(done: Path, cifar: Path, tmp_path: Path) -> None:
     """Git stores a file of records once, so that none is ever written again."""
     assert execute(tmp_path, cifar, stop_after=7, draw=False) == 7
     (first,) = (results_of(tmp_path) / "records").iterdir()
@@ -323,7 +325,7 @@ def test_new_runs_are_added_as_a_new_file(done: Path, cifar: Path, tmp_path: Pat
     assert sorted((results_of(tmp_path) / "records").iterdir()) == parts
 
 
-def test_exports_at_once_lose_no_run(done: Path, tmp_path: Path) -> None:
+def test_concurrent_exports_lose_no_run(done: Path, tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl.gz"
     hashes = [run.name for run in (done / "runs").iterdir()]
     with ThreadPoolExecutor(4) as exports:
@@ -367,7 +369,7 @@ def test_runs_of_several_settings_are_not_mixed(done: Path, cifar: Path, tmp_pat
         STUDY.draw(folder)
 
 
-def test_what_cannot_be_drawn_gets_a_line(done: Path, tmp_path: Path) -> None:
+def test_an_undrawable_study_gets_one_line(done: Path, tmp_path: Path) -> None:
     folder = copy_of_records(done, tmp_path)
     damaged = folder / "records" / "damaged.jsonl.gz"
     damaged.write_text("x")
@@ -381,7 +383,7 @@ def test_what_cannot_be_drawn_gets_a_line(done: Path, tmp_path: Path) -> None:
         STUDY.draw(folder)
 
 
-def test_records_of_an_earlier_layout_are_told_in_a_line(
+def test_records_of_an_earlier_layout_get_a_hint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = tmp_path / "figure2_cpu.jsonl.gz"
@@ -407,7 +409,7 @@ def result(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cell", [REPLAYED, HE], ids=["tower", "schedule"])
-def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     cifar: Path, tmp_path: Path, cell: Cell
 ) -> None:
     """What normalises batches, and the order, crops and flips to come, are in the checkpoint."""

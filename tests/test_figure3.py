@@ -23,7 +23,7 @@ from hyperopt import parse
 RESULTS = ROOT / "results" / "figure3"
 
 
-def test_the_runs_are_those_of_the_issue() -> None:
+def test_the_runs_are_all_heights_and_starts() -> None:
     """Heights 0 to 5, 21 starts, 3 seeds of each rule; all levels start at the same step size."""
     assert (STARTS[0], STARTS[1], STARTS[-1], len(STARTS)) == (1e-8, 3.162e-8, 1e2, 21)
     runs = planned(STUDY, "preset=cpu")
@@ -42,7 +42,7 @@ def test_the_runs_are_those_of_the_issue() -> None:
 
 
 @pytest.mark.parametrize("name", ["cpu", "quick"])
-def test_the_committed_runs_are_those_of_the_presets(name: str) -> None:
+def test_the_committed_runs_match_the_presets(name: str) -> None:
     committed = pd.read_csv(RESULTS / name / "runs.csv")
     seeds = ",".join(map(str, sorted(committed.seed.unique())))
     runs = planned(STUDY, f"preset={name}", f"seeds={seeds}")
@@ -81,7 +81,7 @@ def execute(folder: Path) -> int:
         return len(running.execute(STUDY, folder, "preset=quick", *data))
 
 
-def test_the_whole_command_trains_once_and_counts_what_diverged(tmp_path: Path) -> None:
+def test_the_whole_command_trains_once_and_counts_diverged_runs(tmp_path: Path) -> None:
     assert execute(tmp_path) == 8
     results = tmp_path / "results" / "figure3" / "quick-mnist-5k"  # not where those of MNIST are
     with open(results / "runs.csv", newline="") as file:
@@ -159,7 +159,7 @@ def test_the_claim_is_that_no_measure_shrinks(
     assert [measure for (_, measure), verdict in claims.items() if not verdict] == shrinking
 
 
-def test_the_check_says_what_it_found(
+def test_the_check_prints_its_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     table(tmp_path, ERRORS)

@@ -144,7 +144,7 @@ def test_hugging_face_trainer(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hugging_face_trainer_goes_on_from_a_checkpoint(tmp_path):
+def test_hugging_face_trainer_resumes_from_a_checkpoint(tmp_path):
     def run(folder: Path, start: str | None, save: bool) -> Any:
         model, make = small_transformer(), MAKERS["tower"]
         own = {"save_strategy": "steps", "save_steps": 10} if save else {"save_strategy": "no"}

@@ -31,7 +31,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("surface", SURFACES, ids=lambda surface: surface.name)
-def test_minima_are_level_and_lowest(surface: gallery.Surface) -> None:
+def test_minima_are_stationary_and_lowest(surface: gallery.Surface) -> None:
     x0, x1, y0, y1 = surface.view
     x, y = torch.meshgrid(torch.linspace(x0, x1, 99), torch.linspace(y0, y1, 99), indexing="xy")
     assert surface.f(x, y).min() >= surface.lowest - 1e-6
@@ -72,7 +72,7 @@ def test_a_tower_moves_its_step_size_by_the_product_of_gradients(short: None) ->
         point, before = point - size * gradient, gradient
 
 
-def test_the_best_of_a_grid_is_the_lowest_on_the_whole(short: None) -> None:
+def test_the_best_of_a_grid_has_the_lowest_mean(short: None) -> None:
     walk, _ = GROUPS["plain"]["gradient descent"]
     grid = (1e-3, 1e-2, 1e-1, 1e200)  # the third swings ever wider, the last ends at infinity
     trails = [best(VALLEY, "", walk, (size,)) for size in grid]

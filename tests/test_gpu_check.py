@@ -35,7 +35,7 @@ def test_a_synchronization_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> 
     assert (finding.found, finding.good) == ("2", False)
 
 
-def test_a_captured_step_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_differing_captured_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
 
     class Wrong:
@@ -67,7 +67,7 @@ def test_figure_2_is_trained_in_bf16(cifar: Path, tmp_path: Path) -> None:
     assert '"autocast": true' in run.read_text()
 
 
-def test_the_page_names_the_device_and_says_what_is_wrong() -> None:
+def test_the_page_names_the_device_and_the_failures() -> None:
     found = [Finding("a", "1", True), Finding("b", "2", False), Finding("c", "3")]
     text = gpu_check.page(CPU, found)
     assert text.startswith("# Checked on ") and "| a | 1 | yes |\n| b | 2 | **no** |" in text

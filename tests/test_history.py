@@ -45,7 +45,7 @@ def plain_style() -> Iterator[None]:
         yield
 
 
-def test_it_keeps_what_snapshots_say() -> None:
+def test_it_keeps_the_values_of_snapshots() -> None:
     model = Net()
     optimizer = HyperOptimizer(model.parameters(), STACK, compile=False)
     history, expected = History(optimizer), []
@@ -67,7 +67,7 @@ def test_every_so_many_steps() -> None:
     assert watched(steps=7, every=3)[1].steps == [3, 6]
 
 
-def test_names_that_come_later_are_nan_before() -> None:
+def test_later_names_are_nan_before() -> None:
     first, second = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
     optimizer = HyperOptimizer([first], "SGD(0.1)[lr: per group] / SGD(1e-3)", compile=False)
     history = History(optimizer)

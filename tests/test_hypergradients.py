@@ -133,7 +133,7 @@ def test_the_step_size_of_adam_has_the_closed_form():
         direction = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
 
 
-def test_step_sizes_of_their_own_for_each_hyperparameter_and_each_group():
+def test_separate_step_sizes_for_each_hyperparameter_and_group():
     stack = (
         "Adam(0.1, 0.6, 0.8, eps=0.1) / SGD({lr: 0.003, beta1: 0.02, beta2: 0.05}, momentum=0.5)"
         " / SGD({lr: 1e-4, momentum: 1e-3})"
@@ -173,7 +173,7 @@ def test_step_sizes_of_their_own_for_each_hyperparameter_and_each_group():
         "AdaGrad(0.003, lr_decay={lr: 0.1, momentum: 0.2})[lr, lr_decay]",
     ],
 )
-def test_betas_of_their_own_for_each_hyperparameter(middle):
+def test_separate_betas_for_each_hyperparameter(middle):
     stack = f"SGD(0.1, momentum=0.6) / {middle} / SGD(1e-3)"
     w = torch.tensor(START, dtype=torch.float64, requires_grad=True)
     optimizer = HyperOptimizer([w], stack, compile=False)

@@ -43,7 +43,7 @@ def test_an_epoch_has_each_image_once_in_an_order_of_its_own(augment: bool) -> N
     assert not fed(images, seed=1).labels.equal(epoch.labels)
 
 
-def test_without_augmentation_images_are_as_they_are() -> None:
+def test_without_augmentation_images_are_unchanged() -> None:
     data = dataset(30)
     epoch = fed(Classification(data, 8, False, "cpu"))
     assert epoch.images.equal(data.x_train[epoch.labels])
@@ -94,7 +94,7 @@ def test_the_test_error_is_of_evaluation_mode_and_leaves_the_model_training() ->
     assert model.training and model.seen == 1100
 
 
-def test_feeding_takes_next_to_nothing_of_a_step() -> None:
+def test_feeding_takes_little_of_a_step() -> None:
     """Less than 3 % of a ResNet-20's step at batch 128, the least of several times of both."""
     images = Classification(dataset(2560), 128, True, "cpu")
     model = ResNet().to(memory_format=torch.channels_last)

@@ -34,7 +34,7 @@ def same(one: dict, other: dict) -> bool:
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )
-def test_an_interrupted_run_goes_on_bit_for_bit(
+def test_an_interrupted_run_resumes_bit_for_bit(
     tmp_path: Path, number: int, error: type[BaseException]
 ) -> None:
     short = ("trainer.batch_size=40", "trainer.record_every=10")

@@ -38,7 +38,7 @@ LEARNERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 @pytest.mark.parametrize("stack", LEARNERS)
-def test_a_replay_gives_the_run_again(stack, suffix, tmp_path):
+def test_a_replay_repeats_the_run(stack, suffix, tmp_path):
     model, schedule = net(), Schedule()
     tower = HyperOptimizer(model.parameters(), stack, compile=False)
     learned = train(model, tower, lambda: schedule.append(tower))
@@ -54,7 +54,7 @@ def test_a_replay_gives_the_run_again(stack, suffix, tmp_path):
         assert replay.last_step == 41
 
 
-def test_groups_and_where_a_replay_goes_on():
+def test_groups_and_interpolation_of_a_replay():
     schedule = Schedule([1, 3], {"lr[0]": [0.1, 0.3], "lr[1]": [1.0, 2.0]})
     p, q = (torch.ones(1, requires_grad=True) for _ in range(2))
     optimizer = torch.optim.SGD([{"params": [p]}, {"params": [q]}], 5.0)
@@ -92,7 +92,7 @@ def test_a_schedule_that_is_continued(tmp_path):
     assert schedule.steps == [1, 2, 3, 4, 5, 6] and schedule.values["lr"] == lrs
 
 
-def test_what_was_0_throughout_need_not_be_there():
+def test_columns_of_zeros_are_optional():
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], 1.0)
     Replay(optimizer, Schedule([1], {"lr": [0.1], "gamma": [0.0]}))
     assert optimizer.param_groups[0]["lr"] == 0.1 and "gamma" not in optimizer.param_groups[0]
@@ -116,7 +116,7 @@ def test_a_group_without_what_the_optimizer_would_have():
     assert [group["lr"] for group in plain.param_groups] == [0.01, 0.0]
 
 
-def test_a_schedule_of_an_optimizer_that_gets_another_group():
+def test_a_schedule_after_adding_a_group():
     p, q = (torch.ones(1, requires_grad=True) for _ in range(2))
     optimizer, schedule = HyperOptimizer([p], "SGD(0.1) / SGD(0.01)", compile=False), Schedule()
     p.grad, q.grad = torch.ones(1), torch.ones(1)
@@ -131,13 +131,13 @@ def test_a_schedule_of_an_optimizer_that_gets_another_group():
         Schedule([1], {"lr": [0.1]}).append(optimizer)
 
 
-def test_a_name_may_hold_what_csv_separates_by(tmp_path):
+def test_a_name_may_contain_csv_separators(tmp_path):
     values = {'lr[a,"b"]': [0.1, 1e-7], "momentum": [0.9, 1 / 3]}
     Schedule([1, 5], values).save(tmp_path / "learned.csv")
     assert Schedule.load(tmp_path / "learned.csv").values == values
 
 
-def test_what_cannot_be_replayed(tmp_path):
+def test_schedules_that_cannot_be_replayed(tmp_path):
     p = torch.ones(1, requires_grad=True)
     with pytest.raises(ValueError, match="SGD has no hyperparameter 'gamma'"):
         Replay(torch.optim.SGD([p], 0.1), Schedule([1], {"gamma": [0.9]}))

@@ -40,7 +40,7 @@ def history(kind: str, store: Path, name: str) -> dict[str, dict[int, list[float
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_was_cut_short_is_there_once(tmp_path: Path, kind: str) -> None:
+def test_an_interrupted_run_is_logged_once(tmp_path: Path, kind: str) -> None:
     pytest.importorskip(kind)
     wanted = config(tmp_path, f"logger={kind}")
     with pytest.raises(Cut):

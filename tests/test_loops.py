@@ -111,7 +111,7 @@ def test_accumulated_gradients():
 
 
 @pytest.mark.parametrize("foreach", [False, True])
-def test_clipped_gradients_are_those_that_tune(foreach):
+def test_hypergradients_use_clipped_gradients(foreach):
     """The hypergradient of SGD's step size is -<G_t, G_t-1>, of the gradients that moved it."""
     model, optimizer = made("SGD(0.1) / SGD(0.01)")
     last, lr = torch.zeros(37, dtype=torch.float64), 0.1
@@ -208,7 +208,7 @@ def test_a_closure_is_called_once_before_anything_moves():
     same((model, optimizer), trained())
 
 
-def test_a_closure_that_fails_leaves_everything_as_it_was():
+def test_a_failing_closure_changes_nothing():
     model, optimizer = made()
 
     def closure() -> None:
@@ -284,7 +284,7 @@ def test_hooks_around_a_step():
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_gradients_that_are_zeroed_and_kept(stack):
+def test_gradients_zeroed_but_not_freed(stack):
     """With ``set_to_none=False`` a parameter that is out of use is moved on by its momentum."""
 
     def run(make: Callable[[Any], torch.optim.Optimizer]) -> nn.Module:
@@ -310,7 +310,7 @@ def test_compiled_models():
     same((model, optimizer), trained(), rtol=1e-12)
 
 
-def test_a_loop_that_is_compiled_as_a_whole():
+def test_a_compiled_training_loop():
     model, optimizer = made()
 
     @torch.compile(backend="eager")
@@ -376,7 +376,7 @@ def test_several_optimizers_on_one_model():
 
 
 @pytest.mark.parametrize("decay", [0.9, None], ids=["exponential", "Polyak"])
-def test_an_average_of_the_weights_beside_it(decay):
+def test_an_average_of_the_weights(decay):
     model, optimizer = made()
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay) if decay else None)
     expected: list[Tensor] = []
@@ -412,7 +412,7 @@ def beside_torch(
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_layers_that_are_thawed_frozen_and_given_another_step_size(memory, stack):
+def test_layers_thawed_frozen_and_with_another_lr(memory, stack):
     def change(t: int, model: Net, optimizer: torch.optim.Optimizer) -> None:
         if t == 4:
             optimizer.param_groups[0]["lr"] = 0.06
@@ -425,7 +425,7 @@ def test_layers_that_are_thawed_frozen_and_given_another_step_size(memory, stack
 
 
 @pytest.mark.parametrize("stack", STACKS)
-def test_parameters_that_are_replaced_in_their_group(memory, stack):
+def test_parameters_replaced_in_their_group(memory, stack):
     """A new one starts afresh, and one that was taken out is left alone."""
 
     def change(t: int, model: Net, optimizer: torch.optim.Optimizer) -> None:
@@ -510,7 +510,7 @@ def test_groups_cannot_be_taken_away():
         train(model, optimizer, range(1))
 
 
-def test_parameters_with_hyperparameters_to_themselves_keep_their_places():
+def test_parameters_with_their_own_hyperparameters_keep_their_places():
     model, optimizer = trained(3, "SGD(0.1)[lr: per tensor] / SGD(1e-3)")
     before = optimizer.snapshot()
     own = optimizer.param_groups[0]["params"]
@@ -650,7 +650,7 @@ def test_a_model_that_changes_its_device(memory):
 
 
 @pytest.mark.gpu
-def test_a_model_that_is_torn_apart():
+def test_a_model_on_two_devices_is_refused():
     model, optimizer = trained(3)
     model.first.cuda()
     give(model.last, 0)
@@ -682,7 +682,7 @@ def test_another_default_device_and_dtype():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_moves_the_copied_model_alone(copied):
+def test_a_copy_moves_only_the_copied_model(copied):
     """Also beside a scheduler, which puts a `step` of its own into the optimizer; hooks stay."""
     model, optimizer = made("Adam(0.05)[beta1] / SGD(1e-2)")
     StepLR(optimizer, 100)

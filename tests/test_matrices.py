@@ -308,7 +308,7 @@ def test_a_compiled_tower_of_adafactor():
     assert_equal(*runs)
 
 
-def test_what_they_cannot_do_is_said_at_once():
+def test_unsupported_features_are_refused_at_once():
     with pytest.raises(ValueError, match=r"Muon moves parameters of 2 dimensions.*shape \[3\]"):
         HyperOptimizer([torch.ones(3, requires_grad=True)], "Muon(0.1)")
     with pytest.raises(ValueError, match="can be the lowest level only"):
@@ -465,7 +465,7 @@ def test_schedulers_and_groups_that_come_later():
     assert (p != 0).all()
 
 
-def test_stacks_that_are_missing_or_late_are_refused():
+def test_missing_or_late_stacks_are_refused():
     net = Net()
     with pytest.raises(ValueError, match="no stack was given"):
         HyperOptimizer(net.parameters())
@@ -483,7 +483,7 @@ def test_stacks_that_are_missing_or_late_are_refused():
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compiler)])
 @pytest.mark.parametrize("domain", ["real", "log"])
-def test_an_lr_for_each_weight_is_that_of_the_literature(compile, domain):
+def test_an_lr_per_weight_matches_the_literature(compile, domain):
     """Almeida et al. 1999 and Baydin et al. 2018 per weight; Sutton's IDBD (1992) moves log lr."""
     stack = f"SGD(0.1)[lr: {domain} per element] / SGD(1e-3)"
     generator = torch.Generator().manual_seed(0)
@@ -547,7 +547,7 @@ def test_per_element_resumes_is_scaled_and_copied():
     assert len(shapes) == 2 + 2 + 2  # of Adam, its lr and slope, and of the Adam above
 
 
-def test_an_infinite_gradient_leaves_its_element_as_it_is():
+def test_an_infinite_gradient_keeps_its_element():
     p = torch.ones(3, requires_grad=True)
     optimizer = HyperOptimizer([p], "SGD(0.1)[lr: log per element] / SGD(0.1)")
     for _ in range(3):
@@ -566,11 +566,11 @@ def test_an_infinite_gradient_leaves_its_element_as_it_is():
         ("Muon(0.1)[lr: per element] / SGD(1)", "is not elementwise"),
     ],
 )
-def test_what_cannot_be_per_element_is_said_at_once(stack, why):
+def test_unsupported_per_element_options_are_refused_at_once(stack, why):
     with pytest.raises(ValueError, match=why):
         HyperOptimizer([torch.ones(3, 3, requires_grad=True)], stack)
 
 
-def test_rules_say_what_they_need():
+def test_rules_state_their_requirements():
     assert Rule.elementwise and Rule.ndim is None
     assert all(rule.example().ndim in (1, rule.ndim or 2) for rule in (R() for R in RULES.values()))

@@ -79,7 +79,7 @@ def test_memory_of_compiled_steps_is_flat(without_collector):
     assert tracemalloc.get_traced_memory()[0] - traced < 100_000
 
 
-def test_nothing_of_an_optimizer_outlives_it(without_collector):
+def test_a_deleted_optimizer_leaves_no_memory(without_collector):
     counts: list[int] = []
     gone: list[weakref.ref[Any]] = []
     for _ in range(20):

@@ -49,7 +49,7 @@ def test_resnets_are_he_et_al_s_without_biases_and_with_parameter_free_shortcuts
 
 
 @pytest.mark.parametrize("outputs", [2, 4])
-def test_a_block_overwrites_nothing_that_is_still_needed(outputs):
+def test_a_block_overwrites_no_needed_tensor(outputs):
     torch.manual_seed(0)
     block = BasicBlock(2, outputs).double()
     x = torch.randn(3, 2, 4, 4, dtype=torch.float64)

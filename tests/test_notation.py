@@ -82,7 +82,7 @@ def stacks(draw) -> Stack:
 
 
 @given(stacks())
-def test_any_stack_is_read_as_it_was_written(stack):
+def test_any_stack_round_trips(stack):
     assert parse(str(stack)) == stack
     assert str(parse(str(stack))) == str(stack)
     assert parse(str(stack).replace(" ", "")) == stack
@@ -220,7 +220,7 @@ def test_what_the_level_above_moves():
         ("ScheduleFreeAdam(1, r=-1)", "ScheduleFreeAdam: r must be 0 or more, but is -1.0"),
     ],
 )
-def test_what_is_wrong_and_where(text, message):
+def test_errors_name_the_mistake_and_its_column(text, message):
     with pytest.raises(ValueError) as caught:
         parse(text)
     assert message in str(caught.value)
@@ -228,7 +228,7 @@ def test_what_is_wrong_and_where(text, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_the_notation_knows_can_be_imported():
+def test_all_names_of_the_notation_can_be_imported():
     known = {name for name, rule in RULES.items() if rule.__module__ == "hyperopt.rules"}
     assert known <= {*hyperopt.__all__} and all(hasattr(hyperopt, name) for name in known)
 
@@ -259,7 +259,7 @@ def test_numbers_of_numpy_are_numbers():
             SGD(1e-3, every=wrong)
 
 
-def test_what_is_put_on_top_is_a_rule():
+def test_only_a_rule_can_be_put_on_top():
     for wrong in (1e-5, "SGD(1e-5)", Adam, None):
         for below in (Adam(1e-3), Adam(1e-3) / SGD(1e-5)):
             with pytest.raises(

@@ -180,7 +180,7 @@ def test_values_that_no_level_moves_may_be_set_between_steps():
     assert optimizer.hyperparameters()[0]["momentum[1]"] == 0.59
 
 
-def test_what_is_set_in_a_group_holds_from_the_next_step_on():
+def test_values_set_in_a_group_are_used_from_the_next_step():
     """The hypergradient of the last step is that of the values it was made with."""
     w = torch.tensor([0.5, -1.0], dtype=torch.float64, requires_grad=True)
     optimizer = HyperOptimizer([w], "SGD(0.1, momentum=0.5)[momentum] / SGD(0.01)", compile=False)
@@ -243,7 +243,7 @@ def test_sparse_gradients():
         assert len(optimizer.state) == 1  # which is there when it is asked for
 
 
-def test_stacks_that_are_none():
+def test_invalid_stacks():
     w = weights((3,))
     with refused(ValueError, "there is no rule 'Adma'; did you mean 'Adam'?", "column 1"):
         HyperOptimizer(w, "Adma(0.1)")
@@ -278,7 +278,7 @@ def test_groups_without_parameters():
     assert filled.names[0] == "0.lr[p0]"
 
 
-def test_groups_that_are_wrong():
+def test_invalid_groups():
     w = weights((3,))
     with refused(TypeError, "a param group is a dict with params, not 3"):
         HyperOptimizer([{"params": w}, 3], "SGD(0.1)")
@@ -307,7 +307,7 @@ def test_groups_that_are_wrong():
             HyperOptimizer([{"params": w, "lr": value}], "SGD(0.1)")
 
 
-def test_a_refused_group_leaves_the_optimizer_as_it_was():
+def test_a_refused_group_changes_nothing():
     w, more = weights((3,)), weights((4,))
     optimizer = HyperOptimizer(w, "SGD(0.1) / SGD(0.01)", compile=False)
     give_gradients(w, 0)
@@ -413,7 +413,7 @@ def test_the_state_of_the_same_stack_with_other_numbers_is_taken():
     assert other.hyperparameters() == optimizer.hyperparameters()
 
 
-def test_what_was_set_in_a_state_holds():
+def test_values_set_in_a_state_are_used():
     """As in torch.optim, where one goes on with another lr."""
     w = weights((3,))
     give_gradients(w, 0)
@@ -659,7 +659,7 @@ def test_a_state_that_the_rule_cannot_use_is_refused():
             optimizer.step()
 
 
-def test_a_param_group_that_is_another_dict_is_followed():
+def test_a_replaced_param_group_dict_is_used():
     moved = []
     for make in (lambda p: torch.optim.SGD(p, 0.1), lambda p: HyperOptimizer(p, "SGD(0.1)")):
         (w,) = weights((3,))
@@ -707,7 +707,7 @@ def test_a_rule_is_tried_out(members, words):
         HyperOptimizer(weights((3,)), rule(**members)(0.1))
 
 
-def test_a_rule_has_nothing_beside_what_its_class_declares():
+def test_a_rule_has_only_declared_attributes():
     for name in ("every", "trust", "name", "update"):
         with refused(TypeError, f"Own: a hyperparameter or option cannot be called {name!r}"):
             rule(**{name: Hyper(0.1)})
@@ -760,7 +760,7 @@ def not_elementwise() -> Any:
         ("SGD(0.1)", {"params": [torch.ones(2).to(torch.float8_e5m2).requires_grad_()]}),
     ],
 )
-def test_what_can_be_known_is_said_when_the_optimizer_is_made(stack, group):
+def test_known_mistakes_are_errors_at_construction(stack, group):
     stack = stack() if callable(stack) else stack
     with pytest.raises((ValueError, TypeError)) as caught:
         HyperOptimizer([{"params": weights((3,)), **group}], stack)
@@ -802,7 +802,7 @@ def reshaped(optimizer: Any, w: list[Tensor]) -> None:
     ],
 )
 @pytest.mark.parametrize("steps", [0, 2])
-def test_what_comes_later_is_said_in_the_next_step_and_moves_nothing(change, steps):
+def test_later_mistakes_are_errors_in_the_next_step_and_change_nothing(change, steps):
     """Each of these is a change to an optimizer that was right; none could be known before."""
     if change is reshaped and not steps:
         pytest.skip("nothing is kept of the old shape yet")

@@ -44,7 +44,7 @@ def test_finished_runs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert run_all(configs, workers=1) == first
 
 
-def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
+def test_a_failing_run_does_not_affect_others(tmp_path: Path) -> None:
     good = [config(tmp_path, f"seed={seed}") for seed in range(3)]
     bad = replace(good[0], data=replace(good[0].data, name="mnist", root=str(tmp_path)))
     outcomes = run_all([bad, *good], workers=1)
@@ -53,7 +53,7 @@ def test_a_run_that_fails_takes_no_other_with_it(tmp_path: Path) -> None:
     assert all(outcome.summary is not None for outcome in outcomes[1:])
 
 
-def test_a_process_that_dies_takes_only_its_run_with_it(tmp_path: Path) -> None:
+def test_a_dying_process_fails_only_its_run(tmp_path: Path) -> None:
     endless = config(tmp_path, "trainer.epochs=100000")
     others = [config(tmp_path, f"seed={seed}") for seed in range(3)]
     outcomes: list[Outcome] = []
@@ -86,7 +86,7 @@ def test_a_process_that_dies_between_two_runs_is_replaced(tmp_path: Path) -> Non
     assert job.summary is not None and pool.workers[0] is not dead
 
 
-def test_an_error_without_words_has_a_line_too(tmp_path: Path) -> None:
+def test_an_error_without_a_message_gets_a_line(tmp_path: Path) -> None:
     asked_for = compose(["stack.lr=0.1"])  # and not resolved: its stack has no notation
     said = describe(Outcome(asked_for, error=explain(ValueError())))
     assert said == "stack.rule=SGD stack.height=1 stack.lr=0.1, seed 0: failed: ValueError"
@@ -95,7 +95,7 @@ def test_an_error_without_words_has_a_line_too(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux")
 @pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=1"])
-def test_workers_ask_for_large_pages_where_the_user_says_nothing(
+def test_workers_use_large_pages_by_default(
     own: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", own or "")
@@ -112,7 +112,7 @@ def test_workers_ask_for_large_pages_where_the_user_says_nothing(
         worker.end()
 
 
-def test_runs_that_differ_in_numbers_alone_share_a_structure(tmp_path: Path) -> None:
+def test_runs_that_differ_only_in_numbers_share_a_structure(tmp_path: Path) -> None:
     def of(stack: str) -> tuple:
         return structure(config(tmp_path, f"stack={stack}"))
 

@@ -63,7 +63,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     assert "epoch" not in again.stderr
 
 
-def test_what_two_processes_cannot_do_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_options_of_two_processes_get_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose(SETTING)
     assert "processes" not in str(resolve(config, "mnist-5k").stack)
     monkeypatch.setenv("WORLD_SIZE", "2")

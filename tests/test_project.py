@@ -230,13 +230,13 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
 @pytest.mark.parametrize(
     "package", ["hyperopt", "models", "experiments", "hydra_plugins", "scripts"]
 )
-def test_no_module_imports_itself_by_way_of_others(package: str) -> None:
+def test_there_are_no_import_cycles(package: str) -> None:
     """Inside functions neither: that would only hide it."""
     found = circles(module_imports())
     assert [name for name in found if name.partition(".")[0] == package] == []
 
 
-def test_a_circle_is_found() -> None:
+def test_an_import_cycle_is_detected() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
 
 
@@ -255,7 +255,7 @@ ROOMS = (
 )
 
 
-def test_each_room_of_the_experiments_stands_on_those_before_it() -> None:
+def test_experiments_import_only_from_lower_layers() -> None:
     wrong = []
     for name, others in module_imports().items():
         _, _, rest = name.partition("experiments.")
@@ -277,7 +277,7 @@ def test_the_library_is_imported_by_its_name() -> None:
     assert inner == set()
 
 
-def test_what_is_private_to_torch_is_used_in_one_file() -> None:
+def test_private_torch_api_is_used_in_one_file() -> None:
     private = re.compile(r"torch\.(\w+\.)*_[a-z]\w*|\._version\b|_local_tensor|fx\.experimental")
     found = {
         path.name
@@ -306,7 +306,7 @@ def third_party(package: str) -> set[str]:
     }
 
 
-def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+def test_imported_packages_are_exactly_the_declared_ones() -> None:
     always = requirements(extra=None) | requirements(extra="experiments")
     imported = set().union(*(third_party(package) for package in MAY_IMPORT))
     assert imported - always - requirements(extra="peers") - requirements(extra="scaleout") == set()
@@ -372,7 +372,7 @@ def test_every_requirement_has_a_tested_version(extra: str | None) -> None:
         ("experiments.records.push_wandb results=nosuch", "results=nosuch is not a folder"),
     ],
 )
-def test_a_command_that_is_asked_wrongly_says_so_and_does_nothing(
+def test_a_wrong_command_line_prints_an_error_and_does_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

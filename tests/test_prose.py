@@ -33,7 +33,7 @@ def test_the_readme_and_the_page_of_auto_have_blocks() -> None:
         ("lines table1/paper surface/paper", "no results in .* for the block surface/paper/line"),
     ],
 )
-def test_a_block_that_nobody_knows_is_an_error(name: str, message: str) -> None:
+def test_an_unknown_block_is_an_error(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         written(f"<!-- begin {name} -->\n<!-- end -->", RESULTS)
 

@@ -101,7 +101,7 @@ def hyperparameters(rule: published.Optimizable) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("stack", TOWERS)
-def test_towers_of_table_1_are_those_of_the_published_package(stack, mnist):
+def test_towers_of_table_1_match_the_published_package(stack, mnist):
     images = mnist.x_train[:1024].double().div(255).reshape(-1, 784)
     labels = mnist.y_train[:1024]
     dead = ~images.bool().any(dim=0)

@@ -159,7 +159,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_have_targets() -> None:
     targets = re.findall(r"\]\(([^)]+?)\)", README)
     local = [target.partition("#") for target in targets if not target.startswith("http")]
     assert local

@@ -164,7 +164,7 @@ def test_all_results_fit_into_three_megabytes() -> None:
     assert "_q25" not in re.sub(r"<script.*", "", text, flags=re.S)
 
 
-def test_the_page_of_what_is_committed_can_be_made(tmp_path: Path) -> None:
+def test_the_page_of_the_committed_results_can_be_made(tmp_path: Path) -> None:
     found = report.claims(ROOT / "results")
     assert {claim.verdict for claim in found} <= {"yes", "no", ""}
     assert all(claim.runs.split() for claim in found if "first version" not in claim.setting)
@@ -187,7 +187,7 @@ def run(kind: str, seed: int, train_loss: float, lr: float) -> Run:
     return Run(figure2.Cell(kind, 0.1, 0.9), seed, summary, pd.DataFrame(), pd.DataFrame())
 
 
-def test_claims_of_figure_2_are_of_the_seeds_that_both_have() -> None:
+def test_claims_of_figure_2_use_the_common_seeds() -> None:
     runs = [run("plain", 0, 0.5, 0.1), run("plain", 1, 0.7, 0.1), run("tower", 0, 0.4, 0.05)]
     better, falls = figure2.claims_of(runs)
     assert (better.ours, better.n, better.verdict) == ("0.400 against 0.500", 1, "yes")
@@ -234,7 +234,7 @@ def test_the_claim_of_a_levels_time_is_a_share_of_the_step() -> None:
     assert (claim.ours, claim.verdict) == ("5", "no")
 
 
-def test_it_needs_nothing_else(folder: Path) -> None:
+def test_the_page_is_self_contained(folder: Path) -> None:
     text = report.page(folder / "results", folder / "runs")
     assert text == report.page(folder / "results", folder / "runs")
     page = Page(text)
@@ -246,7 +246,7 @@ def test_it_needs_nothing_else(folder: Path) -> None:
     assert "<!--" not in text
 
 
-def test_what_is_written_in_a_table_is_no_html(tmp_path: Path) -> None:
+def test_table_cells_are_escaped(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text('a,b\n"<script>alert(1)</script>",</td>\n')
     text = report.page(tmp_path, tmp_path)
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text

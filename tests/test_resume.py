@@ -105,7 +105,7 @@ def test_a_resumed_run_is_the_same_when_compiled():
     resume(STACKS[1], "one group", True, False, (0, 1, 2, 4))
 
 
-def test_constants_that_were_just_set_are_in_the_state():
+def test_newly_set_constants_are_in_the_state():
     stack = "SGD(0.05, momentum=0.9)[momentum] / SGD(1e-2)"
     net, optimizer = make(stack, "one group", False)
     train(net, optimizer, range(3), False)
@@ -186,7 +186,7 @@ def test_a_group_added_in_mid_run_is_in_the_state():
 @pytest.mark.parametrize(
     "stack", ["SGD(0.1, momentum=0.9)", "AdamW(0.01)[lr: log, beta1] / SGD(1e-4) / RMSProp(1e-5)"]
 )
-def test_a_copy_goes_on_as_the_original_does(copied, stack):
+def test_a_copy_continues_like_the_original(copied, stack):
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 3)
     optimizer = HyperOptimizer(model.parameters(), stack, compile=False)
@@ -238,7 +238,7 @@ def test_a_resumed_run_is_the_same_through_a_distributed_checkpoint(stack, tmp_p
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("make", [lambda p: HyperOptimizer(p, STACKS[2]), torch.optim.Adam])
-def test_a_distributed_checkpoint_has_what_others_keep_too(make, tmp_path):
+def test_a_distributed_checkpoint_includes_foreign_entries(make, tmp_path):
     """Of each parameter and each group; torch takes no other keys of a state."""
 
     def start(number: float, word: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
@@ -273,7 +273,7 @@ def test_a_distributed_checkpoint_has_what_others_keep_too(make, tmp_path):
         assert float(other.state[p]["count"]) == 0.75
 
 
-def test_to_ask_for_the_state_before_the_first_step_changes_nothing():
+def test_reading_the_state_before_the_first_step_changes_nothing():
     net, optimizer = make(STACKS[2], "groups", False)
     net[2].bias.requires_grad_(False)
     kept = optimizer.state

@@ -54,7 +54,7 @@ def resolved(preset: str, cell: Cell, seed: int = 0) -> Config:
 # The runs.
 
 
-def test_the_benchmark_is_the_issue_s() -> None:
+def test_the_benchmark_has_all_methods_and_starts() -> None:
     for task, setting in PRESETS["paper"].tasks.items():
         assert len(setting.starts) == (21 if task.startswith("mlp") or task == "softmax" else 11)
         assert (setting.starts[0], setting.starts[-1]) == (1e-8, 1e2)
@@ -123,7 +123,7 @@ def plan(*arguments: str) -> list[list[Config]]:
     return [[config for _, config in batch] for batch in part.batches]
 
 
-def test_what_tells_most_comes_first() -> None:
+def test_the_most_informative_runs_come_first() -> None:
     waves = plan("seeds=0,1")
     assert len(waves) == 8
     first = waves[0]
@@ -189,7 +189,7 @@ def sliced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("sliced")
-def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
+def test_the_command_continues_earlier_parts(tmp_path: Path) -> None:
     results = f"results={tmp_path}/results"
     first = [results, f"store={tmp_path}/one", "tasks=mlp", "methods=Auto,Adam,Prodigy"]
     assert execute(tmp_path, *first) == 3 + 4 + 1
@@ -223,7 +223,7 @@ def test_the_command_goes_on_piece_by_piece(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
-def test_more_runs_of_a_preset_have_the_setting_of_its_records(preset: str) -> None:
+def test_new_runs_of_a_preset_must_match_its_records(preset: str) -> None:
     records = RESULTS / preset / "records"
     one_of_each = {cell.task: resolved(preset, cell) for cell in cells(preset)}
     configs = [replace(config, device="cpu") for config in one_of_each.values()]
@@ -282,7 +282,7 @@ def test_decades_are_counted_by_the_best_fixed_lr() -> None:
 @pytest.mark.parametrize(
     ("preset", "task", "whole"), [("paper", "mlp", 11), ("cpu", "mlp30", 11), ("cpu", "resnet", 9)]
 )
-def test_however_many_starts_there_are_the_powers_of_ten_are_the_same(preset, task, whole) -> None:
+def test_decades_do_not_depend_on_the_number_of_starts(preset, task, whole) -> None:
     there = PRESETS[preset].tasks[task].starts
     runs = table({"Adam": dict.fromkeys(there, 2.0)}).assign(task=task)
     found = drawn.robustness(runs, preset)
@@ -302,7 +302,7 @@ def test_verdicts_name_limit_and_peer() -> None:
 
 
 @pytest.mark.parametrize("fixed", [{}, {"SGD": {1e-2: math.inf}}])
-def test_without_a_fixed_lr_that_ended_well_nothing_is_said_to_be_near_it(fixed) -> None:
+def test_without_a_converged_fixed_lr_there_are_no_decades(fixed) -> None:
     points = table({"Auto": {1e-2: 2.0}, "Prodigy": {None: 2.0}, **fixed})
     robust = drawn.robustness(points, "cpu")
     assert robust[["decades_1.1", "decades_1.5", "worst_ratio"]].isna().all(axis=None)
@@ -312,7 +312,7 @@ def test_without_a_fixed_lr_that_ended_well_nothing_is_said_to_be_near_it(fixed)
     assert "nan" not in text and "\nAuto:\n" not in text
 
 
-def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
+def test_an_incomplete_search_lists_its_fixed_lrs() -> None:
     grid = PRESETS["cpu"].tasks["mlp"].grid
     some = table({"Adam": {1e-8: 9.0, 0.03162: 2.0, 1e-2: 3.0}, "SGD": dict.fromkeys(grid, 4.0)})
     said = drawn.remarks(some, "cpu", "mlp", "MNIST")
@@ -326,7 +326,7 @@ def test_it_is_said_which_fixed_lrs_were_run_where_not_all_were() -> None:
     assert said == "The best fixed lr is 0.0001, with SGD: 2."
 
 
-def test_what_was_not_run_is_hatched() -> None:
+def test_missing_runs_are_hatched() -> None:
     there = PRESETS["cpu"].tasks["mlp"].starts
     own = table({"Adam": dict.fromkeys(there[:4], 2.0), "Prodigy": {None: 2.0}})
     fig = drawn.figure(own, "cpu")
@@ -337,7 +337,7 @@ def test_what_was_not_run_is_hatched() -> None:
     assert legends == [[*legends[1], "not run"], legends[1]]
 
 
-def test_the_number_of_seeds_is_that_of_what_the_figure_shows() -> None:
+def test_the_number_of_seeds_is_of_the_shown_points() -> None:
     assert 0.03162 not in PRESETS["cpu"].tasks["mlp"].starts  # only a fixed lr is searched there
     fixed, free = {0.03162: 1.0, 1e-2: 2.0}, {None: 3.0}
     for numbers, said in (([1, 3, 1, 3], "n = 3"), ([1, 3, 1, 2], "n = 2 to 3")):
@@ -348,14 +348,14 @@ def test_the_number_of_seeds_is_that_of_what_the_figure_shows() -> None:
     assert records.counted(own[:0].n) == "n = 0"
 
 
-def test_the_curves_in_short_are_those_of_three_methods_in_the_order_of_starts() -> None:
+def test_the_curves_have_three_methods_sorted_by_start() -> None:
     errors = {"Auto": {1e-8: 3.0, 1e2: 3.5}, "Adam": {1e-2: 4.0, 1e-4: 9.0}, "SGD": {1e-2: 1.0}}
     fig = drawn.curves(table({**errors, "Adam/SGD": {1e-8: 5.0}}), "cpu", "mlp")
     lines = [np.column_stack(line.get_data()).tolist() for line in fig.axes[0].lines]
     assert lines == [[[1e-4, 9.0], [1e-2, 4.0]], [[1e-8, 5.0]], [[1e-8, 3.0], [1e2, 3.5]]]
 
 
-def test_means_are_over_seeds_and_a_diverged_one_counts() -> None:
+def test_means_are_over_seeds_including_diverged_ones() -> None:
     runs = pd.DataFrame(
         {
             "task": "softmax",
@@ -381,7 +381,7 @@ def test_all_methods_are_timed_beside_torch_s_adam() -> None:
     assert measured["relative"][drawn.REFERENCE] == 1.0
 
 
-def test_what_auto_adds_to_a_step_is_beside_both_adams() -> None:
+def test_the_time_that_auto_adds_is_relative_to_both_adams() -> None:
     (shares,) = times.overheads({"mlp": 2}, compile=False).values()
     assert set(shares) == {drawn.REFERENCE, "Adam"}
     assert 0 < shares["Adam"] < 10  # eager, Auto takes many times as long
@@ -391,7 +391,7 @@ def test_what_auto_adds_to_a_step_is_beside_both_adams() -> None:
 
 
 @pytest.mark.parametrize("preset", ["cpu", "paper"])
-def test_the_committed_records_are_of_the_preset_and_drawn(preset: str) -> None:
+def test_the_committed_records_match_the_preset_and_are_drawn(preset: str) -> None:
     source = RESULTS / preset / "records"
     summaries: list[dict[str, Any]] = [
         json.loads(files["summary.json"]) for files in read_records(source).values()

@@ -247,7 +247,7 @@ def test_height_0_is_torch_optim(memory, float64, stack, name, arguments, own):
             torch.testing.assert_close(w, x, rtol=1e-10, atol=1e-10)
 
 
-def test_every_rule_is_held_against_torch_optim():
+def test_every_rule_is_compared_with_torch_optim():
     elementwise = {name for name, rule in RULES.items() if rule.elementwise}  # see test_matrices
     assert {parse(p[0]).levels[0].name for p in PLAIN} == elementwise
 

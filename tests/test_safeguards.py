@@ -33,7 +33,7 @@ def gradients(n: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_step_whose_gradient_is_not_finite_is_left_out_and_counted(bad, compile):
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(bad, compile):
     stack = STACK.format("")
     good = gradients(8)
     poisoned = [g.clone() for g in good]
@@ -69,7 +69,7 @@ def test_a_hypergradient_that_overflows_leaves_the_weights_moving(how):
     assert not torch.equal(weights[-1], weights[-2])
 
 
-def test_the_first_gradient_of_a_tensor_may_be_what_is_not_finite():
+def test_a_tensor_s_first_gradient_may_be_non_finite():
     """Its own last move has no part in the hypergradient, which is finite."""
     params = [torch.ones(3, requires_grad=True) for _ in range(2)]
     optimizer = HyperOptimizer(params, STACK.format(""), compile=False)
@@ -83,14 +83,14 @@ def test_the_first_gradient_of_a_tensor_may_be_what_is_not_finite():
     assert torch.equal(params[1], torch.ones(3))
 
 
-def test_a_move_that_overflows_is_left_out():
+def test_an_overflowing_update_is_skipped():
     some = [torch.full((5,), 1e5, dtype=torch.float64) for _ in range(3)]
     _, numbers, optimizer = run("SGD(0.01) / SGD(1e300)", some)
     assert [level[0]["lr"] for level in numbers] == [0.01] * 3
     assert optimizer.skipped == [0, 2]
 
 
-def test_a_state_that_overflows_is_not_kept():
+def test_an_overflowing_state_is_discarded():
     # The hypergradient is finite, and its square, which Adam keeps, is not.
     some = [torch.full((5,), 1e90, dtype=torch.float64) for _ in range(4)]
     _, _, optimizer = run("SGD(1e-100) / Adam(1e-105)", some)
@@ -101,7 +101,7 @@ def test_a_state_that_overflows_is_not_kept():
     assert optimizer.skipped[1] > 0
 
 
-def test_a_plain_stack_passes_on_what_is_not_finite_as_torch_does():
+def test_a_plain_stack_propagates_non_finite_gradients_like_torch():
     weights, _, optimizer = run("SGD(0.1)", [torch.full((5,), math.nan, dtype=torch.float64)])
     assert weights[0].isnan().all()
     assert optimizer.skipped == [0]
@@ -150,7 +150,7 @@ def test_clipping_by_norm_keeps_the_direction():
     assert free != start
 
 
-def test_what_is_clipped_is_what_the_levels_above_see():
+def test_upper_levels_see_clipped_hypergradients():
     g = gradients(5)
     stack = "SGD(0.01) / SGD(0.1, clip_value=1e-3) / SGD(1.0)"
     numbers = run(stack, g)[1]
@@ -159,14 +159,14 @@ def test_what_is_clipped_is_what_the_levels_above_see():
     assert all(abs(move) == pytest.approx(1e-6, rel=1e-6) for move in moves)
 
 
-def test_every_and_until_say_when_a_level_moves():
+def test_every_and_until_control_when_a_level_moves():
     numbers = run("SGD(0.01) / SGD(1e-3, every=3, until=8)", gradients(12))[1]
     lrs = [0.01, *(level[0]["lr"] for level in numbers)]
     moved = [t for t, (a, b) in enumerate(itertools.pairwise(lrs)) if a != b]
     assert moved == [3, 6]  # at step 0 there is no hypergradient yet
 
 
-def test_turns_and_counts_go_on_in_a_resumed_run():
+def test_turns_and_counts_continue_in_a_resumed_run():
     stack = "SGD(0.01) / SGD(1e-3, every=3, until=8)"
     steps = gradients(12)
     steps[1][0] = math.nan
@@ -184,7 +184,7 @@ def test_turns_and_counts_go_on_in_a_resumed_run():
     assert optimizer.skipped == whole.skipped
 
 
-def test_a_level_that_rests_is_not_blamed_for_the_step():
+def test_a_level_that_made_no_move_has_no_hypergradient():
     """Where a level made no move, its own step size has no hypergradient."""
     numbers = run("SGD(0.01) / SGD(1e-3, every=2) / SGD(1.0)", gradients(6))[1]
     sizes = [1e-3, *(level[1]["lr"] for level in numbers)]

@@ -55,7 +55,7 @@ def test_cosine_starts_at_the_lr_and_ends_near_its_final_share() -> None:
     assert found == sorted(found, reverse=True)
 
 
-def test_a_replay_goes_through_the_values_of_its_steps(tmp_path: Path) -> None:
+def test_a_replay_interpolates_its_values(tmp_path: Path) -> None:
     path = tmp_path / "learned.csv"
     path.write_text("step,lr,momentum\n1,0.1,0.9\n3,0.3,0.5\n")
     overrides = ["schedule=replay", f"schedule.file={path}"]
@@ -85,7 +85,7 @@ def test_a_replay_of_what_a_tower_moves_is_refused(tmp_path: Path) -> None:
     resolve(composed("stack=SGD(0.1, momentum=0.9)[momentum] / SGD(0.01)", *replay), "mnist")
 
 
-def test_a_schedule_scales_what_a_tower_learns_and_both_are_recorded(tmp_path: Path) -> None:
+def test_a_schedule_scales_the_learned_lr_and_both_are_recorded(tmp_path: Path) -> None:
     fast = ("trainer.compile=false", "trainer.compile_model=false", "trainer.epochs=2")
     stack = "stack=Adam(0.001)[lr: log] / SGD(0.05)"
     own = ("schedule=linear", "trainer.record_every=1", f"store={tmp_path}", *fast)
@@ -117,7 +117,7 @@ def test_a_value_out_of_its_limits_is_refused(schedule: str, value: str, expecte
     assert said == f"schedule.{value} must be {expected}"
 
 
-def test_a_schedule_that_cannot_be_followed_is_refused(tmp_path: Path) -> None:
+def test_an_unsuitable_schedule_is_refused(tmp_path: Path) -> None:
     assert "did you mean 'cosine'?" in refused("schedule.name=cosin")
     assert refused("schedule.name=cosine") == "schedule cosine needs schedule.final"
     assert refused("schedule.final=0.1") == "schedule constant does not read schedule.final"

@@ -159,7 +159,7 @@ def test_one_cycle_moves_the_betas_that_nobody_tunes():
         ("SGD(0.1)", "OneCycleLR", "momentum was 0 when the optimizer was made.*other than 0"),
     ],
 )
-def test_a_scheduler_that_cycles_what_it_may_not_is_refused_in_the_first_step(stack, name, words):
+def test_a_scheduler_that_cycles_a_tuned_value_is_refused_in_the_first_step(stack, name, words):
     model, optimizer = made(stack)
     schedulers = SCHEDULERS[name](optimizer)
     with pytest.raises(ValueError, match=words) as caught:
@@ -207,7 +207,7 @@ def test_schedulers_below_a_level_that_does_not_move(name, shared):
 
 @pytest.mark.parametrize("name", OF_LR)
 @pytest.mark.parametrize("stack", ["SGD(0.05) / SGD(0.01)", "SGD(0.05)[lr: log] / SGD(0.1)", AUTO])
-def test_the_factor_is_what_the_scheduler_has_written_over_where_it_started(stack, name):
+def test_the_factor_is_the_written_lr_divided_by_the_initial_lr(stack, name):
     model, optimizer = made(stack)
     peer = torch.optim.SGD(Net().parameters(), optimizer.param_groups[0]["lr"].item())
     schedulers, theirs = SCHEDULERS[name](optimizer), SCHEDULERS[name](peer)
@@ -374,7 +374,7 @@ def test_an_lr_that_is_set_by_hand_is_the_effective_one():
         assert now["effective_lr"] == pytest.approx(now["lr"] / 40)
 
 
-def test_what_cannot_be_scaled():
+def test_values_that_cannot_be_scaled():
     model, optimizer = made("SGD(0) / SGD(0.1)")
     scheduler = s.StepLR(optimizer, 30)
     with pytest.raises(ValueError, match=r"initial_lr is 0 .* start from a number above 0"):
@@ -473,7 +473,7 @@ def beside_torch(start: Callable[[Any], list[Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.compiler
-def test_what_a_scheduler_sets_compiles_nothing(monkeypatch):
+def test_scheduled_values_compile_nothing(monkeypatch):
     compilations = []
     compile = hyperopt._engine.compiler.compile_sized
 
@@ -538,7 +538,7 @@ def test_a_step_size_that_is_set_as_a_tensor():
     assert optimizer.hyperparameters()[0]["lr"] == pytest.approx(0.0025)
 
 
-def test_a_state_of_version_0_1_with_a_scheduler_goes_on_as_it_was():
+def test_a_state_of_version_0_1_with_a_scheduler_resumes():
     """There, a scheduler that did nothing was the only one that a tuned lr allowed."""
     model, optimizer = made("Adam(0.05) / SGD(0.01)")
     train(model, optimizer, range(4))

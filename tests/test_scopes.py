@@ -31,7 +31,7 @@ def train(optimizer: HyperOptimizer, w: list[torch.Tensor], steps: range) -> Non
         optimizer.step()
 
 
-def test_a_value_per_tensor_is_as_an_optimizer_for_each():
+def test_a_value_per_tensor_matches_separate_optimizers():
     """With SGD on top, nothing is shared, so each tensor's lr is that of a tower of its own."""
     ours, theirs = params(), params()
     joint = HyperOptimizer(ours, "SGD(0.1)[lr: log per tensor] / SGD(0.01)", compile=False)
@@ -49,7 +49,7 @@ def test_a_value_per_tensor_is_as_an_optimizer_for_each():
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
 
 
-def test_a_value_per_group_is_as_an_optimizer_for_each():
+def test_a_value_per_group_matches_separate_optimizers():
     ours, theirs = params(), params()
     stack = "SGD(0.1, momentum=0.5)[lr: {}, momentum: {}] / SGD(0.01)"
     groups = [{"params": ours[:1]}, {"params": ours[1:]}]
@@ -110,7 +110,7 @@ def test_a_run_with_values_per_tensor_is_resumed_bit_for_bit():
         HyperOptimizer(params(), shared, compile=False).load_state_dict(saved)
 
 
-def test_tensors_that_rest_or_come_later_keep_their_own():
+def test_idle_and_later_tensors_keep_their_own_values():
     w = params()
     optimizer = HyperOptimizer(w[:3], BY_TENSOR, compile=False)
     train(optimizer, w[:3], range(3))
@@ -166,7 +166,7 @@ def test_names_that_are_given_twice_do_not_name_a_tensor():
 
 @pytest.mark.parametrize("high", [0.2, 0.101])
 @pytest.mark.parametrize("tail", ["", " / SGD(1e-3)"], ids=["alone", "in a block"])
-def test_what_a_bound_holds_back_has_no_hypergradient(high, tail):
+def test_a_value_at_its_bound_has_no_hypergradient(high, tail):
     """By central differences of the loss after the first move of lr, which the bound may end."""
 
     def run(size: float, steps: int) -> tuple[float, HyperOptimizer]:

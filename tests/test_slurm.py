@@ -77,7 +77,7 @@ def alive(queue: dict[str, str]) -> bool:
 
 
 @pytest.mark.slow
-def test_each_job_ends_for_itself_and_the_same_command_does_the_rest(
+def test_jobs_end_independently_and_the_same_command_does_the_rest(
     tmp_path: Path, queue: dict[str, str]
 ) -> None:
     """One is cancelled, one requeued, one warned of its time limit, one killed."""
@@ -170,7 +170,7 @@ def resumed(store: Path) -> list[int]:
 
 
 @pytest.mark.long
-def test_runs_go_on_after_their_node_has_failed(tmp_path: Path, queue: dict[str, str]) -> None:
+def test_runs_resume_after_a_node_failure(tmp_path: Path, queue: dict[str, str]) -> None:
     gate, store = Gate(tmp_path / "gate"), tmp_path / "store"
 
     def node(state: str) -> None:
@@ -193,7 +193,7 @@ def test_runs_go_on_after_their_node_has_failed(tmp_path: Path, queue: dict[str,
 
 
 @pytest.mark.long
-def test_a_run_goes_on_after_its_time_limit(tmp_path: Path, queue: dict[str, str]) -> None:
+def test_a_run_resumes_after_its_time_limit(tmp_path: Path, queue: dict[str, str]) -> None:
     """Slurm ends it, says why, and the same command does the rest."""
     gate, store, said = Gate(tmp_path / "gate"), tmp_path / "store", tmp_path / "said"
     environment = {**queue, **gate.environment}
@@ -213,9 +213,7 @@ def test_a_run_goes_on_after_its_time_limit(tmp_path: Path, queue: dict[str, str
 
 
 @pytest.mark.long
-def test_a_job_that_needs_more_memory_than_it_has_says_so(
-    tmp_path: Path, queue: dict[str, str]
-) -> None:
+def test_a_job_out_of_memory_is_reported(tmp_path: Path, queue: dict[str, str]) -> None:
     """A gate that stays shut keeps it there until Slurm has looked."""
     gate = Gate(tmp_path / "gate")
     little = "hydra.launcher.mem_gb=0.2"

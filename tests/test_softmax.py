@@ -42,7 +42,7 @@ def test_the_penalty_is_part_of_loss_gradient_and_objective(mnist: Digits) -> No
     assert measured["objective"] == pytest.approx(whole, rel=1e-5)
 
 
-def test_the_least_objective_is_where_torch_s_lbfgs_arrives(mnist: Digits) -> None:
+def test_the_optimum_matches_torch_s_lbfgs(mnist: Digits) -> None:
     x, y = mnist.x_train[:300].double(), mnist.y_train[:300]
     model = Softmax().double()
     walk = torch.optim.LBFGS(model.parameters(), max_iter=300, line_search_fn="strong_wolfe")
@@ -61,7 +61,7 @@ def test_the_least_objective_is_where_torch_s_lbfgs_arrives(mnist: Digits) -> No
     assert found["bound"] < 1e-12
 
 
-def test_what_is_committed_is_of_the_experiment() -> None:
+def test_the_committed_optimum_has_the_experiment_s_setting() -> None:
     committed = json.loads(PATH.read_text())
     config = resolve(compose(["experiment=softmax"]), "mnist")
     assert committed["l2"] == config.trainer.l2
@@ -72,7 +72,7 @@ def test_what_is_committed_is_of_the_experiment() -> None:
 @pytest.mark.parametrize(
     "overrides", [("trainer.l2=0",), ("experiment=char_rnn", "trainer.l2=0.1")]
 )
-def test_a_penalty_that_cannot_be_is_refused(overrides: tuple[str, ...]) -> None:
+def test_an_invalid_penalty_is_refused(overrides: tuple[str, ...]) -> None:
     data = "war_and_peace" if "experiment=char_rnn" in overrides else "mnist-5k"
     with pytest.raises(
         ValueError, match=r"trainer\.l2=.* (must be a number|does not apply to text)"

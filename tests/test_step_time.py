@@ -46,7 +46,7 @@ def test_contenders_take_turns_and_each_is_timed(monkeypatch):
 
 @pytest.mark.parametrize("family", benchmark.FAMILIES)
 @pytest.mark.parametrize("height", [0, 1, 2])
-def test_the_published_tower_is_the_one_that_stands_beside_it(family, height):
+def test_the_published_tower_matches_its_counterpart(family, height):
     """Same weights after some steps: both names mean one computation."""
     if height not in benchmark.FAMILIES[family][2]:
         pytest.skip("not timed")
@@ -72,7 +72,7 @@ def test_the_published_tower_is_the_one_that_stands_beside_it(family, height):
         torch.testing.assert_close(p - before, q - before, rtol=1e-2, atol=1e-8)
 
 
-def test_a_bar_is_met_or_not():
+def test_a_bound_is_met_or_not():
     rows = [
         {"model": m, "optimizer": o, "family": f, "height": h}
         for m in benchmark.LABELS

@@ -82,7 +82,7 @@ def test_folders_loggers_and_the_like_do_not_change_the_hash(tmp_path: Path) -> 
 SUMMARY = {"stack": "SGD(0.1)", "seed": 0, "hyperparameters": [{"lr": 0.1}], "test_error": 1.5}
 
 
-def test_a_run_is_finished_once_its_summary_is_whole(tmp_path: Path) -> None:
+def test_a_run_is_finished_when_its_summary_is_complete(tmp_path: Path) -> None:
     run = RunStore(tmp_path).run("0123456789abcdef")
     assert run.summary() is None
     run.save_config({"seed": 0})
@@ -104,7 +104,7 @@ def test_a_half_written_summary_is_not_a_finished_run(tmp_path: Path, keep: int)
 
 
 @pytest.mark.parametrize("missing", ["stack", "seed", "hyperparameters"])
-def test_a_summary_that_lacks_something_is_not_read(tmp_path: Path, missing: str) -> None:
+def test_an_incomplete_summary_is_not_read(tmp_path: Path, missing: str) -> None:
     run = RunDirectory(tmp_path / "0123456789abcdef")
     run.finish({name: value for name, value in SUMMARY.items() if name != missing})
     assert run.summary() is None
@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR])
-def test_a_place_that_cannot_be_written_to_is_named(
+def test_an_unwritable_path_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refuse(*arguments: Any, **options: Any) -> None:
@@ -167,7 +167,7 @@ def test_several_processes_may_write_the_same_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_what_a_killed_process_has_left_goes_with_the_next_claim(tmp_path: Path) -> None:
+def test_the_next_claim_removes_a_killed_process_s_files(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a")
     run.save_curves("curves", ["epoch"], [])
     (run.path / "checkpoint.pt.123.tmp").touch()
@@ -175,7 +175,7 @@ def test_what_a_killed_process_has_left_goes_with_the_next_claim(tmp_path: Path)
         assert sorted(path.name for path in run.path.iterdir()) == ["curves.csv", "lock"]
 
 
-def test_checkpoints_come_back_as_they_were(tmp_path: Path) -> None:
+def test_checkpoints_round_trip(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "a")
     assert run.checkpoint() is None
     run.save_checkpoint({"epoch": 3, "weights": torch.arange(5.0)})
@@ -222,7 +222,7 @@ def test_a_claim_ends_with_its_process_even_by_sigkill(tmp_path: Path) -> None:
         pass
 
 
-def test_of_many_that_wait_for_a_run_one_holds_it_at_a_time(tmp_path: Path) -> None:
+def test_only_one_of_many_processes_holds_a_run(tmp_path: Path) -> None:
     """Each removes the lock's file as it goes, and none stays."""
     store, inside, most = RunStore(tmp_path), [], []
 
@@ -243,7 +243,7 @@ def test_of_many_that_wait_for_a_run_one_holds_it_at_a_time(tmp_path: Path) -> N
     assert list(store.run("run").path.iterdir()) == []
 
 
-def test_the_lock_of_a_run_that_was_finished_and_killed_goes(tmp_path: Path) -> None:
+def test_the_stale_lock_of_a_finished_run_is_removed(tmp_path: Path) -> None:
     run = RunStore(tmp_path).run("a")
     run.finish(SUMMARY)
     (run.path / "lock").touch()
@@ -251,7 +251,7 @@ def test_the_lock_of_a_run_that_was_finished_and_killed_goes(tmp_path: Path) -> 
     assert [path.name for path in run.path.iterdir()] == ["summary.json"]
 
 
-def test_a_run_that_someone_else_does_is_waited_for_and_then_read(tmp_path: Path) -> None:
+def test_another_process_s_run_is_waited_for_and_read(tmp_path: Path) -> None:
     """Someone else is this test, which says in the end that the error was 12.34%."""
     config = resolved(
         *(f"store={tmp_path}", "trainer.epochs=1"),

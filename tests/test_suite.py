@@ -133,7 +133,7 @@ def test_the_change_comes_at_half_time() -> None:
 
 
 @pytest.mark.parametrize("name", ["change", "cartpole"])
-def test_what_goes_on_from_batch_to_batch_goes_on_after_a_cut(tmp_path: Path, name: str) -> None:
+def test_state_between_batches_survives_an_interrupt(tmp_path: Path, name: str) -> None:
     few = "trainer.steps=12", "trainer.checkpoint_every=5", "trainer.record_every=1"
     whole = train(config(tmp_path / "whole", name, *few))
     broken = config(tmp_path / "broken", name, *few)
@@ -156,7 +156,7 @@ def test_a_warm_up_rises_to_the_cosine_and_ends_at_its_final() -> None:
 # The study.
 
 
-def test_the_halves_are_apart_and_all_methods_have_their_package_s_class() -> None:
+def test_the_halves_are_disjoint_and_all_methods_have_a_class() -> None:
     assert sorted(CHOOSING + REPORTING + OLD) == sorted(TASKS)
     assert {f"problem-{task}" for task in CHOOSING + REPORTING} == set(PROBLEMS)
     named = {text.partition("(")[0] for text, _ in METHODS.values()}
@@ -184,7 +184,7 @@ def test_the_whole_command_and_its_records(tmp_path: Path) -> None:
     assert again == [] and (folder / "README.md").read_text() == text
 
 
-def test_of_the_tuned_the_best_counts_and_of_the_others_the_worst() -> None:
+def test_tuned_methods_count_with_their_best_start_and_others_with_their_worst() -> None:
     def runs(method: str, finals: dict[float, float]) -> list[dict]:
         return [
             {"task": "table", "method": method, "start": start, "seed": 0}

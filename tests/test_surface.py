@@ -22,7 +22,7 @@ from experiments.training.trainer import train
 from models.mlp import MLP
 
 
-def test_the_loss_of_a_step_is_that_of_its_batch_before_it(tmp_path: Path) -> None:
+def test_the_loss_of_a_step_is_its_batch_s_loss_before_the_step(tmp_path: Path) -> None:
     """Plain SGD in a loop of torch's own, with the same initial weights and batches."""
     options = [f"store={tmp_path}", "device=cpu", "trainer.compile=false"]
     (config,) = [

@@ -61,7 +61,7 @@ def lines(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_a_run_that_fails_is_listed_and_the_same_command_does_it_later(
+def test_a_failed_run_is_listed_and_the_same_command_repeats_it(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ("-m", "seed=0,1,2", "stack=SGD(0.1) / SGD(0.01)", *FIXED, f"store={tmp_path}")
@@ -116,7 +116,7 @@ def test_another_launcher_writes_the_same_csv_and_lists_what_fails(
     assert path.read_text() == tidy_csv([train(configs[0])])
 
 
-def test_a_search_is_given_the_training_loss(
+def test_a_search_receives_the_training_loss(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
@@ -153,7 +153,7 @@ def test_a_search_is_given_the_training_loss(
         ("hydra.sweeper.max_batch_sise=2", "in 'BasicSweeperConf'; did you mean max_batch_size?"),
     ],
 )
-def test_a_sweep_that_is_mistyped_does_nothing_but_say_so(
+def test_a_mistyped_sweep_prints_an_error_and_does_nothing(
     tmp_path: Path,
     command: Command,
     capsys: pytest.CaptureFixture[str],
@@ -220,7 +220,7 @@ def test_the_command_of_a_run_asks_for_it(overrides: tuple[str, ...]) -> None:
     assert replace(again, experiment=None) == replace(config, experiment=None)
 
 
-def test_what_a_killed_sweep_leaves_the_next_one_removes(tmp_path: Path, command: Command) -> None:
+def test_the_next_sweep_removes_a_killed_sweep_s_folder(tmp_path: Path, command: Command) -> None:
     """Not what another one holds, and nothing that is no sweep's."""
     notes = tmp_path / ".sweep"
     for name in ("18ed-1", "18ed-2", "mine"):
@@ -234,7 +234,7 @@ def test_what_a_killed_sweep_leaves_the_next_one_removes(tmp_path: Path, command
     assert {path.name for path in notes.iterdir()} == {"mine"}
 
 
-def test_each_of_several_gpus_has_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_has_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     for gpus in (0, 1, 3):
@@ -279,7 +279,7 @@ def test_the_tidy_csv_has_a_line_for_each_run(store: Path) -> None:
     assert wild["diverged"] == "True" and wild["train_loss"] == wild["1.lr"] == ""
 
 
-def test_the_tidy_csv_has_the_constants_that_a_run_was_done_with(
+def test_the_tidy_csv_has_the_constants_of_the_run(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever their defaults have become since; a schedule's values at the end are no start."""
@@ -295,7 +295,7 @@ def test_the_tidy_csv_has_the_constants_that_a_run_was_done_with(
     assert tidy(scheduled)["0.lr"] == 0.1
 
 
-def test_means_are_over_what_is_not_named(
+def test_means_are_over_all_columns_not_named(
     store: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(summarise.main, f"store={store}") == 0
@@ -309,7 +309,7 @@ def test_means_are_over_what_is_not_named(
         assert row.removeprefix(stack).split()[:2] != ["2", "2"] or "Adam" in stack
 
 
-def test_settings_that_differ_are_averaged_only_when_told_to(
+def test_differing_settings_are_averaged_only_on_request(
     store: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(store, both := tmp_path / "runs")
@@ -435,7 +435,7 @@ def test_a_run_without_a_store_gets_one_line(
     assert "error: store= is empty; give the folder of the runs" in capsys.readouterr().err
 
 
-def test_a_folder_of_results_is_tried_before_anything_is_trained(
+def test_an_unwritable_results_folder_fails_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("experiments.studies.study.run_all", None)
@@ -537,7 +537,7 @@ def test_the_page_compares_what_was_run() -> None:
             assert text == f"{statistics.mean(errors):.2f} ± {statistics.stdev(errors):.2f}"
 
 
-def test_a_cluster_is_asked_for_what_the_command_line_says(
+def test_a_cluster_receives_the_options_of_the_command_line(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

@@ -164,7 +164,7 @@ def test_a_reduced_setting_is_labelled_and_not_judged(tmp_path: Path, reduced: s
     assert "agrees" not in next(iter(read(tmp_path / "table.csv").values()))
 
 
-def test_relearned_rows_start_at_the_mean_of_what_our_towers_learned(
+def test_relearned_rows_start_at_the_mean_of_our_towers_values(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     runs = planned(STUDY)

@@ -81,7 +81,7 @@ def test_the_vocabulary_is_the_training_parts() -> None:
     assert text(TINY[:590] + "é" + TINY[591:]).vocabulary == task.vocabulary  # it is not used
 
 
-def test_a_character_that_only_the_test_part_has_is_named() -> None:
+def test_a_character_only_in_the_test_part_is_named() -> None:
     for place in (188, 386, 584):  # in the test part of each stream
         with pytest.raises(ValueError, match=r"held-out part of .* has 'é', but the training"):
             text(TINY[:place] + "é" + TINY[place + 1 :])
@@ -114,7 +114,7 @@ def model_of(task: LanguageModel) -> CharRNN:
     return CharRNN(len(task.vocabulary), hidden=6)
 
 
-def test_the_hidden_state_is_carried_as_in_one_long_pass() -> None:
+def test_the_hidden_state_matches_one_long_pass() -> None:
     """The losses of an epoch are those of reading each stream at once; the next starts anew."""
     task = text()
     model = model_of(task)
@@ -352,7 +352,7 @@ def test_a_run_cut_between_its_last_step_and_its_end_has_its_last_epoch(
     assert result(train(broken)) == result(whole)
 
 
-def test_how_often_a_run_is_saved_is_not_part_of_what_it_is(tiny: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_interval_is_not_in_the_identity(tiny: Path, tmp_path: Path) -> None:
     hashes = {
         run_hash(config(tiny, tmp_path, f"trainer.checkpoint_every={every}"))
         for every in ("null", "1", "7")
@@ -409,7 +409,7 @@ def test_a_bad_value_gets_one_clear_line(tiny: Path, overrides: list[str], messa
 @pytest.mark.parametrize(
     "override", ["data.validation=true", "trainer.sequence_length=5", "model.hidden=3"]
 )
-def test_what_only_a_text_has_is_refused_for_images(override: str) -> None:
+def test_options_of_texts_are_refused_for_images(override: str) -> None:
     with pytest.raises(ValueError, match=f"{override} does not apply to grey images; "):
         resolve(compose(["data=mnist-5k", override]), "mnist-5k")
 
@@ -451,7 +451,7 @@ def test_gutenbergs_header_and_licence_are_stripped(
     assert asked == [corpus.URL]
 
 
-def test_another_edition_goes_by_another_name_and_it_is_said_what_differs(
+def test_another_edition_has_another_name_and_its_differences_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / corpus.FILE).write_text(TINY)
@@ -474,7 +474,7 @@ def test_another_edition_goes_by_another_name_and_it_is_said_what_differs(
 
 
 @pytest.mark.parametrize("page", ["", "<html>Busy</html>"])
-def test_without_the_book_it_is_said_where_to_put_it(
+def test_without_the_book_the_error_names_the_file(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answer(page.encode(), monkeypatch)

@@ -93,7 +93,7 @@ def test_the_train_loss_is_the_mean_over_digits(tmp_path: Path) -> None:
     ],
     ids=["height 1", "height 2", "compiled", "height 0, all compiled"],
 )
-def test_a_run_cut_anywhere_ends_as_if_it_had_not_been(
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     whole = train(config(tmp_path / "whole", *overrides))
@@ -131,7 +131,7 @@ def test_provenance_is_of_the_code_that_ran(
 
 
 @pytest.mark.parametrize("harm", ["changed", "deleted"])
-def test_a_replay_is_of_the_file_that_the_run_began_with(tmp_path: Path, harm: str) -> None:
+def test_a_run_keeps_the_replayed_file_it_began_with(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "learned.csv"
     path.write_text("step,lr\n1,0.1\n48,0.01\n")
     replayed = config(tmp_path, "stack=SGD(0.1)", "schedule=replay", f"schedule.file={path}")
@@ -192,7 +192,7 @@ def test_a_diverged_run_is_a_result(tmp_path: Path, compiled: str) -> None:
     json.dumps(summary, allow_nan=False)
 
 
-def test_seeds_decide_and_global_state_does_not(tmp_path: Path) -> None:
+def test_results_depend_on_seeds_and_not_on_global_state(tmp_path: Path) -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one = train(config(tmp_path / "1"))
@@ -349,7 +349,7 @@ def test_a_mistyped_command_line_fails_at_once_with_what_was_meant(key: str) -> 
     assert {"trainer.epcohs=1": "trainer.epochs", "experiment=tabel1": "table1"}[key] in done.stderr
 
 
-def test_ctrl_c_leaves_a_run_that_the_same_command_finishes(tmp_path: Path) -> None:
+def test_after_ctrl_c_the_same_command_finishes_the_run(tmp_path: Path) -> None:
     arguments = (*EAGER, "trainer.epochs=400", f"store={tmp_path}", "stack=SGD(0.01) / SGD(0.01)")
     process = subprocess.Popen(
         command(*arguments),

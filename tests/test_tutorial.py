@@ -35,7 +35,7 @@ def check(notebook: Any) -> None:
     assert figures(notebook) == 2
 
 
-def test_what_is_committed_shows_it() -> None:
+def test_the_committed_tutorial_shows_the_results() -> None:
     notebook = nbformat.read(NOTEBOOK, 4)
     nbformat.validate(notebook)
     check(notebook)

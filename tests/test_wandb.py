@@ -142,7 +142,7 @@ def compare(history: list[dict[str, Any]], folder: Path) -> None:
 # A run.
 
 
-def test_a_run_is_there_number_by_number(tmp_path: Path) -> None:
+def test_every_number_of_a_run_is_logged(tmp_path: Path) -> None:
     summary = train(config(tmp_path, "logger=wandb", "row=the row"))
     (run,) = read(tmp_path)
     compare(run["history"], tmp_path / summary["hash"])
@@ -183,7 +183,7 @@ def cut_at(step: int) -> Any:
     return report
 
 
-def test_offline_a_run_that_was_cut_short_is_whole_in_one_file(tmp_path: Path) -> None:
+def test_offline_an_interrupted_run_is_complete_in_one_file(tmp_path: Path) -> None:
     broken = config(tmp_path, "logger=wandb")
     for step in (20, 40):  # in the second epoch, in the third
         with pytest.raises(Cut):
@@ -196,7 +196,7 @@ def test_offline_a_run_that_was_cut_short_is_whole_in_one_file(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
-def test_whatever_fails_there_fails_no_run(
+def test_errors_of_wandb_fail_no_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -213,7 +213,7 @@ def test_whatever_fails_there_fails_no_run(
     assert said == "wandb failed and is left out of this run: no such server\n"
 
 
-def test_without_a_key_nothing_is_asked_and_nothing_said(
+def test_without_a_key_there_is_no_prompt_and_no_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
@@ -247,7 +247,7 @@ def each_once(server: Server, folder: Path) -> None:
     compare([json.loads(json.dumps(row)) for row in server.runs[folder.name]["history"]], folder)
 
 
-def test_the_server_says_what_it_has(tmp_path: Path, server: Server) -> None:
+def test_the_server_reports_its_rows(tmp_path: Path, server: Server) -> None:
     summary = train(config(tmp_path, "logger=wandb"))
     each_once(server, tmp_path / summary["hash"])
     there = server.runs[summary["hash"]]
@@ -256,7 +256,7 @@ def test_the_server_says_what_it_has(tmp_path: Path, server: Server) -> None:
     assert note == {"state": "finished", "run": f"someone/hyperopt/{summary['hash']}"}
 
 
-def test_an_interrupted_run_goes_on_there(tmp_path: Path, server: Server) -> None:
+def test_an_interrupted_run_continues_on_the_server(tmp_path: Path, server: Server) -> None:
     wanted = config(tmp_path, "logger=wandb")
     for step in (20, 40):
         with pytest.raises(Cut):
@@ -292,7 +292,7 @@ def test_a_killed_run_has_each_step_once(tmp_path: Path, server: Server, number:
     each_once(server, folder)
 
 
-def test_what_a_server_loses_is_pushed(
+def test_rows_lost_by_the_server_are_pushed(
     tmp_path: Path,
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -313,7 +313,7 @@ def test_what_a_server_loses_is_pushed(
     assert capsys.readouterr().out == "pushed 0 of 1 runs and 0 artifacts\n"
 
 
-def test_a_server_that_is_away_is_tried_once(
+def test_an_unreachable_server_is_tried_once(
     tmp_path: Path,
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -339,7 +339,7 @@ def test_a_server_that_is_away_is_tried_once(
         each_once(server, path.parent)
 
 
-def test_the_variables_of_wandb_mean_what_they_mean(
+def test_the_environment_variables_of_wandb_work(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {"PROJECT": "theirs", "ENTITY": "team", "TAGS": "a,b", "RUN_GROUP": "mine"}
@@ -368,7 +368,7 @@ def test_disabled_sends_nothing_and_marks_nothing(
     each_once(server, tmp_path / name)
 
 
-def test_offline_says_why(
+def test_offline_prints_the_reason(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -481,7 +481,7 @@ def test_tables_and_figures_are_artifacts_once(
     assert push_results(results, store, "hyperopt") == ["table1"]
 
 
-def test_what_a_run_was_made_by_changes_it_not(tmp_path: Path) -> None:
+def test_the_experiment_of_a_run_does_not_change_it(tmp_path: Path) -> None:
     one = config(tmp_path)
     assert run_hash(replace(one, experiment=None, preset="paper", row="x")) == run_hash(one)
 
@@ -547,7 +547,7 @@ def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]
         } <= own
 
 
-def test_the_heat_map_is_made_there_and_its_panels_fill_it(
+def test_the_heat_map_is_uploaded_and_its_panels_fill_it(
     known: list[dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dashboard = pytest.importorskip("experiments.records.dashboard")

@@ -316,7 +316,7 @@ def loaded(model: Net, optimizer: Any) -> tuple[Net, Any]:
 
 @pytest.mark.parametrize("through", [*THROUGH, "a file"])
 @pytest.mark.parametrize("make", [torchs, ours("Adam(0.05)"), ours("SGD(0.1)"), ours(TOWER)])
-def test_what_others_keep_stays(make, through):
+def test_foreign_entries_stay(make, through):
     model = Net()
     optimizer = make(model.parameters())
     train(model, optimizer, range(2))
@@ -366,7 +366,7 @@ def test_loading_follows_the_parameter_as_in_torch():
     assert results[0] == results[1] == (torch.float32, torch.float32, 3)
 
 
-def test_a_name_that_saving_needs_is_refused():
+def test_a_reserved_name_is_refused():
     model, optimizer = made()
     train(model, optimizer, range(1))
     optimizer.state[model.first.weight]["shard"] = 1  # type: ignore[assignment]
@@ -404,7 +404,7 @@ def test_groups_of_layer_wise_decay(stack):
 @pytest.mark.parametrize(
     "again", [*MAKERS, *("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam")]
 )
-def test_groups_of_ours_are_taken_back(name, again):
+def test_our_own_groups_are_accepted(name, again):
     model = Net()
     first = MAKERS[name](model.parameters())
     train(model, first, range(2))
@@ -438,12 +438,12 @@ def test_a_dict_of_two_optimizers_is_changed_in_neither():
     ("key", "near"),
     [("weigth_decay", "weight_decay"), ("Lr", "lr"), ("beta_1", "beta1"), ("param", "params")],
 )
-def test_a_slip_is_named(key, near):
+def test_a_typo_is_named(key, near):
     with pytest.raises(ValueError, match=f"takes no '{key}'; did you mean '{near}'?"):
         HyperOptimizer([{"params": Net().parameters(), key: 0.1}], "AdamW(0.1)")
 
 
-def test_keys_of_others_are_no_slips():
+def test_foreign_keys_are_not_typos():
     keys = "lr_scale lr_mult decay_mult layer_decay max_momentum min_lr max_lr swa_lr warmup_steps "
     keys += "k d r rho adaptive foreach fused capturable decoupled_weight_decay use_muon initial_lr"
     group = {"params": Net().parameters(), **dict.fromkeys(keys.split(), 0.1)}
@@ -517,7 +517,7 @@ WHEN = ["made", "state read", "state saved", "group added", "stepped", "loaded",
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stack", ["Adam(0.05)", TOWER])
-def test_what_is_kept_is_of_no_mode(stack, mode, when):
+def test_the_state_does_not_depend_on_the_caller_s_modes(stack, mode, when):
     """One thing is done in a mode of the caller's; the run is that of doing it outside."""
 
     def here(now: str) -> Any:
@@ -563,7 +563,7 @@ def test_a_model_of_fake_tensors(stack):
         assert len(optimizer.state) == 3 and not optimizer.compiled
 
 
-def test_a_state_that_is_another_kind_of_dict():
+def test_a_state_of_another_dict_class():
     model, optimizer = made("Adam(0.05)")
     train(model, optimizer, range(2))
     optimizer.state = collections.OrderedDict(optimizer.state)  # type: ignore[assignment]
