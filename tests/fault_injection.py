@@ -1,4 +1,4 @@
-"""Harm sweeps in every way that a machine has, and compare them with one that was left alone.
+"""Harm sweeps in every way that a machine can, and compare them with an undisturbed sweep.
 
     python tests/fault_injection.py
     python tests/fault_injection.py runs=24 kills=10 launcher=joblib folder=faults seed=0
@@ -38,9 +38,9 @@ from experiments.records.store import RunStore
 from experiments.records.tidy import read_summaries
 
 PATIENCE = 600.0  # seconds for one sweep
-PAUSE = 1.0  # seconds at most between the moment that a kill is due and the kill
+PAUSE = 1.0  # maximum seconds between the planned and the actual kill
 
-# What Python reads first in each process of a sweep whose clock jumps.
+# Python imports this first in each process of a sweep whose clock jumps.
 JUMPS = """
 import time
 clock, clock_ns = time.time, time.time_ns
@@ -51,7 +51,7 @@ time.time_ns = lambda: int(time.time() * 1e9)
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     runs: str = "24"
     kills: str = "10"
@@ -63,7 +63,7 @@ class Options:
 
 
 class Harm(Exception):
-    """Something was lost or not said."""
+    """Something was lost or not reported."""
 
 
 class Faults:
@@ -86,7 +86,7 @@ class Faults:
         self.launcher, self.environment, self.server = launcher, environment or {}, server
 
     def place(self, name: str) -> Path:
-        """A new store; W&B forgets the runs of the last one, which have the same hashes."""
+        """Make a new store; W&B forgets the last store's runs, which have the same hashes."""
         if self.server is not None:
             self.server.forget()
         return self.folder / name
@@ -117,7 +117,7 @@ class Faults:
         )
 
     def sweep(self, store: Path, *overrides: str) -> tuple[int, str, str]:
-        """Do the sweep; its status, and what it said."""
+        """Do the sweep; returns its status and output."""
         process = self.start(store, *overrides)
         said, complaint = process.communicate(timeout=PATIENCE)
         return process.returncode, said, complaint
@@ -134,7 +134,7 @@ class Faults:
         return self.csv(store)
 
     def csv(self, store: Path) -> bytes:
-        """The tidy CSV of the whole sweep, every run of which must be there once and whole."""
+        """The tidy CSV of the whole sweep, which must have every run once and complete."""
         summaries = read_summaries(store)
         if len(summaries) != self.runs:
             raise Harm(f"{store} has {len(summaries)} runs, not {self.runs}")
@@ -159,7 +159,7 @@ class Faults:
             raise Harm(f"W&B was sent {len(steps)} rows of run {folder.name}, not {len(rows) + 1}")
 
     def again(self, store: Path) -> None:
-        """Raise a Harm where the same command does a run again."""
+        """Raise a Harm if the same command does a run again."""
         before = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
         status, _, complaint = self.sweep(store)
         after = {path: path.stat().st_mtime_ns for path in store.glob("*/summary.json")}
@@ -207,7 +207,7 @@ class Faults:
         return self.csv(store), words
 
     def at_once(self) -> tuple[bytes, str]:
-        """Two sweeps over the same runs in the same store."""
+        """Start two sweeps over the same runs in the same store."""
         store = self.place("at-once")
         both = [self.start(store), self.start(store)]
         said = [process.communicate(timeout=PATIENCE) for process in both]
@@ -219,7 +219,7 @@ class Faults:
         return self.csv(store), "both told the same"
 
     def bad_checkpoints(self) -> tuple[bytes, str]:
-        """A checkpoint that is cut short, and one that is another run's."""
+        """A truncated checkpoint, and a checkpoint of another run."""
         store = self.place("checkpoints")
         process = self.start(store)
         while process.poll() is None and len(list(store.glob("*/checkpoint.pt"))) < 2:
@@ -237,7 +237,7 @@ class Faults:
         return self.csv(store), complaint.strip()
 
     def bad_data(self) -> tuple[bytes, str]:
-        """A data file that is damaged: nothing is done, and what was done stays."""
+        """A damaged data file: no run is done, and finished runs stay."""
         store = self.folder / "alone"
         damaged = self.folder / "damaged"
         damaged.mkdir()
@@ -260,7 +260,7 @@ class Faults:
         return self.csv(store), "by a day, back and forth"
 
     def read_only(self) -> tuple[bytes, str]:
-        """A store that cannot be written to, and then can."""
+        """A store that is unwritable, then writable."""
         with tmpfs(self.place("read-only"), "64m") as store:
             remount = ["mount", "-o", "remount,ro", str(store)]
             subprocess.run(remount, check=True)
@@ -292,7 +292,7 @@ class Faults:
 
 
 def last_change(store: Path) -> int:
-    """Changes whenever an epoch has ended."""
+    """A value that changes at the end of every epoch."""
     return max((path.stat().st_mtime_ns for path in store.glob("*/curves.csv")), default=0)
 
 
@@ -306,7 +306,7 @@ def kill(
     dice: random.Random | None = None,
     number: int = signal.SIGKILL,
 ) -> bool:
-    """A signal for a sweep's processes, or for one of its workers; whether for one of these."""
+    """Signal a sweep's processes or one worker; returns whether it was a worker."""
     group = [pid for pid in processes() if with_group(pid) == leader and pid != leader]
     workers = [pid for pid in group if is_worker(pid)] + jobs()
     if one and dice is not None and workers:
@@ -322,7 +322,7 @@ def kill(
 
 
 def is_worker(pid: int) -> bool:
-    """Whether a process does runs, of the pool or of joblib."""
+    """Whether a process is a worker of the pool or of joblib."""
     line = command_line(pid)
     return b"spawn_main" in line or b"popen_loky_posix" in line
 
@@ -363,7 +363,7 @@ def command_line(pid: int) -> bytes:
 
 
 class NoMount(Exception):
-    """This user may not mount a file system."""
+    """This user cannot mount a file system."""
 
 
 @contextlib.contextmanager
@@ -392,7 +392,7 @@ def inject_all(
     launcher: str = "pool",
     chosen: str = "",
 ) -> bool:
-    """All harms one after the other; whether each ended as it should."""
+    """Do all harms one after the other; returns whether each ended correctly."""
     with contextlib.ExitStack() as stack:
         server, url = stack.enter_context(serve())
         environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}

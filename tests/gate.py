@@ -1,11 +1,11 @@
-"""Processes that wait after a checkpoint, so that a test harms them there and nowhere else."""
+"""Make processes wait after a checkpoint, so that a test can harm them at that point."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# What Python reads first in each process. A run waits until it is let go or a signal comes.
+# Python imports this first in each process. A run waits until its release or a signal.
 WAITS = """
 import os, select, signal
 replace, made = os.replace, []
@@ -31,14 +31,14 @@ os.replace = waiting
 
 
 class Gate:
-    """Where runs wait, by their hashes.
+    """Runs wait here, by hash.
 
     Attributes:
         environment: for the processes that wait.
     """
 
     def __init__(self, folder: Path, at: int = 1) -> None:
-        """Args: at: after which of the checkpoints that a process writes it waits."""
+        """Args: at: the number of the checkpoint after which a process waits."""
         self.folder = folder
         folder.mkdir()
         (folder / "sitecustomize.py").write_text(WAITS)
@@ -52,5 +52,5 @@ class Gate:
         return [path.stem for path in self.folder.glob("*.waits")]
 
     def open(self, name: str) -> None:
-        """Let a run go, now and later."""
+        """Release a run, now and at later checkpoints."""
         (self.folder / f"{name}.open").touch()

@@ -1,4 +1,4 @@
-"""Check on a GPU what a CPU cannot show, in at most ten minutes.
+"""Check on a GPU what needs a GPU, in at most ten minutes.
 
     make gpu-check
     python tests/gpu_check.py results=results data.root=data
@@ -49,14 +49,14 @@ SETTABLE = ("data.root", "store")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     results: str = "results"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the page: what was checked, what was found, and whether that is as it must be."""
+    """A line of the page: the check, its result, and whether the result is right."""
 
     what: str
     found: str
@@ -83,7 +83,7 @@ def tests() -> Finding:
 
 
 def synchronizations(stack: str, device: torch.device, steps: int = 5) -> Finding:
-    """How often a step waits for the GPU; on a CPU there is nothing to wait for."""
+    """How often a step waits for the GPU; always 0 on a CPU."""
     model = with_gradients(MLP().to(device))
     optimizer = HyperOptimizer(model.parameters(), stack)
     for _ in range(3):  # the first ones compile
@@ -103,7 +103,7 @@ def synchronizations(stack: str, device: torch.device, steps: int = 5) -> Findin
 
 
 def captured(stack: str, device: torch.device, steps: int = 3) -> Finding:
-    """A step in a CUDA graph against the same outside of one; on a CPU the same step twice."""
+    """Compare a step in a CUDA graph with the same step outside; on a CPU, the step twice."""
     torch.manual_seed(0)
     models = [with_gradients(MLP().to(device))]
     models.append(copy.deepcopy(models[0]))
@@ -132,7 +132,7 @@ def captured(stack: str, device: torch.device, steps: int = 3) -> Finding:
 
 
 def seconds(step: Callable[[], Any], device: torch.device, rounds: int) -> float:
-    """The median time of a step that has ended on the device."""
+    """The median time of a step, until the device has finished it."""
     times = []
     for _ in range(rounds + 3):
         if device.type == "cuda":

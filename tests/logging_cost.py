@@ -1,4 +1,4 @@
-"""What it costs to record a run: the CSVs of the store, and W&B offline.
+"""Measure the cost of recording a run: the CSVs of the store, and W&B offline.
 
     python tests/logging_cost.py
     python tests/logging_cost.py rounds=5 epochs=5 data=mnist
@@ -33,7 +33,7 @@ STACK = "Adam(0.001) / SGD(1e-5)"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line sets."""
+    """Options of the command."""
 
     rounds: str = "5"
     epochs: str = "5"
@@ -41,7 +41,7 @@ class Options:
 
 
 class Clock:
-    """Adds up the time that is spent in some functions."""
+    """Sums the time spent in some functions."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

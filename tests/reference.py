@@ -1,4 +1,4 @@
-"""A stack as it is defined, slowly: what `hyperopt` is held against.
+"""A slow stack that follows the definition literally: the reference for `hyperopt`.
 
 The rules are written for one weight at a time, as in the papers they come from. The hypergradient
 of a raw hyperparameter is taken literally: make the last step again with another value of it, all

@@ -1,4 +1,4 @@
-"""What the tests of studies share: a study's runs, and its command in this process."""
+"""Shared by the tests of studies: a study's runs, and its command in this process."""
 
 from collections.abc import Sequence
 from pathlib import Path

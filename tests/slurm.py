@@ -48,7 +48,7 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why Slurm cannot be started here."""
+    """The reason why Slurm cannot start here."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
     if missing:
         return f"needs {', '.join(missing)}: apt-get install munge slurmctld slurmd slurm-client"
@@ -64,7 +64,7 @@ def call(*command: str, check: bool = True) -> str:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Slurm, as long as the context lasts; yields the variables by which clients find it."""
+    """Run Slurm during the context; yields the environment variables for its clients."""
     folder.chmod(0o755)
     for name in ("state", "spool"):
         (folder / name).mkdir()

@@ -52,7 +52,7 @@ def drawn(generator: torch.Generator, w: torch.Tensor) -> torch.Tensor:
 
 
 def check(stack: str | Stack, compile: bool = False, steps: int = 25) -> None:
-    """Both make the same steps; the 8th has no gradient, and that of the 14th is not finite."""
+    """Both make the same steps; the 8th has no gradient, the 14th a non-finite one."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(sum(SIZES), generator=generator, dtype=torch.float64)
     params = [torch.nn.Parameter(part.clone()) for part in w.split(SIZES)]

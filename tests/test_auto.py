@@ -1,4 +1,4 @@
-"""Hypergradients over many steps, as cosines, updates of bounded size, and what is made of them."""
+"""Hypergradients over many steps, as cosines; bounded updates; and `Auto`, which uses all three."""
 
 import itertools
 import math
@@ -196,8 +196,8 @@ def test_no_update_exceeds_the_trusted_share_of_the_weights():
     assert shares[0] == pytest.approx(0.01, rel=1e-5)
     assert max(shares) <= 0.01 * (1 + 1e-5)
     lr = lrs(numbers)[1:]
-    assert lr == sorted(lr, reverse=True)  # SGD(0) does not let it grow again
-    # One that is small enough is left alone.
+    assert lr == sorted(lr, reverse=True)  # SGD(0) keeps it from growing again
+    # A small enough update is unchanged.
     free = run("Adam(1e-4)[lr: log] / SGD(0.1)", g, w)
     bound = run("Adam(1e-4)[lr: log] / SGD(0.1, trust=0.01)", g, w)
     assert lrs(bound[1])[:4] == lrs(free[1])[:4]
@@ -298,7 +298,7 @@ def test_an_update_whose_square_overflows_is_bounded_like_any_other(rule):
 @pytest.mark.parametrize("size", [1e18, 1e-30])
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_updates_whose_squares_have_no_sum_are_bounded(size, compile):
-    """In float32 it would be infinite, or 0."""
+    """In float32 the sum would be infinite, or 0."""
     w = torch.full((10_000,), 0.5, requires_grad=True)
     optimizer = HyperOptimizer([w], "SGD(1e32)[lr: log] / SGD(0.1, trust=0.1)", compile=compile)
     g = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * size

@@ -1,4 +1,4 @@
-"""Optimizers of other packages in place of a stack: what they compute in a run, and its records."""
+"""Optimizers of other packages instead of a stack: their results in a run, and its records."""
 
 from functools import partial
 from importlib import import_module
@@ -28,7 +28,7 @@ from hyperopt import RULES
 from models.mlp import MLP
 
 STACKS = ["AdamWScheduleFree(0.01)", "Prodigy()", "DAdaptAdam()", "DAdaptSGD()"]
-# Those of the suite, and whether a run of theirs goes on after a cut.
+# Peers of the suite, and whether their runs can resume.
 SUITE = {
     "ProdigyPlusScheduleFree()": True,
     "MomoAdam()": False,

@@ -97,7 +97,7 @@ def test_the_setting_is_char_rnns() -> None:
 
 
 def test_the_hashes_of_a_preset_are_stable() -> None:
-    """Else the committed records are those of other runs."""
+    """Otherwise, the committed records would belong to other runs."""
     configs = [resolve(cell_config(c, 0, PRESETS["cpu"].overrides), "war_and_peace") for c in CELLS]
     assert run_hash(configs[0]) == "07f0c1c134852d1a"
     assert run_hash(configs[CELLS.index(Cell("plain", 1e-4))]) == "cd7f96c13469b221"
@@ -119,7 +119,7 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A data root with 600 characters that go by the name of the book."""
+    """A data root with 600 characters under the book's name."""
     root = tmp_path_factory.mktemp("data")
     (root / corpus.FILE).write_text(LINES)
     with pytest.MonkeyPatch.context() as patch:
@@ -191,12 +191,12 @@ def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
     entries = report.run_entries(done / "results", done / "no-store")
     assert len(entries) == 18
     assert all("test_perplexity" in entry.curves for entry in entries)
-    towers = [entry for entry in entries if "/" in entry.values["stack"]]  # what stays is not drawn
+    towers = [entry for entry in entries if "/" in entry.values["stack"]]  # not constant
     assert towers and all("0.lr" in entry.curves for entry in towers)
 
 
 def test_the_sentences_on_towers_follow_from_the_runs(done: Path) -> None:
-    """Perplexities put in by hand: two starts of three are mended, the worst by four fifths."""
+    """Made-up perplexities: the tower helps from two of three starts, most from the worst."""
     by_hand = {
         ("plain", 1e-4): 9.0,
         ("tower", 1e-4): 5.0,
@@ -227,7 +227,7 @@ def test_the_sentences_on_towers_follow_from_the_runs(done: Path) -> None:
 def test_finished_runs_are_recorded_and_not_repeated(
     done: Path, lines: Path, tmp_path: Path
 ) -> None:
-    """Stopped in the second wave, and gone on with elsewhere from the records alone."""
+    """Stop in the second wave, and continue elsewhere from the records only."""
     (here := tmp_path / "here").mkdir()
     n = len(WAVES[0]) + 2
     assert execute(here, lines, stop_after=n, draw=False) == list(CELLS[:n])
@@ -279,7 +279,7 @@ def test_a_sample_continues_its_start(done: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_trained_model_writes_its_text(lines: Path, tmp_path: Path) -> None:
-    """At a low temperature, after some epochs of eight times the same line, that line."""
+    """After training on one repeated line, samples at a low temperature are that line."""
     small = ("model.hidden=64", "model.layers=1", "trainer.epochs=15")
     places = (f"data.root={lines}", f"store={tmp_path}")
     config = cell_config(Cell("plain", 1e-2), 0, (*SHORT, *small, *places))

@@ -1,4 +1,4 @@
-"""The compiled step computes what the eager one does, is compiled once, and waits for nothing."""
+"""The compiled step matches the eager one, is compiled once, and does not synchronize."""
 
 import gc
 import math
@@ -42,7 +42,7 @@ def compiler():
 
 @pytest.fixture
 def compilations(monkeypatch) -> list:
-    """The functions that the test compiles, starting from nothing."""
+    """The functions that the test compiles, beginning with an empty cache."""
     functions = []
     compile = hyperopt._engine.compiler.compile_sized
 
@@ -83,7 +83,7 @@ STACKS = [
         {"lr": 0.05},
     ),
     (
-        # What levels above keep of the values that they moved.
+        # State of upper levels about the values that they moved.
         "SGD(0.05)[lr: log] / SGD(0.1, weight_decay=0.1, trust=0.05)[lr, weight_decay, trust] / "
         "SGD(0.01, weight_decay=0.1) / SGD(0.01, weight_decay=0.1) / SGD(1e-3)",
         torch.float64,
@@ -125,10 +125,8 @@ def test_compiled_matches_eager_to_rounding_and_compiles_once(
         torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=precision, atol=0)
         if t == 0:
             done = len(compilations)
-            monkeypatch.setattr(
-                hyperopt._engine.torch_private, "make_fx", None
-            )  # nothing is traced any more
-        if t == 10 and fast.stack.height == 0:  # what may be set, without compiling anew
+            monkeypatch.setattr(hyperopt._engine.torch_private, "make_fx", None)  # no more tracing
+        if t == 10 and fast.stack.height == 0:  # settings that need no new compilation
             for group in fast.param_groups + slow.param_groups:
                 group["lr"] /= 2
     assert len(compilations) == done >= 1 + (fast.stack.height > 0)
@@ -184,7 +182,7 @@ def test_many_shards_share_kernels(stack, kernels, compiler, compilations):
 
 @pytest.mark.slow
 def test_changing_sets_of_parameters_share_kernels(compiler, compilations):
-    """As of experts, of which each step moves some."""
+    """Like a mixture of experts, where each step moves some."""
     generator = torch.Generator().manual_seed(0)
     ours = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (300, 1, 700)]
     theirs = [w.clone() for w in ours]
@@ -208,7 +206,7 @@ def test_changing_sets_of_parameters_share_kernels(compiler, compilations):
 
 @pytest.mark.slow
 def test_compiling_does_not_change_the_user_s_random_state(compiler, compilations):
-    """So a run does not depend on whether it, or another one before it, was compiled."""
+    """So a run's result does not depend on compilation, its own or an earlier run's."""
     w, groups = made(torch.float32, {})
     step(w, HyperOptimizer(groups, "AdamW(0.01)", compile=False), 0)
     before = torch.get_rng_state()
@@ -245,7 +243,7 @@ def test_epochs_schedules_seeds_and_shorter_batches_compile_nothing_anew(compile
 def test_a_kernel_that_cannot_work_in_place_is_compiled_differently(
     compiler, compilations, monkeypatch
 ):
-    """Both ways compute the same, and the trial tells a kernel that does not work in place."""
+    """Both ways give the same result, and the self-test detects a kernel that fails in place."""
     vector, one = torch.rand(1000), torch.ones(())
     trial = [torch.rand(1000)]
 
@@ -318,7 +316,7 @@ def test_what_is_kept_of_a_weight_is_what_it_was(stack, sizes, compiler, compila
 
 @pytest.mark.slow
 def test_a_kernel_for_a_single_weight_among_others(compiler, compilations):
-    """It does not work in place, which with betas of 1 would not show."""
+    """It does not work in place; betas of 1 would hide this."""
     stack = "Adam(0.05)[lr: log, beta1] / SGD(0.1, horizon=3, normalize=True)"
     ends = []
     for compile in (True, False):
@@ -344,7 +342,7 @@ def backwards_eagerly(sized: bool):
 
 
 class Watch(TorchDispatchMode):
-    """Sees what makes the host wait for the device: a number read, or a copy between devices."""
+    """Detects synchronizations of the host with the device: reading a number, or copying."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,7 +415,7 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(compilations, mo
 
 
 class Branching(Rule, known=False):
-    """Its first step does nothing, which no graph of tensors can say in this way."""
+    """A rule whose first step does nothing, by a Python branch that no graph can have."""
 
     lr = Hyper(0.1)
 
@@ -640,7 +638,7 @@ threads = [threading.Thread(target=train, args=(stack,)) for stack in stacks]
 """
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     pipe = subprocess.PIPE
-    both = [  # with one cache folder, which is empty at first
+    both = [  # with one cache folder, initially empty
         subprocess.Popen(
             [sys.executable, "-c", program], env=env, stdout=pipe, stderr=pipe, text=True
         )

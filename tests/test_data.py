@@ -1,4 +1,4 @@
-"""The sources of the data, in their order, and what is said when one is not what it should be."""
+"""The sources of the data, their order, and the errors for wrong files."""
 
 import hashlib
 import os
@@ -92,7 +92,7 @@ def test_torchvisions_folder_holds_the_same_digits(tmp_path: Path) -> None:
 
 @needs_cifar10
 def test_the_full_cifar10_is_known_by_its_checksum() -> None:
-    """The colours' means and deviations, and as many of each class as the original has."""
+    """The colours' means and deviations, and the sizes of the classes."""
     images = load("cifar10", CIFAR10.parent)
     assert (images.sha256, images.source) == (CIFAR10_SHA256, "cifar10.npz")
     assert images.x_train.shape == (50_000, 32, 32, 3) and images.x_test.dtype == torch.uint8
@@ -108,7 +108,7 @@ def test_the_full_cifar10_is_known_by_its_checksum() -> None:
 def test_cifar10_does_not_depend_on_order_and_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few images stand for it, in an npz file and, in another order, in torchvision's folder."""
+    """A few images, in an npz file and, in another order, in torchvision's folder."""
     x = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8)
     y = torch.arange(30, dtype=torch.uint8) % 10
     parts = {"x_train": x[:20], "y_train": y[:20], "x_test": x[20:], "y_test": y[20:]}

@@ -1,4 +1,4 @@
-"""Pages of docs/ that say how to add something, followed word for word in a copy of the project."""
+"""Follow the how-to pages of docs/ word for word in a copy of the project."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def files(page: str) -> dict[str, str]:
-    """The files that a page has the reader write: each is named before its block."""
+    """The files that a page asks the reader to write; each name comes before its block."""
     text = (DOCS / page).read_text()
     found = {}
     for match in re.finditer(r"^```(?:python|yaml)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):

@@ -1,4 +1,4 @@
-"""The pages of the documentation site: their code runs, nothing is left out, the site builds."""
+"""The documentation site: the code of its pages runs, all public names are on it, and it builds."""
 
 import inspect
 import os
@@ -25,7 +25,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 FOLLOWED = {f"add-a-{what}.md" for what in ("logger", "model", "rule", "study")}
 FOLLOWED |= {"start-anywhere.md", "sweeps.md"}
 HERE = [page for page in PAGES if page.name not in FOLLOWED]
-# A mark before a block says why it is not run, or that it begins with a new model.
+# A comment before a block gives the reason not to run it, or asks for a new model.
 BLOCK = re.compile(
     r"^(?:<!-- (not run: .+|fresh model) -->\n)?```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL
 )
@@ -119,7 +119,7 @@ def test_auto_is_the_stack_that_its_page_writes() -> None:
 
 @pytest.mark.skipif(not find_spec("mkdocs"), reason="needs the extra docs: make docs")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    """Strict: a link or an anchor that leads nowhere, or a name without a page, is an error."""
+    """Strict: a broken link or anchor, or a name without a page, is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     env = {**os.environ, "GITHUB_REPOSITORY": "somebody/project"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

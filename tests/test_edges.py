@@ -1,4 +1,4 @@
-"""Border cases: parameters that rest, are frozen, tied, empty, oddly laid out, of low precision."""
+"""Edge cases: parameters without gradients, frozen, tied, empty, oddly laid out, half precision."""
 
 import math
 
@@ -24,7 +24,7 @@ TALL = "AdamW(0.01) / Adam(1e-3) / SGD(1e-5)"
 
 @pytest.fixture(params=["gathered", "in place"])
 def memory(request, monkeypatch):
-    """The two ways in which parameters reach the step."""
+    """The engine's two ways to pass parameters to the step."""
     if request.param == "in place":
         monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
@@ -72,7 +72,7 @@ def test_parameters_without_gradients_match_torch_optim(memory, stack):
 
 
 def test_constants_that_change_while_parameters_have_no_gradient(memory):
-    """A parameter that comes to rest has made its last move with the constants of that time."""
+    """A parameter's last move before a pause used the constants of that time."""
     ours, theirs = parameters((3,), (4,)), parameters((3,), (4,))
     optimizer = HyperOptimizer(ours, "SGD(0.1, momentum=0.9)[lr] / SGD(0)", compile=False)
     peer = torch.optim.SGD(theirs, 0.1, momentum=0.9)
@@ -194,7 +194,7 @@ def test_tied_weights(memory):
 
 @pytest.mark.parametrize("stack", [*PLAIN, TALL])
 def test_odd_shapes_and_layouts(memory, stack):
-    """Whatever way the parameters and gradients lie in memory, all is as in one flat vector."""
+    """The memory layout of parameters and gradients does not change the result."""
     shapes = [(), (0,), (2, 3, 4, 5), (3, 0, 2), (6, 4), (1,), (3, 5)]
     odd = parameters(*shapes)
     odd[2] = odd[2].detach().to(memory_format=torch.channels_last).requires_grad_()

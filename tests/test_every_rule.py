@@ -1,4 +1,4 @@
-"""What holds for every rule, asked of each in `RULES`: a new rule is tested by being there."""
+"""Properties of every rule in `RULES`, so that a new rule is tested automatically."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def whole(name: str, **options) -> Rule:
 
 
 def other(name: str) -> dict[str, Any]:
-    """For each option of a rule's own another setting than the default one."""
+    """For each option of a rule, a setting other than the default."""
     options = RULES[name].options.items()
     own = {n: option.default for n, option in options if n not in vars(Rule)}
     return {n: not x if isinstance(x, bool) else x / 2 or 0.1 for n, x in own.items()}
@@ -44,7 +44,7 @@ def variants(name: str) -> list[Rule]:
 
 
 def namespace(values: dict[str, Any]) -> SimpleNamespace:
-    """What an update reads, given numbers or vectors by name."""
+    """The hyperparameters for an update, from numbers or vectors by name."""
     return SimpleNamespace(
         **{n: torch.as_tensor(x, dtype=torch.float64) for n, x in values.items()}
     )
@@ -116,7 +116,7 @@ def test_weights_without_gradients_stay_and_do_no_harm(name):
 @every_rule
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1e20])
 def test_a_non_finite_gradient_leaves_the_state_unchanged(name, bad):
-    """One that is not finite, or whose square overflows in float32."""
+    """A gradient that is not finite, or whose square overflows in float32."""
     for rule, size in itertools.product(variants(name), (0, 1e-3)):
         runs = []
         for gap in (False, True):
@@ -190,7 +190,7 @@ def test_a_level_that_moves_nothing_changes_nothing(name):
             assert level == pytest.approx(same, rel=1e-12), stack
 
 
-# The update, by itself.
+# The update alone.
 
 
 def checked_move(rule: Rule, w: Tensor, s: dict, values: dict[str, Any]) -> tuple[Tensor, dict]:

@@ -1,4 +1,4 @@
-"""What a machine does to runs: kills, a full disk, damaged files.
+"""Machine failures during runs: kills, a full disk, damaged files.
 
 More of it is in `fault_injection.py`.
 """

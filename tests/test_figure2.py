@@ -82,7 +82,7 @@ def test_the_setting_is_he_et_al_s() -> None:
 
 
 def test_the_hashes_of_a_preset_are_stable() -> None:
-    """Else the committed records are those of other runs."""
+    """Otherwise, the committed records would belong to other runs."""
     configs = [resolve(cell_config(cell, 0, PRESETS["cpu"].overrides), "cifar10") for cell in CELLS]
     assert run_hash(configs[0]) == "5a29e44676a9c428"
     assert run_hash(configs[CELLS.index(REPLAYED)]) == "d8c0e149c63b7c89"
@@ -111,7 +111,7 @@ def test_a_bad_option_gets_one_clear_line(argument: str, message: str) -> None:
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder with 20 + 10 images that go by the name of CIFAR-10; a class has a colour."""
+    """A folder with 20 + 10 images under the name of CIFAR-10; each class has a colour."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
@@ -175,7 +175,7 @@ def test_the_page_has_a_claim_for_each_start_and_every_run(done: Path) -> None:
     assert {(claim.n, len(claim.runs.split())) for claim in starts} == {(1, 2)}
     entries = report.run_entries(done / "results", done / "no-store")
     assert len(entries) == 20 and all(entry.curves for entry in entries)
-    towers = [entry for entry in entries if "/" in entry.values["stack"]]  # what stays is not drawn
+    towers = [entry for entry in entries if "/" in entry.values["stack"]]  # not constant
     assert towers and all("hypergradient.0.momentum" in entry.curves for entry in towers)
 
 
@@ -277,7 +277,7 @@ def test_the_table_states_n_and_provenance(done: Path) -> None:
 def test_records_move_finished_runs_to_another_machine(
     done: Path, cifar: Path, tmp_path: Path
 ) -> None:
-    """Half of the runs here, the rest on another machine, which has the records alone."""
+    """Half of the runs here, the rest on another machine that has only the records."""
     (here := tmp_path / "here").mkdir()
     assert execute(here, cifar, stop_after=7, draw=False) == 7
     records = read_records(results_of(here) / "records")
@@ -311,7 +311,7 @@ def test_import_restores_exported_runs(done: Path, tmp_path: Path) -> None:
 
 
 def test_new_runs_go_to_a_new_file(done: Path, cifar: Path, tmp_path: Path) -> None:
-    """Git stores a file of records once, so that none is ever written again."""
+    """Existing files of records never change, so git stores each once."""
     assert execute(tmp_path, cifar, stop_after=7, draw=False) == 7
     (first,) = (results_of(tmp_path) / "records").iterdir()
     before = first.read_bytes()
@@ -412,7 +412,7 @@ def result(summary: dict[str, Any]) -> dict[str, Any]:
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     cifar: Path, tmp_path: Path, cell: Cell
 ) -> None:
-    """What normalises batches, and the order, crops and flips to come, are in the checkpoint."""
+    """The checkpoint has the batch normalisation and the generator of order, crops and flips."""
     whole = train(config_of(cifar, tmp_path / "whole", cell, "trainer.epochs=3"))
     broken = config_of(cifar, tmp_path / "broken", cell, "trainer.epochs=3")
 
@@ -450,7 +450,7 @@ def test_bf16_computes_the_model_in_bfloat16(cifar: Path, tmp_path: Path) -> Non
 
 @pytest.mark.skipif(not CIFAR10.is_file(), reason="needs CIFAR-10")
 def test_a_tower_learns_on_real_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On 128 of them the loss falls, they are told apart, and lr and momentum move all the time."""
+    """On 128 images the loss falls, the model separates the classes, and lr and momentum change."""
     monkeypatch.setitem(data.SHA256, "cifar10", data.CIFAR10_SHA256)
     images = catalog.load("cifar10", CIFAR10.parent)
     few = torch.randperm(50_000)[:128]

@@ -139,7 +139,7 @@ def test_decades_of_robustness_are_starts_near_the_best_plain_error(tmp_path: Pa
     assert list(robust.decades) == [0.5, 1.5, 1.5]  # two starts in a power of ten
     assert list(robust.below) == [0.0, 0.5, 1.0]
     assert list(robust.reach) == [0.0, 0.5, 1.0]
-    assert list(robust.own_decades) == [0.5, 1.0, 0.5]  # within 15, 13.5 and 13.5
+    assert list(robust.own_decades) == [0.5, 1.0, 0.5]  # errors within 15, 13.5 and 13.5
     assert list(robust.diverged) == [2, 2, 2] and list(robust.runs) == [10, 10, 10]
 
 

@@ -1,4 +1,4 @@
-"""The loops of other packages take the optimizer as any other, and it does the same there."""
+"""Training loops of other packages accept the optimizer, with the same results."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def test_accelerate(expected, tmp_path):
     same((model, plain), expected, rtol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore")  # what they say of their own code and of the loader
+@pytest.mark.filterwarnings("ignore")  # warnings about their own code and the loader
 def test_lightning(expected, tmp_path):
     lightning: Any = pytest.importorskip("pytorch_lightning")
 

@@ -1,4 +1,4 @@
-"""`make gpu-check` as far as it goes on a CPU: the same functions, on device=cpu."""
+"""The functions of `make gpu-check`, with device=cpu."""
 
 import sys
 from pathlib import Path

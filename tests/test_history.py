@@ -1,4 +1,4 @@
-"""A history keeps, draws and shows what all levels did; callbacks log it in other packages."""
+"""Histories record, draw and print all levels; callbacks log them in other packages."""
 
 import math
 import subprocess
@@ -39,7 +39,7 @@ def watched(stack: str = STACK, steps: int = 6, **own: Any) -> tuple[HyperOptimi
 
 @pytest.fixture(autouse=True)
 def plain_style() -> Iterator[None]:
-    """Without the style of the studies, which other tests load."""
+    """Use matplotlib's own style; other tests load the studies' style."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         yield

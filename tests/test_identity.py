@@ -1,4 +1,4 @@
-"""What identifies a run: hashes of configs that must never change, since stored runs go by them."""
+"""The hashes of runs must never change, because they name the stored runs."""
 
 import pytest
 

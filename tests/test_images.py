@@ -1,4 +1,4 @@
-"""What a run is fed: whole epochs, crops and flips by the run's own generator, at little cost."""
+"""Image batches: whole epochs, crops and flips by the run's own generator, at little cost."""
 
 import time
 from typing import NamedTuple
@@ -50,7 +50,7 @@ def test_without_augmentation_images_are_unchanged() -> None:
 
 
 def test_augmented_images_are_crops_with_zeros_around_and_flips() -> None:
-    """Each is one of the 9 x 9 x 2 that there are of it; all corners and both sides occur."""
+    """Each is one of 9 x 9 x 2 possible crops and flips; all corners and both sides occur."""
     data = dataset(400)
     epoch = fed(Classification(data, 64, True, "cpu"))
     padded = np.pad(data.x_train.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
@@ -78,7 +78,7 @@ def test_normalised_images_are_channels_last_with_the_colours_of_the_training_se
 
 
 def test_the_test_error_is_of_evaluation_mode_and_leaves_the_model_training() -> None:
-    """One that is right about every third image, while it is not training."""
+    """A model that is right on every third image, but only in evaluation mode."""
 
     class Third(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:

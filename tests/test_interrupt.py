@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a checkpoint after the step under way, and the run goes on from there."""
+"""Ctrl-C and SIGTERM: the current step ends, a checkpoint is written, and the run can resume."""
 
 import os
 import signal
@@ -82,7 +82,7 @@ def test_the_handler_of_a_launcher_is_called_after_the_checkpoint() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", [False, True])
 def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path: Path, sweep: bool) -> None:
-    """Of a command alone and of a sweep, whose workers each write theirs."""
+    """For a single command, and for a sweep, where each worker writes its own."""
     seeds = ("-m", "seed=0,1,2", "workers=2") if sweep else ()
     command = [sys.executable, "-m", "experiments.run", *seeds, *LONG, *EAGER, f"store={tmp_path}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""A learned schedule is kept, and replayed by a plain optimizer it gives the run again."""
+"""A learned schedule is recorded, and a plain optimizer that replays it repeats the run."""
 
 from typing import Any
 
@@ -75,7 +75,7 @@ def test_groups_and_interpolation_of_a_replay():
 
 
 def test_a_schedule_that_is_continued(tmp_path):
-    """As in a run that is resumed, or that looks at it in between."""
+    """For example in a resumed run, or in a run that reads its schedule midway."""
     p = torch.ones(2, requires_grad=True)
     optimizer, schedule = HyperOptimizer([p], "SGD(0.1) / SGD(0.01)", compile=False), Schedule()
     lrs = []
@@ -102,7 +102,7 @@ def test_columns_of_zeros_are_optional():
 
 
 def test_a_group_without_what_the_optimizer_would_have():
-    """What was 0 throughout is set where it would not be 0 otherwise."""
+    """A value that was always 0 is set if the optimizer's own value is not 0."""
     p, q = (torch.ones(1, requires_grad=True) for _ in range(2))
     groups = [{"params": [p]}, {"params": [q], "weight_decay": 0.0, "lr": 0.0}]
     learner = HyperOptimizer(groups, "AdamW(0.01, weight_decay=0.1)", compile=False)

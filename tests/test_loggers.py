@@ -1,4 +1,4 @@
-"""TensorBoard, MLflow, and several loggers at once: what they are given is what the store has."""
+"""TensorBoard, MLflow, and several loggers at once log exactly the store's records."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def history(kind: str, store: Path, name: str) -> dict[str, dict[int, list[float]]]:
-    """Of each metric the values by their steps, all that there are."""
+    """All values of each metric, by step."""
     found: dict[str, dict[int, list[float]]] = {}
     if kind == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

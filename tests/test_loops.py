@@ -1,4 +1,4 @@
-"""The optimizer in everybody's training loop: what a loop does beside `step`."""
+"""The optimizer in common training loops, with everything that a loop does beside `step`."""
 
 import copy
 import pickle
@@ -20,13 +20,13 @@ PEERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD(0.1, momentum=0.9)": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
     "Adam(0.05)": lambda p: torch.optim.Adam(p, 0.05),
 }
-# A level above that moves nothing changes nothing, and remembers the last move all the same.
+# A level above with step size 0 changes nothing, but still stores the last move.
 STACKS = [*PEERS, "SGD(0.1, momentum=0.9)[momentum] / SGD(0)", "Adam(0.05)[beta1] / SGD(0)"]
 
 
 @pytest.fixture(params=["gathered", "in place"])
 def memory(request, monkeypatch):
-    """The two ways in which parameters reach the step."""
+    """The engine's two ways to pass parameters to the step."""
     if request.param == "in place":
         monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
@@ -349,7 +349,7 @@ def test_parametrized_weights():
 
 
 def test_several_optimizers_on_one_model():
-    """They are as one optimizer whose groups share nothing."""
+    """They match one optimizer whose groups share nothing."""
     above = "SGD(1e-2)"
     model, joint = Net(), Net()
     first = HyperOptimizer(model.first.parameters(), f"SGD(0.1) / {above}", compile=False)
@@ -426,7 +426,7 @@ def test_layers_thawed_frozen_and_with_another_lr(memory, stack):
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_parameters_replaced_in_their_group(memory, stack):
-    """A new one starts afresh, and one that was taken out is left alone."""
+    """A new parameter starts fresh, and a removed one is left alone."""
 
     def change(t: int, model: Net, optimizer: torch.optim.Optimizer) -> None:
         own = optimizer.param_groups[0]["params"]
@@ -531,7 +531,7 @@ def test_a_parameter_that_is_given_twice():
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
 def test_a_model_that_changes_its_dtype(memory, to):
-    """It goes on as a run that was saved in the one and loaded in the other."""
+    """It continues like a run saved in one dtype and loaded in the other."""
     model, optimizer = made(dtype=torch.float32)
     train(model, optimizer, range(4))
     fresh, other = made(dtype=to)
@@ -660,7 +660,7 @@ def test_a_model_on_two_devices_is_refused():
 
 
 def test_another_default_device_and_dtype():
-    """What the rules and the tower make for themselves lies where the parameters are."""
+    """Tensors of the rules and the tower are on the parameters' device."""
     stack = "Adam(0.05)[lr] / Adam(1e-3) / SGD(1e-5)"
     model, expected = Net(), trained(stack=stack)
     torch.set_default_dtype(torch.float16)
@@ -678,7 +678,7 @@ def test_another_default_device_and_dtype():
     same((model, optimizer), expected)
 
 
-# What else one does with an optimizer.
+# Other uses of an optimizer.
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -1,4 +1,4 @@
-"""Rules that are not elementwise, stacks of their own for param groups, and scopes per element."""
+"""Rules that are not elementwise, separate stacks for param groups, and scopes per element."""
 
 import copy
 import io
@@ -338,7 +338,7 @@ def test_vectors_keep_no_gradient_of_the_last_step():
     assert sorted(optimizer.state[p]) == ["momentum_buffer", "sensitivity_lr"]
 
 
-# A stack for each param group.
+# A separate stack for each param group.
 
 
 class Net(nn.Module):

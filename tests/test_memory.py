@@ -1,4 +1,4 @@
-"""Memory does not grow: not from step to step, and not from optimizer to optimizer."""
+"""Memory does not grow from step to step or from optimizer to optimizer."""
 
 import gc
 import tracemalloc

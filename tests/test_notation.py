@@ -1,4 +1,4 @@
-"""Notation: both ways for any stack, and one clear line for what is none."""
+"""Notation: any stack can be written and parsed; anything else gets a one-line error."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ def rules(draw, below: Rule | None, second: bool = False) -> Rule:
     given_names = draw(st.lists(st.sampled_from(positive), unique=True))
     arguments = {name: value(name) for name in given_names}
     if subset is not None:
-        # What is tuned must lie in the domain; a default of 0 is in none but the real one.
+        # A tuned value must lie in its domain; only the real domain has 0.
         arguments |= {name: number(name) for name in subset if name not in arguments}
     kinds: dict[type, st.SearchStrategy[Any]] = {
         bool: st.booleans(),

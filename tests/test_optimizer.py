@@ -1,4 +1,4 @@
-"""`HyperOptimizer` as an optimizer: what it is like from outside, and what it refuses."""
+"""`HyperOptimizer` as an optimizer: its interface, and its errors."""
 
 import collections
 import copy
@@ -210,7 +210,7 @@ def test_a_step_size_of_0_may_be_raised_later():
     torch.testing.assert_close(ours[0], theirs[0])
 
 
-# What it refuses.
+# Errors.
 
 
 def refused(kind: type[Exception], *words: str):
@@ -252,7 +252,7 @@ def test_invalid_stacks():
 
 
 def test_groups_without_parameters():
-    """A split of the parameters by kind may leave one of the kinds empty."""
+    """A split of the parameters by kind may leave a kind empty."""
     stack = "SGD(0.1, momentum=0.5)[lr: {}, momentum] / SGD(0.01)"
     for how in ("per run", "per group", "per tensor"):
         empty = {"params": list[Tensor](), "momentum": 0.6}
@@ -736,7 +736,7 @@ def test_a_domain_of_ones_own_is_known_by_its_name():
         Domain("log", torch.exp, math.log)
 
 
-# When it says so.
+# The time of an error.
 
 
 def not_elementwise() -> Any:
@@ -803,7 +803,7 @@ def reshaped(optimizer: Any, w: list[Tensor]) -> None:
 )
 @pytest.mark.parametrize("steps", [0, 2])
 def test_later_mistakes_are_errors_in_the_next_step_and_change_nothing(change, steps):
-    """Each of these is a change to an optimizer that was right; none could be known before."""
+    """Each case changes a valid optimizer in a way that no earlier check can see."""
     if change is reshaped and not steps:
         pytest.skip("nothing is kept of the old shape yet")
     w = weights((3,), (4,))

@@ -1,4 +1,4 @@
-"""The pool: several runs side by side, of which some fail."""
+"""The pool: parallel runs, some of which fail."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The project's own rules: its make targets, its setup, what imports what, what is committed."""
+"""The project's own rules: make targets, setup, imports, and committed files."""
 
 import ast
 import os
@@ -19,7 +19,7 @@ from experiments.cli import guarded
 ROOT = Path(__file__).resolve().parents[1]
 DISTRIBUTION = "ultimate-hyperoptimizer"
 
-# What each package of the repository may import from the repository, itself apart.
+# The other packages of the repository that each package may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "hyperopt": set(),
     "models": set(),
@@ -66,7 +66,7 @@ def test_choices_reach_the_command() -> None:
         "experiments.studies robustness seeds=0 tasks=mlp,softmax methods=Auto,Adam/SGD" in command
     )
 
-    for target in ("table1", "v1"):  # which have no choice of them, and say so
+    for target in ("table1", "v1"):  # they reject these options
         assert "seeds=0" in make("-n", f"reproduce-{target}", "SEEDS=0").stdout
 
     choices = ("PRESET=paper", "WORKERS=3", "START=records", "SEEDS=0,1")
@@ -106,7 +106,7 @@ def test_the_tests_say_how_long_they_take_and_how_to_run_one(tmp_path: Path) -> 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What `make setup` reads, with a .venv that somebody made by hand."""
+    """The files that `make setup` reads, with a handmade .venv."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -134,7 +134,7 @@ def test_setup_runs_once_and_again_when_something_changed(checkout: Path) -> Non
 
 
 def fake_python(folder: Path, version: tuple[int, int, int]) -> Path:
-    """This interpreter, saying that it is of another version."""
+    """This interpreter, reporting another version."""
     script = folder / f"python{version[0]}.{version[1]}"
     pretend = f"import sys; sys.version_info = {version}; sys.version = '{version}'"
     script.write_text(
@@ -190,7 +190,7 @@ def test_imports_run_one_way(package: str) -> None:
 
 
 def module_imports() -> dict[str, set[str]]:
-    """What each module of the repository imports from it, wherever in its file."""
+    """All imports between modules of the repository, also inside functions."""
     paths = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for package in MAY_IMPORT
@@ -213,7 +213,7 @@ def module_imports() -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[str]:
-    """The modules that import themselves by way of others."""
+    """The modules on an import cycle."""
 
     def reached(name: str) -> set[str]:
         found: set[str] = set()
@@ -231,7 +231,7 @@ def circles(graph: dict[str, set[str]]) -> list[str]:
     "package", ["hyperopt", "models", "experiments", "hydra_plugins", "scripts"]
 )
 def test_there_are_no_import_cycles(package: str) -> None:
-    """Inside functions neither: that would only hide it."""
+    """Imports inside functions count too: they would only hide a cycle."""
     found = circles(module_imports())
     assert [name for name in found if name.partition(".")[0] == package] == []
 
@@ -240,7 +240,7 @@ def test_an_import_cycle_is_detected() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
 
 
-# From the ground up; a room imports only from those before it.
+# From the lowest layer up; a layer imports only from lower layers.
 ROOMS = (
     "files",
     "found",
@@ -332,7 +332,7 @@ def normalized(name: str) -> str:
 
 
 def requirements(extra: str | None) -> set[str]:
-    """The distributions that the project asks for, in one extra or (None) always."""
+    """The project's required distributions, of one extra or (None) always."""
     found = set()
     for line in requires(DISTRIBUTION) or ():
         name, _, marker = line.partition(";")

@@ -1,4 +1,4 @@
-"""What README and docs say of results is what the results say."""
+"""The generated blocks of README and docs match the results."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_writing_a_page_again_changes_nothing(page: Path) -> None:
-    """Where this fails, `make tables` writes what the results say."""
+    """If this fails, run `make tables`."""
     text = page.read_text()
     assert written(text, RESULTS) == text
 

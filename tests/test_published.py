@@ -1,4 +1,4 @@
-"""Every tower of Table 1 computes what the published package computes on it.
+"""Every tower of Table 1 gives the results of the published package.
 
 `gradient-descent-the-ultimate-optimizer` 1.0, by the authors of Chandra et al. (2022), has other
 constants than torch.optim, which the stacks here name.
@@ -134,5 +134,5 @@ def test_towers_of_table_1_match_the_published_package(stack, mnist):
         # divides by its size shows it.
         torch.testing.assert_close(p, trained[name], rtol=1e-8, atol=1e-10)
     assert torch.equal(ours.hidden.weight[:, dead], MLP().hidden.weight[:, dead])
-    # The run is long enough to tell: the tower has moved what it tunes.
+    # The run is long enough: the tower has changed what it tunes.
     assert optimizer.hyperparameters()[0]["lr"] != pytest.approx(lr, rel=1e-4)

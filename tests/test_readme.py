@@ -1,4 +1,4 @@
-"""Everything that README and the page of results tell a reader to type works as written."""
+"""All commands and code of README and docs/reproduce.md work as written."""
 
 import re
 import shlex

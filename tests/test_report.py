@@ -1,4 +1,4 @@
-"""The page with all results: what is on it, and that it needs nothing else."""
+"""The page with all results: its content, and that it is self-contained."""
 
 import base64
 import gzip
@@ -149,7 +149,7 @@ def test_every_table_figure_and_run_is_there(page: Page, folder: Path) -> None:
 
 
 def test_all_results_fit_into_three_megabytes() -> None:
-    """Those that are committed, each run told apart."""
+    """The committed results, with each run distinct."""
     text = report.page(ROOT / "results", Path("no store"))
     assert len(text.encode()) <= 3_000_000
     page = Page(text)
@@ -265,7 +265,7 @@ def test_the_command_writes_it(
     assert "results=nowhere is not a folder" in capsys.readouterr().err
 
 
-# In a browser, where there is one.
+# In a browser, if one is installed.
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -1,4 +1,4 @@
-"""A run that is saved and loaded into fresh objects goes on bit for bit."""
+"""A run saved and loaded into new objects continues bit for bit."""
 
 import copy
 import io
@@ -73,7 +73,7 @@ def resume(stack, groups, compile, parked, stops, path=None) -> None:
         saved = torch.load(file, weights_only=True)
 
         fresh, other = make(stack, groups, compile)
-        train(fresh, other, range(100, 102), parked)  # what it was before must leave no trace
+        train(fresh, other, range(100, 102), parked)  # its earlier state must leave no trace
         fresh.load_state_dict(saved["net"])
         other.load_state_dict(saved["optimizer"])
         assert torch.equal(other.snapshot(), optimizer.snapshot())
@@ -210,7 +210,7 @@ def test_a_copy_continues_like_the_original(copied, stack):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("stack", STACKS, ids=[f"height {s.count('/')}" for s in STACKS])
 def test_a_resumed_run_is_the_same_through_a_distributed_checkpoint(stack, tmp_path):
-    """It knows parameters by name, and is loaded into the tensors of what goes on."""
+    """It knows parameters by name, and loads into the tensors of the resumed run."""
 
     def make() -> tuple[nn.Sequential, HyperOptimizer]:
         torch.manual_seed(0)
@@ -239,7 +239,7 @@ def test_a_resumed_run_is_the_same_through_a_distributed_checkpoint(stack, tmp_p
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("make", [lambda p: HyperOptimizer(p, STACKS[2]), torch.optim.Adam])
 def test_a_distributed_checkpoint_includes_foreign_entries(make, tmp_path):
-    """Of each parameter and each group; torch takes no other keys of a state."""
+    """For each parameter and each group; torch accepts no other keys of a state."""
 
     def start(number: float, word: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
         torch.manual_seed(0)

@@ -194,7 +194,7 @@ def test_the_command_continues_earlier_parts(tmp_path: Path) -> None:
     first = [results, f"store={tmp_path}/one", "tasks=mlp", "methods=Auto,Adam,Prodigy"]
     assert execute(tmp_path, *first) == 3 + 4 + 1
     assert execute(tmp_path, *first) == 0
-    # Another machine, which has the records alone.
+    # Another machine, which has only the records.
     more = [results, f"store={tmp_path}/two", "start=records", "methods=Auto,Adam,DAdaptSGD"]
     assert execute(tmp_path, *more) == 1 + 3 + 4 + 1
     folder = tmp_path / "results" / "robustness" / "cpu-mnist-5k"  # not where those of MNIST are

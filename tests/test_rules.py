@@ -1,4 +1,4 @@
-"""A plain rule is the optimizer of that name in `torch.optim`; what single rules are known for."""
+"""Plain rules match the optimizers of the same name in `torch.optim`; special cases of some."""
 
 import functools
 from typing import Any
@@ -202,7 +202,7 @@ def torch_names(own: dict[str, float], betas: tuple[float, float]) -> dict:
 
 @pytest.fixture(params=["gathered", "in place"])
 def memory(request, monkeypatch):
-    """The two ways in which parameters reach the step."""
+    """The engine's two ways to pass parameters to the step."""
     if request.param == "in place":
         monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 

@@ -1,4 +1,4 @@
-"""What keeps hyperparameters where they may be: domains, clipping, freezing, and skipped moves."""
+"""Safeguards of hyperparameters: domains, clipping, freezing, and skipped moves."""
 
 import itertools
 import math
@@ -70,7 +70,7 @@ def test_a_hypergradient_that_overflows_leaves_the_weights_moving(how):
 
 
 def test_a_tensor_s_first_gradient_may_be_non_finite():
-    """Its own last move has no part in the hypergradient, which is finite."""
+    """The tensor has no last move, so the hypergradient is finite."""
     params = [torch.ones(3, requires_grad=True) for _ in range(2)]
     optimizer = HyperOptimizer(params, STACK.format(""), compile=False)
     for t in range(4):
@@ -185,7 +185,7 @@ def test_turns_and_counts_continue_in_a_resumed_run():
 
 
 def test_a_level_that_made_no_move_has_no_hypergradient():
-    """Where a level made no move, its own step size has no hypergradient."""
+    """If a level made no move, its own step size has no hypergradient."""
     numbers = run("SGD(0.01) / SGD(1e-3, every=2) / SGD(1.0)", gradients(6))[1]
     sizes = [1e-3, *(level[1]["lr"] for level in numbers)]
     moved = [t for t, (a, b) in enumerate(itertools.pairwise(sizes)) if a != b]

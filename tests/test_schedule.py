@@ -1,4 +1,4 @@
-"""Schedules are what their formulas say, at any length, and are refused where they cannot be."""
+"""Schedules follow their formulas at any length; invalid ones are refused."""
 
 from pathlib import Path
 

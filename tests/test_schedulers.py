@@ -1,4 +1,4 @@
-"""Learning-rate schedulers, and other hands that set hyperparameters, tuned or not."""
+"""Learning-rate schedulers, and hyperparameters set by hand, tuned or not."""
 
 import io
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def train_by(schedulers: list[Any], model: nn.Module, optimizer: Any, steps: ran
     for t in steps:
         train(model, optimizer, range(t, t + 1))
         for one in schedulers:
-            one.step(*[1.0] * isinstance(one, s.ReduceLROnPlateau))  # which never gets better
+            one.step(*[1.0] * isinstance(one, s.ReduceLROnPlateau))  # the metric never improves
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -1,4 +1,4 @@
-"""Hyperparameters that param groups and tensors have to themselves, and bounds of their values."""
+"""Hyperparameters per param group and per tensor, and bounds of their values."""
 
 import copy
 

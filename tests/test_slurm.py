@@ -1,4 +1,4 @@
-"""A sweep on a real Slurm of one node: each job's own end, and the same command again."""
+"""A sweep on a real Slurm of one node: each job's end, and repeating the command."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def queue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def start(store: Path, environment: dict[str, str], *more: str) -> "subprocess.Popen[str]":
-    """The sweep; what it says on standard error is in the file `said` beside the store."""
+    """Start the sweep; the file `said` beside the store has its standard error."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(store.with_name("said"), "w") as said:
@@ -58,7 +58,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
 
 
 def kill(mark: bytes) -> None:
-    """SIGKILL for the Python of a job, which has `mark` in its environment."""
+    """Send SIGKILL to a job's Python process, which has `mark` in its environment."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
             if mark in path.read_bytes() and b"_submit" in (path.parent / "cmdline").read_bytes():
@@ -164,7 +164,7 @@ def test_jobs_end_independently_and_the_same_command_does_the_rest(
 
 
 def resumed(store: Path) -> list[int]:
-    """How often each run has gone on from a checkpoint."""
+    """How often each run has resumed from a checkpoint."""
     summaries = map(json.loads, (path.read_text() for path in store.glob("*/summary.json")))
     return [summary["provenance"]["resumed"] for summary in summaries]
 
@@ -194,7 +194,7 @@ def test_runs_resume_after_a_node_failure(tmp_path: Path, queue: dict[str, str])
 
 @pytest.mark.long
 def test_a_run_resumes_after_its_time_limit(tmp_path: Path, queue: dict[str, str]) -> None:
-    """Slurm ends it, says why, and the same command does the rest."""
+    """Slurm ends the run and gives the reason; the same command does the rest."""
     gate, store, said = Gate(tmp_path / "gate"), tmp_path / "store", tmp_path / "said"
     environment = {**queue, **gate.environment}
     sweep = start(store, environment, "seed=0")

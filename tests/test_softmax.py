@@ -1,4 +1,4 @@
-"""The convex problem: its gradient, its objective, and the least value of that."""
+"""The convex problem: its gradient, its objective, and the optimum."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The benchmark times what it says, and its table says whether a bar is met."""
+"""The benchmark times the right code, and its table reports whether a bound is met."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_contenders_take_turns_and_each_is_timed(monkeypatch):
 @pytest.mark.parametrize("family", benchmark.FAMILIES)
 @pytest.mark.parametrize("height", [0, 1, 2])
 def test_the_published_tower_matches_its_counterpart(family, height):
-    """Same weights after some steps: both names mean one computation."""
+    """The weights after some steps are equal, so both names mean the same computation."""
     if height not in benchmark.FAMILIES[family][2]:
         pytest.skip("not timed")
     images, labels = torch.rand(8, 28, 28), torch.randint(10, (8,))

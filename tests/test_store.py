@@ -1,4 +1,4 @@
-"""The run store: what identifies a run, when it is finished, and who may work on it."""
+"""The run store: a run's identity, when it is finished, and locks."""
 
 import errno
 import multiprocessing
@@ -29,7 +29,7 @@ def resolved(*overrides: str) -> Config:
     return resolve(compose(["data=mnist-5k", "device=cpu", *overrides]), "mnist-5k")
 
 
-# What identifies a run.
+# Identity.
 
 
 def test_the_same_config_has_the_same_hash_however_it_is_written() -> None:
@@ -60,7 +60,7 @@ def test_any_changed_field_of_the_identity_changes_the_hash() -> None:
         replace(config, device="cuda"),
     ]
     for field in fields(config.trainer):
-        if field.name == "checkpoint_every":  # it decides where a cut run goes on, and no more
+        if field.name == "checkpoint_every":  # it only decides where an interrupted run resumes
             continue
         value = getattr(config.trainer, field.name)
         changed: Any = not value if isinstance(value, bool) else (value or 0) + 1
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         RunDirectory(tmp_path / "b").checkpoint()
 
 
-# Who works on it.
+# Locks.
 
 
 def hold(root: str, pipe: Any) -> None:
@@ -223,7 +223,7 @@ def test_a_claim_ends_with_its_process_even_by_sigkill(tmp_path: Path) -> None:
 
 
 def test_only_one_of_many_processes_holds_a_run(tmp_path: Path) -> None:
-    """Each removes the lock's file as it goes, and none stays."""
+    """Each removes the lock file at its end, and none remains."""
     store, inside, most = RunStore(tmp_path), [], []
 
     def hold() -> None:
@@ -252,7 +252,7 @@ def test_the_stale_lock_of_a_finished_run_is_removed(tmp_path: Path) -> None:
 
 
 def test_another_process_s_run_is_waited_for_and_read(tmp_path: Path) -> None:
-    """Someone else is this test, which says in the end that the error was 12.34%."""
+    """This test is the other process; it writes an error of 12.34%."""
     config = resolved(
         *(f"store={tmp_path}", "trainer.epochs=1"),
         *("trainer.compile=false", "trainer.compile_model=false"),

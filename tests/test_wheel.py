@@ -1,4 +1,4 @@
-"""The wheel: what is in it, that it works alone, and beside the well-known Hyperopt of PyPI."""
+"""The wheel: its content, and that it works alone and beside the well-known Hyperopt of PyPI."""
 
 import shutil
 import subprocess

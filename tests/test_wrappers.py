@@ -1,4 +1,4 @@
-"""What wrappers of optimizers do to `state` and `param_groups`, beside the same done to torch's."""
+"""Wrappers that use `state` and `param_groups`, with our optimizer and with torch's."""
 
 import collections
 import contextlib
@@ -165,7 +165,7 @@ class Averaged:
 
 
 class Offloaded:
-    """Between steps, all tensors of the state are elsewhere: by ``.data`` and as other tensors."""
+    """Between steps, moves all tensors of the state away: by ``.data``, or as other tensors."""
 
     def __init__(self, optimizer: Any, by_data: bool = True) -> None:
         self.optimizer, self.by_data = optimizer, by_data
@@ -256,7 +256,7 @@ def values(kept: Any) -> list[Tensor]:
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrappers(wrapper, name):
-    """They train, and what they kept is what they read."""
+    """The wrappers train, and read back what they have stored."""
     steps = 60 if name in ("tower", "Auto") else 12
     model, wrapped, losses = run(wrapper, MAKERS[name], steps)
     peer, theirs, their_losses = run(wrapper, torchs, steps)
@@ -518,7 +518,7 @@ WHEN = ["made", "state read", "state saved", "group added", "stepped", "loaded",
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stack", ["Adam(0.05)", TOWER])
 def test_the_state_does_not_depend_on_the_caller_s_modes(stack, mode, when):
-    """One thing is done in a mode of the caller's; the run is that of doing it outside."""
+    """An action inside one of the caller's modes gives the same run as outside."""
 
     def here(now: str) -> Any:
         return MODES[mode]() if now == when and not ends else contextlib.nullcontext()
@@ -549,7 +549,7 @@ def test_the_state_does_not_depend_on_the_caller_s_modes(stack, mode, when):
 
 @pytest.mark.parametrize("stack", ["Adam(0.05)", TOWER, "SGD(0.1, momentum=0.9)"])
 def test_a_model_of_fake_tensors(stack):
-    """As where one asks how much memory a run would take."""
+    """For example to ask how much memory a run would take."""
     with FakeTensorMode():
         model, more = nn.Linear(4, 2), nn.Parameter(torch.ones(3))
         optimizer = HyperOptimizer(model.parameters(), stack)

@@ -1,4 +1,4 @@
-"""A stand-in for W&B's server on the loopback address: as much of it as the client needs.
+"""A substitute for W&B's server on the loopback address, with what the client needs.
 
 It takes runs and their history, and says on resume how far it has them. It can be made to take
 nothing, or to lose what comes, at any time.
@@ -19,7 +19,7 @@ KEY = "0" * 40
 
 
 class Server:
-    """What it was sent.
+    """The received data.
 
     Attributes:
         runs: by their ids; what each has.
@@ -43,7 +43,7 @@ class Server:
         self.lock = threading.Lock()
 
     def forget(self) -> None:
-        """Have nothing, as another project has."""
+        """Drop everything, like a new project."""
         with self.lock:
             self.runs.clear()
             self.received.clear()
