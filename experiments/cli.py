@@ -10,7 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +20,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 ROOT = Path(__file__).resolve().parents[1]
 
 Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class ResultsOptions:
+    """Options of a command that only needs the folder of results."""
+
+    results: str = "results"
 
 
 def asked_for_help(

@@ -10,20 +10,12 @@ The same records give the same files, byte for byte. For the blocks between mark
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.cli import ROOT, asked_for_help, guarded, split
+from experiments.cli import ROOT, ResultsOptions, asked_for_help, guarded, split
 from experiments.files import write_text
 from experiments.studies.catalog import studies
 from experiments.studies.prose import BLOCK, written
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the command."""
-
-    results: str = "results"
 
 
 def draw_all(results: Path) -> list[Path]:
@@ -53,9 +45,9 @@ def write_pages(results: Path) -> list[Path]:
 
 
 def main() -> int:
-    if asked_for_help(__doc__, Options):
+    if asked_for_help(__doc__, ResultsOptions):
         return 0
-    options, _ = split(sys.argv[1:], Options, ())
+    options, _ = split(sys.argv[1:], ResultsOptions, ())
     paths = draw_all(Path(options.results))
     if Path(options.results).resolve() == ROOT / "results":
         paths += write_pages(ROOT / "results")

@@ -13,7 +13,7 @@ from experiments.files import write_json
 from experiments.records.provenance import provenance
 from experiments.studies.curves import preset_of, read_runs
 from experiments.studies.decay.runs import DECAYS, PRESETS, STARTS, cell_of, task_config
-from experiments.studies.pages import csv_of, table, with_sd, write_all
+from experiments.studies.pages import csv_of, page, table, with_sd, write_all
 from experiments.studies.robustness.runs import TASKS
 
 
@@ -47,19 +47,17 @@ def draw(folder: Path) -> list[Path]:
     )
     runs = pd.DataFrame(lines)
     missing = [title(preset, task) for task in tasks if not (runs.task == task).any()]
-    text = [
+    text = page(
         f"# Auto under a linear decay, preset {preset}",
-        "",
-        *([f"Not run yet: {'; '.join(missing)}.", ""] if missing else []),
-        *compared(runs, preset),
-        "",
+        f"Not run yet: {'; '.join(missing)}." if missing else "",
+        compared(runs, preset),
         f"Data: {', '.join(label(name) for name in dict.fromkeys(runs.data))}. Mean ± standard "
         "deviation over n seeds; the ratio is that of the means.",
-    ]
+    )
     made = provenance([run.summary for run in found])
     del made["seconds_per_step"]
     write_json(folder / "runs.json", made)
-    texts = {"runs.csv": csv_of(runs, None), "README.md": "\n".join(text) + "\n"}
+    texts = {"runs.csv": csv_of(runs, None), "README.md": text}
     return [*write_all(folder, texts), folder / "runs.json"]
 
 

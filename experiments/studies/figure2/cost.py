@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.cli import asked_for_help, guarded, split
+from experiments.cli import ResultsOptions, asked_for_help, guarded, split
 from experiments.data.images import Dataset
 from experiments.files import write_json
 from experiments.records.provenance import device_name
@@ -38,13 +37,6 @@ RUNS = 3 * (len(CELLS) + 1)  # including the replays
 # Assumptions about a GPU.
 LAUNCH = 20e-6  # seconds for one operator, including its share of Python
 GPU = 10_000  # GFLOP/s
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the command."""
-
-    results: str = "results"
 
 
 class Run:
@@ -140,9 +132,9 @@ def words(measured: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    if asked_for_help(__doc__, Options):
+    if asked_for_help(__doc__, ResultsOptions):
         return 0
-    options, _ = split(sys.argv[1:], Options, ())
+    options, _ = split(sys.argv[1:], ResultsOptions, ())
     measured = measure()
     write_json(Path(options.results, "figure2", "cost.json"), measured)
     print(words(measured))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
-from experiments.cli import ROOT, asked_for_help, guarded, split
+from experiments.cli import ROOT, ResultsOptions, asked_for_help, guarded, split
 from experiments.data.catalog import label as data_label
 from experiments.studies import pages, style
 from experiments.studies.claim import Claim, scale
@@ -34,13 +33,6 @@ TIMES = ROOT / "results" / "step_time" / "times.csv"
 PAPERS_EPOCHS = 30
 NEAR = 1.5  # an error is near if at most this factor times the best plain error
 GUESSING = 80.0  # percent; guessing one of ten digits has an error of about 90
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of the command."""
-
-    results: str = "results"
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
@@ -380,9 +372,9 @@ def prose(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    if asked_for_help(__doc__, Options):
+    if asked_for_help(__doc__, ResultsOptions):
         return 0
-    options, _ = split(sys.argv[1:], Options, ())
+    options, _ = split(sys.argv[1:], ResultsOptions, ())
     return 0 if check(Path(options.results)) else 1
 
 

@@ -11,29 +11,21 @@ begins at a thousandth of plain gradient descent's. The figures go to `results/g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from experiments.cli import asked_for_help, split
+from experiments.cli import ResultsOptions, asked_for_help, split
 from experiments.files import write_text
 from experiments.studies.gallery import report
 from experiments.studies.gallery.walks import SURFACES, paths, table
 from experiments.studies.study import Measurement
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of the command."""
-
-    results: str = "results"
-
-
 def main(arguments: Sequence[str]) -> int:
-    if asked_for_help(__doc__, Options, arguments=arguments):
+    if asked_for_help(__doc__, ResultsOptions, arguments=arguments):
         return 0
-    options, _ = split(arguments, Options, ())
+    options, _ = split(arguments, ResultsOptions, ())
     folder = Path(options.results, "gallery")
     torch.set_num_threads(1)
     walks = {surface.name: paths(surface) for surface in SURFACES}

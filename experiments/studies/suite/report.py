@@ -18,7 +18,7 @@ import pandas as pd
 from experiments.files import write_json
 from experiments.studies import style
 from experiments.studies.curves import Run, made, preset_of, read_runs
-from experiments.studies.pages import csv_of, table, write_all
+from experiments.studies.pages import csv_of, page, table, write_all
 from experiments.studies.suite.runs import (
     CHOOSING,
     METHODS,
@@ -201,34 +201,26 @@ def draw(folder: Path) -> list[Path]:
     )
     runs = pd.DataFrame(map(line, read))
     found = judged(runs)
-    text = [
+    tables = (
+        part
+        for name, half in HALVES.items()
+        if (found.method.eq(REFERENCE) & found.task.isin(half)).any()
+        for part in (f"## Tasks {name}", ratios(found, preset, half))
+    )
+    text = page(
         f"# The suite, preset {preset}",
-        "",
-        *([reduced(preset), ""] if reduced(preset) else []),
-    ]
-    text += [SAID, ""]
-    for name, half in HALVES.items():
-        if (found.method.eq(REFERENCE) & found.task.isin(half)).any():
-            text += [f"## Tasks {name}", "", *ratios(found, preset, half), ""]
-    text += [
+        reduced(preset),
+        SAID,
+        *tables,
         "## Performance profile",
-        "",
         "On how many tasks a method's final value is within a factor of the best method's.",
-        "",
         f"![{captions(Path())['profile']}](profile.png)",
-        "",
-        *within(compared(found)),
-        "",
+        within(compared(found)),
         "## On the way",
-        "",
-        *on_the_way(found),
-    ]
+        on_the_way(found),
+    )
     write_json(folder / "runs.json", made(read))
-    texts = {
-        "runs.csv": csv_of(runs, None),
-        "table.csv": csv_of(found),
-        "README.md": "\n".join(text) + "\n",
-    }
+    texts = {"runs.csv": csv_of(runs, None), "table.csv": csv_of(found), "README.md": text}
     paths = [*write_all(folder, texts), folder / "runs.json"]
     return [*paths, *style.save(profile(compared(found), preset), folder / "profile")]
 
