@@ -79,7 +79,7 @@ def runs_all(config: pytest.Config) -> bool:
 def pytest_report_header(config: pytest.Config) -> str:
     if not runs_all(config):
         return "A part of the tests. All of them: make test"
-    fast = "The main ones alone: make test FAST=1"
+    fast = "Only the main tests: make test FAST=1"
     cache = getattr(config, "cache", None)  # -p no:cacheprovider disables it
     seconds = cache.get(DURATION, None) if cache else None
     if seconds is None:

@@ -97,7 +97,7 @@ def test_the_whole_command_trains_once_and_counts_diverged_runs(tmp_path: Path) 
     count = sum(line["diverged"] == "True" for line in lines)
     assert count > 0
     text = (results / "README.md").read_text()
-    assert f"{count} of 8 did" in text and "MNIST-5k, batch 256, 1 epoch" in text
+    assert f"{count} of 8 diverged" in text and "MNIST-5k, batch 256, 1 epoch" in text
     before = {path.name: path.read_bytes() for path in results.iterdir()}
     assert execute(tmp_path) == 0
     assert {path.name: path.read_bytes() for path in results.iterdir()} == before
