@@ -14,8 +14,8 @@ the gradient of the loss at w:
 
    S_k is the *sensitivity* of level k's output with respect to r_k. In the paper it is the
    derivative of the last update, S_k = ∂U_k/∂r_k. On the first step all S_k are 0. The upper rules
-   still run, with gradient 0. Level k + 1 may normalize and clip dr_k. The levels above it see the
-   result.
+   still run, with gradient 0. Level k + 1 may normalize, divide and clip dr_k. The levels above it
+   see the result.
 
 2. Hyperparameters, from the top: r_k ← U_{k+1}(r_k, dr_k, s_{k+1}; T(r_{k+1})).
 
@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators import Timing, cosine
+from .estimators import Timing, cosine, per_square
 from .rule import Rule, Stack, State
 
 
@@ -64,6 +64,7 @@ class Level(NamedTuple):
         state: s, the state of the rule.
         sensitivity: S = ∂x/∂r, [elements of x, n].
         updates: the number of updates so far, 0-dim.
+        square: the squared norm of the gradient that the last update used, 0-dim.
     """
 
     rule: Rule
@@ -74,6 +75,7 @@ class Level(NamedTuple):
     state: State
     sensitivity: Tensor
     updates: Tensor
+    square: Tensor
 
 
 def hyperparameters(level: Level, raw: Tensor) -> SimpleNamespace:
@@ -91,6 +93,8 @@ def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
         hypergradient = g @ s
         if above.rule.policy.estimator.normalize:
             hypergradient = cosine(hypergradient, g @ g, (s * s).sum(0))
+        if above.rule.policy.estimator.surrogate:
+            hypergradient = per_square(hypergradient, level.square)
         gradients.append(above.rule.policy.clipping(hypergradient))
     return gradients
 
@@ -116,7 +120,8 @@ def update(levels: Sequence[Level], k: int, x: Tensor, g: Tensor) -> tuple[Tenso
     updates = level.updates + 1
     kept = 1 - 1 / updates.clamp(max=horizon(levels[k + 1] if levels[k + 1 :] else None))
     sensitivity = kept * level.sensitivity + derivative
-    return moved, level._replace(state=state, sensitivity=sensitivity, updates=updates)
+    level = level._replace(state=state, sensitivity=sensitivity, updates=updates, square=g @ g)
+    return moved, level
 
 
 def step(levels: Sequence[Level], w: Tensor, gradient: Tensor) -> tuple[Tensor, list[Level]]:
@@ -185,6 +190,7 @@ def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
         limits = torch.tensor(bounds, dtype=torch.float64).view(-1, 2).T
         sensitivity = torch.zeros(len(x), len(r), dtype=torch.float64)
         zero = torch.zeros((), dtype=torch.float64)
-        levels.append(Level(rule, r, limits, places, constants, rule.init(x), sensitivity, zero))
+        state = rule.init(x)
+        levels.append(Level(rule, r, limits, places, constants, state, sensitivity, zero, zero))
         x, names = r, below
     return levels

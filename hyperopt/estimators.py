@@ -54,10 +54,15 @@ class Estimator:
             s <- (1 - 1/min(t, n)) s + d. When a hyperparameter falls below `RESTART_BELOW` of its
             peak, s and t start again.
         normalize: divide g · s by the norms of both, so that it is a cosine.
+        surrogate: divide g · s by the squared norm of the gradient that the last update used. With
+            n = 1 this is the gradient of the surrogate (f(x') - f(x)) / ||∇f(x)||², where x' are
+            the weights after the update of x (Gao et al. 2025, arXiv 2411.01803; HDM of Chu et al.
+            2025, arXiv 2502.11229).
     """
 
     horizon: float = 1.0
     normalize: bool = False
+    surrogate: bool = False
 
     def init(self, names: Sequence[str], w: Tensor) -> dict[str, Tensor]:
         """The initial state of the estimator, which a level keeps beside the rule's state.
@@ -69,10 +74,11 @@ class Estimator:
         Returns:
             one sensitivity [n] for each hyperparameter and, with a long horizon, 0-dim numbers.
         """
-        numbers = ("horizon_length", *(f"horizon_peak_{name}" for name in names))
+        numbers = ["horizon_length", *(f"horizon_peak_{name}" for name in names)]
+        numbers = numbers * (self.horizon > 1) + ["last_square"] * self.surrogate
         return {
             **{f"sensitivity_{name}": torch.zeros_like(w) for name in names},
-            **{n: torch.zeros((), dtype=torch.float64) for n in numbers if self.horizon > 1},
+            **{n: torch.zeros((), dtype=torch.float64) for n in numbers},
         }
 
     def accumulate(
@@ -153,6 +159,7 @@ TRUST = Hyper(math.inf, LOG, tuned=False, name="trust")
 KEYWORDS: dict[str, Option | Hyper] = {
     "horizon": Option(1.0, low=1, name="horizon"),
     "normalize": Option(False, name="normalize"),
+    "surrogate": Option(False, name="surrogate"),
     "trust": TRUST,
     "clip_value": Option(math.inf, low=0, name="clip_value"),
     "clip_norm": Option(math.inf, low=0, name="clip_norm"),
@@ -230,6 +237,11 @@ def cosine(product: Tensor, squared_norm: Tensor, other_squared_norm: Tensor) ->
     """An inner product divided by the norms of both vectors; 0 if one is 0."""
     norms = torch.sqrt(squared_norm) * torch.sqrt(other_squared_norm)
     return torch.where(norms > 0, product / norms, product)
+
+
+def per_square(product: Tensor, squared_norm: Tensor) -> Tensor:
+    """An inner product divided by a squared norm; 0 if that is 0."""
+    return product * torch.where(squared_norm > 0, torch.reciprocal(squared_norm), 0.0)
 
 
 def zero_rounding_noise(

@@ -14,6 +14,8 @@ clip_value, clip_norm    clip their hypergradient; higher levels see the clipped
 every=10                 move them only in every tenth step
 until=1000               move them only in the first thousand steps
 normalize=True           make the hypergradient a cosine: divide it by the norms of both factors
+surrogate=True           divide the hypergradient by the squared norm of the gradient that the last
+                         update used
 
 Keywords of the level directly above the lowest:
 

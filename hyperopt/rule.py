@@ -336,6 +336,8 @@ def _check_policies(levels: Sequence[Rule]) -> None:
                 f"{above} needs parameters with a shape, and hyperparameters have none; it can be "
                 "the lowest level only"
             )
+        if above.argument("normalize") and above.argument("surrogate"):
+            raise ValueError(f"{above}: a cosine is not divided again; leave out surrogate")
     for name, keyword in KEYWORDS.items():
         if lowest.argument(name) != keyword.default:
             hint = "; the weights' gradients are clipped by torch.nn.utils.clip_grad_norm_"

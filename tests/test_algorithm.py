@@ -37,6 +37,10 @@ ESTIMATORS = [
     "Adam(0.05)[lr: log, beta1] / SGD(0.01, horizon=3)",
     "SGD(0.05, momentum=0.5) / Adam(0.01, horizon=inf) / SGD(1e-3)",
     "ScheduleFreeAdam(0.1)[lr: log] / AdaGrad(0.5, horizon=inf, normalize=True) / SGD(1e-3)",
+    "SGD(0.05, momentum=0.5) / SGD(0.01, surrogate=True) / SGD(1e-3, surrogate=True)",
+    "Adam(0.05)[lr: log]" + " / SGD(1e-3, surrogate=True)" * 3,
+    "SGD(0.05)[lr: log per tensor, momentum] / SGD(0.01, surrogate=True, horizon=3)",
+    "RMSProp(0.05)[lr: log per tensor] / SGD(0.01, surrogate=True, clip_norm=0.3) / SGD(0.1)",
     "SGD(0.05, momentum=0.5) / SGD(0.1, momentum=0.5, clip_norm=0.05) / SGD(1e-3, clip_value=0.01)",
     "SGD(0.05, momentum=0.5)[lr: log from 0.02 to 0.06, momentum] / SGD(0.5) / SGD(1e-3)",
     "SGD(0.05)[lr: log per tensor, momentum] / SGD({lr: 0.1, momentum: 0.01}, momentum=0.5)",
@@ -97,9 +101,7 @@ def test_estimators_limits_and_scopes(stack):
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize(
-    "stack", [ESTIMATORS[2], ESTIMATORS[3], "Adam(0.05) / SGD(1e-3) / SGD(1e-5)"]
-)
+@pytest.mark.parametrize("stack", [*ESTIMATORS[2:7], "Adam(0.05) / SGD(1e-3) / SGD(1e-5)"])
 def test_the_compiled_step_too(stack):
     check(stack, compile=True)
 

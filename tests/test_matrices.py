@@ -275,7 +275,7 @@ def flat(rule, shape):
 
 
 ABOVE = ["SGD(1e-3)", "SGD(1e-3) / SGD(1e-5)", "AdaGrad(0.1, horizon=inf, normalize=True)"]
-ABOVE += ["Adam(0.01, horizon=3) / SGD(1e-4)"]
+ABOVE += ["Adam(0.01, horizon=3) / SGD(1e-4)", "SGD(1e-3, surrogate=True) / SGD(1e-4)"]
 
 
 @pytest.mark.parametrize("above", ABOVE)

@@ -17,7 +17,7 @@ from .torch_private import make_fx, tree_leaves
 
 # Names of the engine's own entries in a state or state_dict. A rule's state cannot have them.
 RESERVED = {"w", "g", "moved", "log_lr_limit", "shape", "shard", "active"}
-RESERVED |= {"last_grad", "last_weight"}
+RESERVED |= {"last_grad", "last_weight", "last_square"}
 PREFIXES = ("sensitivity_", "horizon_")
 
 
@@ -132,7 +132,8 @@ class Block:
     @property
     def rows(self) -> int:
         """The number of sums that a shard computes for each tuned hyperparameter of level 0."""
-        return 1 + 2 * self.estimator.normalize + 2 * self.is_bounded
+        estimator = self.estimator
+        return 1 + 2 * estimator.normalize + estimator.surrogate + 2 * self.is_bounded
 
     @property
     def per_tensor(self) -> bool:

@@ -29,6 +29,7 @@ from ..estimators import (
     cosine,
     derivatives,
     log_lr_limit,
+    per_square,
     size_of_update,
     units,
     zero_rounding_noise,
@@ -144,6 +145,9 @@ def recompute_last_update(
     if normalize:
         rows += [(g * g).sum().expand(len(raw))]
         rows += [torch.stack([(s * s).sum() for s in sensitivities])]
+    if block.estimator.surrogate:
+        square = start["last_square"] if last.g is None else (last.g * last.g).sum()
+        rows += [square.expand(len(raw))]
     if block.is_bounded:
 
         def next_update(raw: Tensor) -> tuple[Tensor, State]:
@@ -180,6 +184,10 @@ def combine_estimate(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, T
     hypergradient, *rows = sums.view(block.rows, len(raw)).unbind()
     if block.estimator.normalize:
         hypergradient = cosine(hypergradient, *rows[:2])
+    if block.estimator.surrogate:
+        # Each shard adds its square once to the slots of each name. So those of one have them all.
+        count = sum(slot.name == block.tuned[0].name for slot in block.tuned)
+        hypergradient = per_square(hypergradient, rows[0][:count].sum())
     if not block.is_bounded:
         return hypergradient, None
     limit = log_lr_limit(*rows[-2:])
@@ -235,7 +243,8 @@ def hypergradients(
         after, each, missed = jacobians(block, raw, fixed, last)
         states.append(after)
         skipped.append(missed)
-        for i, jacobian in enumerate(each, len(found) - 1):
+        first = len(found) - 1
+        for i, jacobian in enumerate(each, first):
             low, high = bounds[i]
             free = (low < raws[i]) & (raws[i] < high)
             # A clamped value does not depend on the level above.
@@ -244,6 +253,9 @@ def hypergradients(
             product = (g[:, None] * jacobian).sum(0)
             if block.estimator.normalize:
                 product = cosine(product, (g * g).sum(), (jacobian * jacobian).sum(0))
+            if block.estimator.surrogate:
+                used = last.g[i - first]
+                product = per_square(product, (used * used).sum())
             found.append(product)
     return found, states, skipped
 
@@ -406,6 +418,8 @@ def update_weights(
             found = without_noise(block, raw, found, new - w)
         values = dict(zip(block.names, block.from_raw(raw).unbind(), strict=True))
         after = {**after, **block.estimator.accumulate(state, values, found)}
+        if block.estimator.surrogate:
+            after["last_square"] = (g * g).sum().to(raw.dtype)
         after = {
             name: torch.where(finite > 0, after[name], block.skipped(name, old))
             for name, old in state.items()
