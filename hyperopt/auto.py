@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .optimizer import HyperOptimizer
+from .rule import Stack
 from .rules import AdaGrad, ScheduleFreeAdam
 
 # With a smaller lr, the square of an update is 0 in float32, so that lr could never move.
@@ -49,12 +50,16 @@ class Auto(HyperOptimizer):
         weight_decay: float = 0.0,
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
+        super().__init__(params, self.make_stack(lr, weight_decay), compile=compile)
+
+    @staticmethod
+    def make_stack(lr: float = 1e-5, weight_decay: float = 0.0) -> Stack:
+        """The stack, to print it or to build another one from it. The arguments are `Auto`'s."""
         _check(lr)
         above = AdaGrad(
             1.0, initial_accumulator_value=0.1, horizon=float("inf"), normalize=True, trust=0.1
         )
-        lowest = ScheduleFreeAdam(lr, weight_decay=weight_decay, r=8)["lr: log"]
-        super().__init__(params, lowest / above, compile=compile)
+        return ScheduleFreeAdam(lr, weight_decay=weight_decay, r=8)["lr: log"] / above
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters as in `HyperOptimizer`. The group's ``lr`` must be `MIN_LR` or more."""

@@ -233,6 +233,7 @@ def wait_for(folder: Path, runs: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.long
 def test_the_command_killed_and_started_again_draws_the_same_table(tmp_path: Path) -> None:
     """Two epochs, one seed, on the embedded digits: once undisturbed, once killed by SIGKILL."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

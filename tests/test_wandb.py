@@ -267,7 +267,9 @@ def test_an_interrupted_run_continues_on_the_server(tmp_path: Path, server: Serv
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL]
+)
 def test_a_killed_run_has_each_step_once(tmp_path: Path, server: Server, number: int) -> None:
     """Kill it when the server has the rows of one epoch, during the next epoch."""
     gate = Gate(tmp_path / "gate", at=2)

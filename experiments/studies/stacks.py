@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hyperopt import Auto, Rule
 
 # A level of each rule, with the published package's constants.
@@ -43,7 +41,7 @@ def auto(
 ) -> str:
     """`Auto`'s stack; optionally another rule, another domain of lr, or other top-level options."""
     start = {} if lr is None else {"lr": lr}
-    lowest, above = Auto([torch.zeros(1)], compile=False, **start).stack.levels
+    lowest, above = Auto.make_stack(**start).levels
     if rule is not None:
         lowest = rule(lowest.values["lr"])
     top = type(above)(**{**above.values, **above.settings, **options})

@@ -17,14 +17,16 @@ import torch
 
 from experiments.cli import ResultsOptions, asked_for_help, split
 from experiments.files import write_text
-from experiments.studies.gallery import report
-from experiments.studies.gallery.walks import SURFACES, paths, table
 from experiments.studies.study import Measurement
 
 
 def main(arguments: Sequence[str]) -> int:
     if asked_for_help(__doc__, ResultsOptions, arguments=arguments):
         return 0
+    # These import matplotlib and scipy, which take seconds; every command imports this file.
+    from experiments.studies.gallery import report
+    from experiments.studies.gallery.walks import SURFACES, paths, table
+
     options, _ = split(arguments, ResultsOptions, ())
     folder = Path(options.results, "gallery")
     torch.set_num_threads(1)

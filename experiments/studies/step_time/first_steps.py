@@ -14,13 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18, resnet50
 
 from hyperopt import Auto, HyperOptimizer, kernel_count
 from models.mlp import MLP
 
 STEPS = 12
 TOWER = "Adam(0.001)[lr: log per tensor] / SGD(1e-5)"
+
+
+def resnet(layers: int) -> nn.Module:
+    import torchvision  # takes seconds, and every command imports this file
+
+    return getattr(torchvision.models, f"resnet{layers}")()
 
 
 def blocks() -> nn.Module:
@@ -43,14 +48,14 @@ def auto(model: nn.Module) -> Any:
 # The model, its optimizer, and whether half of the steps skip each block.
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], bool]] = {
     "mlp": (MLP, auto, False),
-    "resnet18": (resnet18, auto, False),
-    "resnet50": (resnet50, auto, False),
+    "resnet18": (lambda: resnet(18), auto, False),
+    "resnet50": (lambda: resnet(50), auto, False),
     "lr per tensor": (
-        resnet18,
+        lambda: resnet(18),
         lambda m: HyperOptimizer(m.parameters(), TOWER, compile=True),
         False,
     ),
-    "ten param groups": (resnet18, lambda m: Auto(in_groups(m), compile=True), False),
+    "ten param groups": (lambda: resnet(18), lambda m: Auto(in_groups(m), compile=True), False),
     "stochastic depth": (blocks, auto, True),
 }
 

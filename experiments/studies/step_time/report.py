@@ -14,7 +14,7 @@ import pandas as pd
 from experiments.files import write_text
 from experiments.studies import style
 from experiments.studies.claim import Claim, scale
-from experiments.studies.step_time import first_steps
+from experiments.studies.step_time import first_steps, peers
 from experiments.studies.step_time.contenders import LABELS, TRAFFIC, tower_label
 
 
@@ -136,6 +136,8 @@ def draw(folder: Path) -> list[Path]:
     if (folder / "first_steps.csv").exists():
         rows = pd.read_csv(folder / "first_steps.csv").itertuples()
         lines += ["", "## First steps", "", *first_steps.table([*rows])]
+    if (folder / "peers.csv").exists():
+        lines += ["", "## Beside other packages", *peers.table(pd.read_csv(folder / "peers.csv"))]
     for model, label in LABELS.items():
         lines += [
             "",

@@ -1,7 +1,7 @@
 """The cost of a hyperoptimizer, compared with `torch.optim` and the published package.
 
     make benchmark                                everything, about twenty minutes of one core
-    python -m experiments.studies step_time mlp   some of the models, or compiling, or first
+    python -m experiments.studies step_time mlp   some of the models, or compiling, first, peers
 
 All contenders of a model take turns in one process on one thread. In every round, each makes a few
 steps. The result is the median over the rounds, with quartiles. Compare times of different runs or
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from experiments.files import write_text
 from experiments.records.provenance import device_name, of_process
-from experiments.studies.step_time import first_steps, report
+from experiments.studies.step_time import first_steps, peers
 from experiments.studies.step_time.contenders import LABELS, ROUNDS, Plain, contenders, tower
 from experiments.studies.study import Measurement
 from hyperopt import HyperOptimizer
@@ -162,6 +162,15 @@ def cold_and_warm(cases: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def beside_peers() -> list[dict[str, Any]]:
+    """The steps of all optimizers of each group, a group in a process of its own."""
+    rows = []
+    for group in peers.GROUPS:
+        print(f"peers, {group} ...", flush=True)
+        rows += apart("peers-once", group)
+    return rows
+
+
 STACKS_TO_COMPILE = [("SGD", 1), ("Adam / SGD", 1), ("Adam", 1), ("SGD", 50), ("Adam", 50)]
 
 
@@ -178,6 +187,7 @@ INNER: dict[str, Callable[..., Any]] = {
     "compile": lambda family, height: compile_once(family, int(height)),
     "measure": measure,
     "first-once": first_steps.measure,
+    "peers-once": lambda group: peers.measure(group, rounds),
 }
 
 
@@ -188,7 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in INNER:
         print(json.dumps(INNER[arguments[0]](*arguments[1:])))
         return 0
-    known = [*LABELS, "compiling", "first"]
+    known = [*LABELS, "compiling", "first", "peers"]
     if unknown := set(arguments) - {*known}:
         raise ValueError(f"{unknown.pop()!r} is not a benchmark; give some of {', '.join(known)}")
     asked = arguments or known
@@ -206,9 +216,13 @@ def main(arguments: Sequence[str]) -> int:
         found["compile.csv"] = pd.DataFrame(compile_times(STACKS_TO_COMPILE))
     if "first" in asked:
         found["first_steps.csv"] = pd.DataFrame(cold_and_warm(first_steps.CASES))
+    if "peers" in asked:
+        found["peers.csv"] = pd.DataFrame(beside_peers())
     for name, table in found.items():
         write_text(FOLDER / name, table.to_csv(index=False))
     write_text(FOLDER / "machine.txt", environment() + "\n")
+    from experiments.studies.step_time import report  # matplotlib takes a second to import
+
     for path in report.draw(FOLDER):
         print(path)
     return 0
