@@ -46,6 +46,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from .estimators import Timing, cosine, per_square
 from .rule import Rule, Stack, State
@@ -85,6 +86,12 @@ def hyperparameters(level: Level, raw: Tensor) -> SimpleNamespace:
     return SimpleNamespace(**tuned, **level.constants)
 
 
+def reach(level: Level, x: Tensor) -> Tensor:
+    """1 where a raw value moves an element of x, else 0, [elements of x, n]."""
+    moved = [one_hot(place.expand(len(x)), len(level.raw)) for place in level.places.values()]
+    return torch.stack(moved).sum(0).to(x.dtype)
+
+
 def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
     """The gradient for each level: G for the weights, then dr_0, dr_1, ... for the raw values."""
     gradients = [gradient]
@@ -92,7 +99,7 @@ def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
         g, s = gradients[-1], level.sensitivity
         hypergradient = g @ s
         if above.rule.policy.estimator.normalize:
-            hypergradient = cosine(hypergradient, g @ g, (s * s).sum(0))
+            hypergradient = cosine(hypergradient, g * g @ reach(level, g), (s * s).sum(0))
         if above.rule.policy.estimator.surrogate:
             hypergradient = per_square(hypergradient, level.square)
         gradients.append(above.rule.policy.clipping(hypergradient))
@@ -174,10 +181,10 @@ def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
         constants: dict[str, Tensor] = {}
         for name, value in rule.values.items():
             own: dict[Any, Any] = value if isinstance(value, dict) else {None: value}
-            if name in tuned and tuned[name].per != "run":
-                everyone = range(len(x)) if tuned[name].per == "element" else names
-                own = dict.fromkeys(everyone, value)
-            of = [*range(len(x))] if len(own) == len(x) else names
+            per = tuned[name].per if name in tuned else "run"
+            of = [*range(len(x))] if per == "element" else names
+            if per != "run":
+                own = dict.fromkeys(of, value)
             place = 0 if None in own else [[*own].index(each) for each in of]
             if name in tuned:
                 places[name] = torch.tensor(place) + len(raw)

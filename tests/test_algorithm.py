@@ -37,6 +37,8 @@ ESTIMATORS = [
     "Adam(0.05)[lr: log, beta1] / SGD(0.01, horizon=3)",
     "SGD(0.05, momentum=0.5) / Adam(0.01, horizon=inf) / SGD(1e-3)",
     "ScheduleFreeAdam(0.1)[lr: log] / AdaGrad(0.5, horizon=inf, normalize=True) / SGD(1e-3)",
+    "SGD(0.05)[lr: log per tensor, momentum] / SGD(0.01, normalize=True)",
+    "SGD(0.05, momentum=0.5) / Adam({lr: 0.01, momentum: 0.1})[lr] / SGD(1e-3, normalize=True)",
     "SGD(0.05, momentum=0.5) / SGD(0.01, surrogate=True) / SGD(1e-3, surrogate=True)",
     "Adam(0.05)[lr: log]" + " / SGD(1e-3, surrogate=True)" * 3,
     "SGD(0.05)[lr: log per tensor, momentum] / SGD(0.01, surrogate=True, horizon=3)",

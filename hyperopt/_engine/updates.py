@@ -220,6 +220,12 @@ def update_hyperparameters(
     return move_hyperparameters(blocks, numbers, found, states, skipped, limit)
 
 
+def reach(below: Block, block: Block) -> list[list[float]]:
+    """1 where a value of a block moves a value below it, else 0, [slots below, slots]."""
+    owners = [slot.owner for slot in block.tuned]
+    return [[float(owner in (None, each.name)) for owner in owners] for each in below.tuned]
+
+
 def hypergradients(
     blocks: Sequence[Block], numbers: Numbers, lowest: Tensor
 ) -> tuple[list[Tensor], list[State], list[Tensor]]:
@@ -252,7 +258,11 @@ def hypergradients(
             found[-1] = g = block.rule.policy.clipping(found[-1])
             product = (g[:, None] * jacobian).sum(0)
             if block.estimator.normalize:
-                product = cosine(product, (g * g).sum(), (jacobian * jacobian).sum(0))
+                below = blocks[len(states) - 1] if i == first else block
+                squared_norm = (g * g).sum()
+                if any(slot.owner for slot in block.tuned):
+                    squared_norm = g * g @ g.new_tensor(reach(below, block))
+                product = cosine(product, squared_norm, (jacobian * jacobian).sum(0))
             if block.estimator.surrogate:
                 used = last.g[i - first]
                 product = per_square(product, (used * used).sum())
