@@ -33,4 +33,4 @@ def test_the_two_arms_differ_in_the_schedule_alone() -> None:
         assert (config.schedule.name, config.schedule.final) == (
             ("linear", 0.0) if cell.decay == "linear" else ("constant", None)
         )
-    assert len(runs) == 2 * 3 * (2 + 2 + 1 + 1)
+    assert len(runs) == 2 * 3 * (2 + 2 + 1 + 1 + 1)

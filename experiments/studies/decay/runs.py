@@ -4,7 +4,8 @@
     python -m experiments.studies decay preset=paper start=records
 
 A schedule multiplies the lr that Auto learns by a factor that falls from 1 to 0 during the run.
-`cpu` takes an hour on one core: its character RNN and ResNet-20 are shorter and have one start.
+`cpu` takes an hour on one core: its character RNN and ResNet-20 are shorter; they and the MLP of 30
+epochs have one start.
 
 Finished runs in the store are not repeated. `start=records` also takes runs from the records in the
 results.
@@ -41,10 +42,11 @@ PRESETS = {
         ("device=cpu",),
         tasks={
             **EPOCHS,
+            "mlp30": ("trainer.epochs=30",),
             "char_rnn": ("trainer.epochs=1", "trainer.steps=400"),
             "resnet": ("trainer.epochs=1", "trainer.steps=100"),
         },
-        one_start=("char_rnn", "resnet"),
+        one_start=("mlp30", "char_rnn", "resnet"),
     ),
     "paper": DecayPreset(
         tasks={
