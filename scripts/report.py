@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import functools
 import gzip
 import html
@@ -171,12 +172,15 @@ def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | N
     found: dict[str, tuple[list[float], list[float | None]]] = {}
     for name in ("curves.csv", "hyperparameters.csv", "hypergradients.csv"):
         if name in files:
-            table = pd.read_csv(io.StringIO(files[name]))
-            thin = table.iloc[:: -(-len(table) // POINTS) or 1]
-            for column in thin.columns.drop(["step", "epoch"], errors="ignore"):
-                values = [float(f"{v:.4g}") if math.isfinite(v) else None for v in thin[column]]
-                if len({*values}) > 1:  # the stack has the constant ones
-                    found[column] = thin.step.tolist(), values
+            head, *lines = files[name].splitlines()
+            rows = [*csv.DictReader([head, *lines[:: -(-len(lines) // POINTS) or 1]])]
+            steps = [int(row["step"]) for row in rows]
+            for column in head.split(","):
+                numbers = [float(row[column] or "nan") for row in rows]
+                values = [float(f"{v:.4g}") if math.isfinite(v) else None for v in numbers]
+                # The stack has the constant ones.
+                if column not in ("step", "epoch") and len({*values}) > 1:
+                    found[column] = steps, values
     return found
 
 
