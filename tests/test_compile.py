@@ -616,6 +616,7 @@ def half(h: float) -> float:
     return math.sqrt(h / 2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_threads_and_processes_may_compile_at_once(tmp_path):
     program = """

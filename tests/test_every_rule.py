@@ -146,7 +146,7 @@ def test_no_hyperparameter_leaves_its_domain(name):
         for n, how in rule.tuned.items():
             if how.domain is REAL:
                 continue
-            for size, sign in ((1e3, 1), (1e300, 1), (1e300, -1)):
+            for size, sign in ((1e300, 1), (1e300, -1)):
                 w = torch.ones(4, dtype=torch.float64, requires_grad=True)
                 optimizer = HyperOptimizer([w], Stack(rule[n], SGD(size)), compile=False)
                 legal = rule.hypers[n]

@@ -80,7 +80,7 @@ def test_the_handler_of_a_launcher_is_called_after_the_checkpoint() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep", [False, True])
+@pytest.mark.parametrize("sweep", [pytest.param(False, marks=pytest.mark.long), True])
 def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path: Path, sweep: bool) -> None:
     """For a single command, and for a sweep, where each worker writes its own."""
     seeds = ("-m", "seed=0,1,2", "workers=2") if sweep else ()

@@ -82,26 +82,25 @@ def test_memory_of_compiled_steps_is_flat(without_collector):
 def test_a_deleted_optimizer_leaves_no_memory(without_collector):
     counts: list[int] = []
     gone: list[weakref.ref[Any]] = []
-    for _ in range(20):
+    for _ in range(8):
         net = nn.Sequential(nn.Linear(4, 30), nn.Tanh(), nn.Linear(30, 2))
         optimizer = HyperOptimizer(net.parameters(), STACK, compile=False)
-        for t in range(10):
+        for t in range(8):
             step(net, optimizer, t)
         gone += [weakref.ref(optimizer), weakref.ref(next(net.parameters()))]
         del net, optimizer
         counts.append(tensors())
-    assert counts[1:] == [counts[0]] * 19
+    assert counts[1:] == [counts[0]] * 7
     assert not any(ref() is not None for ref in gone), "an optimizer is in a reference cycle"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [1, 6])
-def test_a_compiled_step_holds_no_optimizer_and_no_weights(shards, monkeypatch):
+def test_a_compiled_step_holds_no_optimizer_and_no_weights(monkeypatch):
     monkeypatch.setattr(hyperopt._engine.compiler, "_compiled", {})
     monkeypatch.setattr(hyperopt._engine.shards, "LARGE", 1)
 
     def train() -> weakref.ref:
-        params = [torch.randn(1234, requires_grad=True) for _ in range(shards)]
+        params = [torch.randn(1234, requires_grad=True) for _ in range(6)]
         optimizer = HyperOptimizer(params, "SGD(0.1, momentum=0.9) / SGD(1e-3)", compile=True)
         for _ in range(4):
             for w in params:

@@ -25,6 +25,7 @@ def config(store: Path, *overrides: str) -> Config:
     return resolve(compose([*fixed, *fast, *overrides]), "mnist-5k")
 
 
+@pytest.mark.long
 def test_outcomes_come_in_the_order_of_the_configs_and_equal_those_of_single_runs(
     tmp_path: Path,
 ) -> None:
@@ -37,6 +38,7 @@ def test_outcomes_come_in_the_order_of_the_configs_and_equal_those_of_single_run
         assert alone["train_loss"] == outcome.summary["train_loss"]
 
 
+@pytest.mark.long
 def test_finished_runs_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [config(tmp_path, f"seed={seed}") for seed in range(2)]
     first = run_all(configs, workers=1)
@@ -71,6 +73,7 @@ def test_a_dying_process_fails_only_its_run(tmp_path: Path) -> None:
     assert all(outcome.summary is not None for outcome in outcomes[1:])
 
 
+@pytest.mark.long
 def test_a_process_that_dies_between_two_runs_is_replaced(tmp_path: Path) -> None:
     job = Outcome(config(tmp_path))
     pool = _Pool([job], 1, Display(2, 0, show=False))

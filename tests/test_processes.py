@@ -39,6 +39,7 @@ def rows(path: Path) -> list[list[float]]:
         return [[float(value) for value in row] for row in list(csv.reader(file))[1:]]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:

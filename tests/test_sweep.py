@@ -93,7 +93,9 @@ def test_a_failed_run_is_listed_and_the_same_command_repeats_it(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize(
+    "launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.long)]
+)
 def test_another_launcher_writes_the_same_csv_and_lists_what_fails(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], launcher: str
 ) -> None:
@@ -116,6 +118,7 @@ def test_another_launcher_writes_the_same_csv_and_lists_what_fails(
     assert path.read_text() == tidy_csv([train(configs[0])])
 
 
+@pytest.mark.long
 def test_a_search_receives_the_training_loss(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:

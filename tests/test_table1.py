@@ -283,6 +283,7 @@ def alive(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_the_command_with_a_hint(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(tmp_path),

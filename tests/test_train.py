@@ -325,6 +325,7 @@ def test_the_readmes_sweep(tmp_path: Path) -> None:
     assert set(Path.cwd().iterdir()) == before  # no outputs/, no multirun/
 
 
+@pytest.mark.long
 def test_a_sweep_over_stacks(tmp_path: Path) -> None:
     done = run(
         *(

@@ -84,9 +84,8 @@ def test_the_wheel_holds_the_library_alone(wheel: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "order", [pytest.param("ours first", marks=pytest.mark.long), "theirs first"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("order", ["ours first", "theirs first"])
 def test_both_packages_work_in_either_order(wheel: Path, python: Path, order: str) -> None:
     ours = ("--no-deps", wheel)
     first, second = (ours, ("hyperopt",)) if order == "ours first" else (("hyperopt",), ours)
@@ -95,4 +94,4 @@ def test_both_packages_work_in_either_order(wheel: Path, python: Path, order: st
     run(python, "-I", "-c", TRAIN)
     run(python, "-I", "-c", THEIRS)
     run(python, "-m", "pip", "uninstall", "-qy", "hyperopt")
-    run(python, "-I", "-c", f"from {OURS} import Auto")
+    run(python, "-I", "-c", TRAIN)
