@@ -321,7 +321,7 @@ def _tables(folder: Path) -> Iterator[str]:
             continue
         content = pd.read_csv(path, dtype=str, keep_default_na=False)
         if "height" in content:  # -1 is the first compilation on a machine
-            content.loc[content.height == "-1", "height"] = "plain"
+            content.loc[content.height == "-1", "height"] = "first"
         yield f"<details><summary>{name}</summary>"
         yield table(list(map(words, content.columns)), content.values.tolist())
         yield f'<p><a href="{link}">as CSV</a></p></details>'
