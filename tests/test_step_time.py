@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from experiments.studies.step_time import contenders as benchmark
-from experiments.studies.step_time import report, runs
-from hyperopt import HyperOptimizer
+from experiments.studies.step_time import peers, report, runs
+from hyperopt import Auto, HyperOptimizer
 from models.mlp import MLP
 
 
@@ -95,3 +95,35 @@ def test_a_bound_is_met_or_not():
     slower = times.whole_us.where(times.optimizer != "published", 16000.0)
     faster = {w: v for w, _, _, v in report.bars(times.assign(whole_us=slower), compiling)}
     assert [value for what, value in faster.items() if "times faster" in what] == [16.0] * 3
+
+
+def test_each_peer_makes_its_steps_and_has_its_line(monkeypatch):
+    """HeavyBall's, which compile, are left out."""
+
+    def eager(kind):
+        return lambda *args, compile, **options: kind(*args, compile=False, **options)
+
+    monkeypatch.setattr(peers, "HyperOptimizer", eager(HyperOptimizer))
+    monkeypatch.setattr(peers, "Auto", eager(Auto))
+    before = torch.randn(3, 4)
+    made: list[torch.nn.Parameter] = []
+
+    def parameters():
+        made.append(torch.nn.Parameter(before.clone()))
+        return made[-1:]
+
+    def once(steps, *_):
+        for step in steps.values():
+            step(), step()  # SOAP's first step moves no weights
+        return {name: [float(i)] * 3 for i, name in enumerate(steps, 1)}
+
+    rows = []
+    for group, (title, _, makers) in peers.GROUPS.items():
+        here = {name: make for name, make in makers.items() if not name.startswith("heavyball")}
+        monkeypatch.setitem(peers.GROUPS, group, (title, parameters, here))
+        rows += peers.measure(group, once)
+    assert len(rows) == len(made) > 10
+    assert not any(torch.equal(p, before) for p in made)
+    lines = peers.table(pd.DataFrame(rows))
+    assert "| torch.optim.Muon | 1,000,000 (1,000,000 to 1,000,000) | 1.00 |" in lines
+    assert "| Muon / SGD | 3,000,000 (3,000,000 to 3,000,000) | 3.00 |" in lines
