@@ -14,8 +14,8 @@ the gradient of the loss at w:
 
    S_k is the *sensitivity* of level k's output with respect to r_k. In the paper it is the
    derivative of the last update, S_k = ∂U_k/∂r_k. On the first step all S_k are 0. The upper rules
-   still run, with gradient 0. Level k + 1 may normalize, divide and clip dr_k. The levels above it
-   see the result.
+   still run, with gradient 0. Level k + 1 may replace dr_k by a cosine (normalize), divide it by a
+   squared norm (surrogate) and clip it. The levels above it see the result.
 
 2. Hyperparameters, from the top: r_k ← U_{k+1}(r_k, dr_k, s_{k+1}; T(r_{k+1})).
 
@@ -23,9 +23,11 @@ the gradient of the loss at w:
 
 All earlier values are constants, and so is G. So the model is never differentiated twice.
 
-`hyperopt.HyperOptimizer` computes the same, but fast. A test compares the two. This module leaves
-out the trust region, the timing (``every``, ``until``), the restart of a long horizon, and the
-zeroing of rounding noise before a cosine.
+`hyperopt.HyperOptimizer` computes the same, but fast, in ``_engine/updates.py``. The test
+``tests/test_algorithm.py`` compares the two. This module leaves out the trust region, the timing
+(``every``, ``until``), the restart of a long horizon, the zeroing of rounding noise before a
+cosine, the factor of a scheduler, and parameters without a gradient. If G is not finite, call
+`skip` instead of `step`.
 
     >>> import torch
     >>> from hyperopt import SGD
@@ -86,7 +88,7 @@ def hyperparameters(level: Level, raw: Tensor) -> SimpleNamespace:
     return SimpleNamespace(**tuned, **level.constants)
 
 
-def reach(level: Level, x: Tensor) -> Tensor:
+def moves(level: Level, x: Tensor) -> Tensor:
     """1 where a raw value moves an element of x, else 0, [elements of x, n]."""
     moved = [one_hot(place.expand(len(x)), len(level.raw)) for place in level.places.values()]
     return torch.stack(moved).sum(0).to(x.dtype)
@@ -99,7 +101,7 @@ def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
         g, s = gradients[-1], level.sensitivity
         hypergradient = g @ s
         if above.rule.policy.estimator.normalize:
-            hypergradient = cosine(hypergradient, g * g @ reach(level, g), (s * s).sum(0))
+            hypergradient = cosine(hypergradient, g * g @ moves(level, g), (s * s).sum(0))
         if above.rule.policy.estimator.surrogate:
             hypergradient = per_square(hypergradient, level.square)
         gradients.append(above.rule.policy.clipping(hypergradient))
@@ -107,7 +109,7 @@ def hypergradients(levels: Sequence[Level], gradient: Tensor) -> list[Tensor]:
 
 
 def horizon(above: Level | None) -> float:
-    """The number of updates that S accumulates. The level above sets it; the paper uses 1."""
+    """The memory of S in updates. The level above sets it; the paper uses 1."""
     return above.rule.policy.estimator.horizon if above else 1
 
 
@@ -125,7 +127,7 @@ def update(levels: Sequence[Level], k: int, x: Tensor, g: Tensor) -> tuple[Tenso
 
     derivative, (moved, state) = torch.func.jacrev(new, has_aux=True)(level.raw)
     updates = level.updates + 1
-    kept = 1 - 1 / updates.clamp(max=horizon(levels[k + 1] if levels[k + 1 :] else None))
+    kept = 1 - 1 / updates.clamp(max=horizon(levels[k + 1] if k + 1 < len(levels) else None))
     sensitivity = kept * level.sensitivity + derivative
     level = level._replace(state=state, sensitivity=sensitivity, updates=updates, square=g @ g)
     return moved, level
@@ -189,7 +191,7 @@ def start(stack: Stack, w: Tensor, owners: Sequence[int] = ()) -> list[Level]:
             if name in tuned:
                 places[name] = torch.tensor(place) + len(raw)
                 raw += [tuned[name].domain.raw(number) for number in own.values()]
-                bounds += [tuned[name].reach] * len(own)
+                bounds += [tuned[name].raw_bounds] * len(own)
                 below += [name] * len(own)
             else:
                 constants[name] = torch.tensor([*own.values()], dtype=torch.float64)[place]

@@ -45,14 +45,15 @@ UNBOUNDED = 1e300
 class Estimator:
     """How a level estimates the hypergradients of the level below.
 
-    The hypergradient of a hyperparameter is g · s. g is the gradient of the weights. s is their
-    *sensitivity*: the derivative of the weights with respect to the raw hyperparameter.
+    The hypergradient of a hyperparameter is g · s. g is the gradient of what the level below moves:
+    of the weights, for level 0. s is the *sensitivity*: the derivative of these with respect to the
+    raw hyperparameter (S in `hyperopt.algorithm`).
 
     Attributes:
         horizon: n, the number of updates that s accumulates. With n = 1, as in the paper, s is the
             derivative d of the last update. With n > 1, at the t-th update,
-            s <- (1 - 1/min(t, n)) s + d. When a hyperparameter falls below `RESTART_BELOW` of its
-            peak, s and t start again.
+            s <- (1 - 1/min(t, n)) s + d. When any hyperparameter falls below `RESTART_BELOW` of its
+            peak, all s and t start again.
         normalize: divide g · s by the norms of both, so that it is a cosine.
         surrogate: divide g · s by the squared norm of the gradient that the last update used. With
             n = 1 this is the gradient of the surrogate (f(x') - f(x)) / ||∇f(x)||², where x' are
@@ -131,6 +132,8 @@ class Clipping:
 @dataclass(frozen=True)
 class Timing:
     """The steps in which a level moves the hyperparameters below it.
+
+    A trust region still lowers lr in the other steps.
 
     Attributes:
         every: move in every n-th step, starting with the first.

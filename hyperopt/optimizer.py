@@ -33,12 +33,13 @@ class HyperOptimizer(torch.optim.Optimizer):
     A learning-rate scheduler *scales* a tuned lr. The rule then uses the *effective* lr, which is
     the learned lr times ``group["lr"] / group["initial_lr"]``. The hypergradient is that of the
     effective lr, by the chain rule. With a scheduler, ``group["lr"]`` is the scheduler's own
-    number. Without a scheduler it is the effective lr, and you may set it. Other tuned
-    hyperparameters cannot be set.
+    number. Without a scheduler it is the effective lr, and you may set it: the ratio of your number
+    and the learned lr is a factor from then on. Other tuned hyperparameters cannot be set.
 
-    ``state[p]`` is the rule's state of a parameter, in views that you may write to. With height 0
-    or a long horizon it is the state after the last step, otherwise the state before it. You may
-    add keys of your own to ``state[p]`` and to param groups. They are kept, saved and loaded.
+    ``state[p]`` is the rule's state of a parameter, in views that you may write to. If the next
+    step recomputes the last update (an elementwise rule that is tuned, with horizon 1), it is the
+    state before that update. Otherwise it is the state after it. You may add keys of your own to
+    ``state[p]`` and to param groups. They are kept, saved and loaded.
 
     Args:
         params: parameters or param groups. A group may have its own values of the lowest rule's
@@ -113,8 +114,9 @@ class HyperOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move the hyperparameters of all levels, from the top, and then the weights.
 
-        A parameter whose ``grad`` is None does not change, nor does its state, as in
-        ``torch.optim``.
+        A parameter whose ``grad`` is None does not change. Its last update no longer counts: it
+        adds 0 to the hypergradients of its next step, unless the horizon is long. If a gradient or
+        its square is not finite, a tower moves nothing and `skipped` counts the step.
 
         Args:
             closure: computes the loss again and returns it. It is called once, with gradients

@@ -69,7 +69,7 @@ class PerElement(Rule, known=False):
             raw, own = s[f"raw_{name}"], f"{name}_"
             kept = {key: s[own + key] for key in self.above.init(raw)}
             moved, kept = self.above.update(raw, g * s[f"slope_{name}"], kept, h_above)
-            raws[name] = moved.clamp(*_reach(how, w.dtype))
+            raws[name] = moved.clamp(*_raw_bounds(how, w.dtype))
             after |= {own + key: value for key, value in kept.items()}
         names = [*self._below.init(w)]
 
@@ -152,9 +152,9 @@ def _again(below: Rule, above: Rule, values: dict[str, Number], active: frozense
     return rule
 
 
-def _reach(how: Tuning, dtype: torch.dtype) -> tuple[float, float]:
+def _raw_bounds(how: Tuning, dtype: torch.dtype) -> tuple[float, float]:
     """The lowest and the highest raw value for which T works in this dtype."""
-    low, high = how.reach
+    low, high = how.raw_bounds
     if dtype == torch.float64:
         return low, high
     most = {UNIT: 8.0, LOG: 80.0}.get(how.domain, 1e18)

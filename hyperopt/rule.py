@@ -44,6 +44,7 @@ class Rule:
         elementwise: whether ``update`` may receive any slice of the parameters as one vector. If
             not, it receives each parameter in its own shape, and the rule can only be the lowest
             level.
+        linear_in_lr: whether the new weights are linear in lr. A trust region needs this.
         compiles: whether to compile ``update``. False pays if library calls take all of its time.
         ndim: for a rule that is not elementwise, the number of dimensions that a parameter must
             have; None for any.
@@ -61,6 +62,7 @@ class Rule:
     options: ClassVar[dict[str, Option]] = {}
     arguments: ClassVar[list[str]] = []  # names in the notation, in its order
     elementwise: ClassVar[bool] = True
+    linear_in_lr: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     ndim: ClassVar[int | None] = None
 
@@ -357,4 +359,9 @@ def _check_policies(levels: Sequence[Rule]) -> None:
         raise ValueError(
             f"{levels[1]}: trust bounds the lr of {lowest}, which must be moved in the "
             "log domain, as in [lr: log]"
+        )
+    if len(levels) > 1 and "trust" in levels[1].hypers and not lowest.linear_in_lr:
+        raise ValueError(
+            f"{levels[1]}: trust finds the lr that bounds an update, but the update of "
+            f"{lowest.name} is not linear in lr; leave out trust"
         )

@@ -5,20 +5,22 @@ steps follow from its ``update``. No derivative is written by hand.
 
 The arguments of ``update(w, g, s, h)`` are
 
-* ``w`` and ``g``: the weights and their gradient, 1-D tensors of one floating dtype. ``update``
-  must be elementwise: it may receive any slice of the parameters, even an empty one. So it cannot
-  use norms and means. (On an upper level, the "weights" are the hyperparameters of the level
-  below.)
+* ``w`` and ``g``: the weights and their gradient, of one floating dtype. By default a rule is
+  *elementwise*: both are 1-D, and ``update`` may receive any slice of the parameters, even an empty
+  one. So it cannot use norms and means. (On an upper level, the "weights" are the raw
+  hyperparameters of the level below.) A rule with ``elementwise = False``, in the second part of
+  this file, receives each parameter in its own shape and can be the lowest level only.
 * ``h.lr``, ``h.beta1``, ...: the values of the hyperparameters, float64 tensors that broadcast
   against ``w``. A 0-dim tensor does not change the dtype of ``w``. ``update`` is differentiated
   with respect to them.
 * ``s["..."]``: the state that ``init`` or the last ``update`` returned, always with the same
-  entries in the same order. Vectors have the shape of ``w``. 0-dim entries are float64.
+  entries in the same order. Vectors have the shape of ``w``; a rule that is not elementwise may
+  have others. 0-dim entries are float64.
 
 ``self.is_active("momentum")`` tells whether the update uses an optional hyperparameter. If it is 0
 and not tuned, it costs nothing.
 
-With its defaults, a rule computes the same as the ``torch.optim`` optimizer of the same name. The
+With its defaults, a rule computes the same as torch's optimizer of this name, if torch has it. The
 options select variants, and set the constants in which the paper's own package
 (``gradient-descent-the-ultimate-optimizer`` 1.0) differs. The domains of lr, of SGD's momentum and
 of the betas are the paper's. The other domains keep a hyperparameter legal for every raw value.
@@ -415,6 +417,8 @@ class Rprop(Rule):
     The state has step sizes divided by lr, so that the level above moves all of them with lr.
     """
 
+    linear_in_lr = False
+
     lr = Hyper(1e-2)
     # A weight does not move after a change of the gradient's sign, so the hypergradient is 0.
     eta_minus = Hyper(0.5, UNIT, tuned=False, high=1.0)
@@ -443,6 +447,8 @@ class ASGD(Rule):
     The state has ``ax``, the mean of the weights from the ``t0``-th step on. Use it instead of the
     weights when training ends.
     """
+
+    linear_in_lr = False
 
     lr = Hyper(1e-2)
     lambd = Hyper(1e-4, LOG, tuned=False)
@@ -530,6 +536,7 @@ class Adafactor(Rule):
     """
 
     elementwise = False
+    linear_in_lr = False
 
     lr = Hyper(1e-2)
     beta2_decay = Hyper(-0.8, tuned=False, low=-math.inf, high=math.ulp(0.0))

@@ -159,7 +159,7 @@ class Tuning:
         return value in self.domain and self.low <= value <= self.high
 
     @property
-    def reach(self) -> tuple[float, float]:
+    def raw_bounds(self) -> tuple[float, float]:
         """The lowest and the highest raw value."""
         reach = self.domain.reach
         high = min(reach, self.domain.raw(self.high)) if math.isfinite(self.high) else reach

@@ -274,3 +274,23 @@ def test_compiled_is_eager_to_rounding(name):
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(fast.snapshot(), slow.snapshot(), rtol=1e-9, atol=0)
     assert fast.compiled
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_says_whether_its_update_is_linear_in_lr(name):
+    """After some steps, so that bounds that depend on their number count.
+
+    SOAP's weight decay comes after its update: together they have a term of second order in lr.
+    """
+    rule = RULES[name](**{"weight_decay": 0.0} if name == "SOAP" else {})
+    torch.manual_seed(0)
+    w = torch.randn(12 if rule.elementwise else (3, 4), dtype=torch.float64)
+    state = rule.init(w)
+    for _ in range(5):
+        w, state = rule.update(w, torch.randn_like(w), state, namespace({**rule.values, "lr": 0.5}))
+    g = torch.randn_like(w)
+    one, two, three = (
+        rule.update(w, g, state, namespace({**rule.values, "lr": lr}))[0] for lr in (0.1, 1, 100)
+    )
+    linear = torch.allclose(99 * (two - one), 0.9 * (three - two), rtol=1e-9, atol=1e-9)
+    assert linear == rule.linear_in_lr

@@ -199,6 +199,8 @@ def test_a_level_that_made_no_move_has_no_hypergradient():
         ("SGD(0.1) / SGD(0.1, every=0)", "every must be 1 or more, but is 0"),
         ("SGD(0.1) / SGD(0.1, every=1.5)", "every must be an int"),
         ("SGD(0.1) / SGD(0.1, clip_norm=-1)", "clip_norm must be 0 or more"),
+        ("Rprop(0.1)[lr: log] / SGD(0.1, trust=0.1)", "Rprop is not linear in lr"),
+        ("Adafactor(0.1)[lr: log] / SGD(0.1, trust=0.1)", "Adafactor is not linear in lr"),
     ],
 )
 def test_errors(stack, message):

@@ -104,7 +104,7 @@ class Block:
         return not self.below
 
     @property
-    def gathers(self) -> bool:
+    def stores_sensitivities(self) -> bool:
         """Whether level 0 stores its sensitivities, and does not recompute the last update.
 
         A long horizon needs this, since it accumulates the sensitivities of many steps. For a rule
@@ -117,7 +117,7 @@ class Block:
     @property
     def recomputes(self) -> bool:
         """Whether level 0 recomputes its last update, and therefore stores its gradient."""
-        return bool(self.tuned) and self.is_lowest and not self.gathers
+        return bool(self.tuned) and self.is_lowest and not self.stores_sensitivities
 
     @property
     def has_trust(self) -> bool:
@@ -145,7 +145,9 @@ class Block:
         state = self.rule.init(w)
         if self.has_trust and self.tuned:
             state["log_lr_limit"] = torch.zeros_like(w)
-        return {**state, **self.estimator.init(self.names, w)} if self.gathers else state
+        return (
+            {**state, **self.estimator.init(self.names, w)} if self.stores_sensitivities else state
+        )
 
     def skipped(self, name: str, old: Tensor) -> Tensor:
         """An entry of the state after a skipped step.
@@ -172,8 +174,8 @@ class Block:
     ) -> tuple[Tensor, State]:
         """Apply this level's rule to the raw hyperparameters below it.
 
-        If trust is tuned, ``state["log_lr_limit"]`` is the log lr at which the norm of an update of
-        the weights equals the norm of the weights.
+        If this level has trust and a level above it, ``state["log_lr_limit"]`` is the log lr at
+        which the norm of an update of the weights equals the norm of the weights.
 
         Args:
             w, g: the raw hyperparameters below, and their hypergradients.
@@ -305,7 +307,11 @@ def build(
         below = tuple(slot.name for slot in blocks[-1].tuned) if k else ()
         above = None if top else stack.levels[k + 1]
         block = Block(rule, tuple(tuned), tuple(fixed), below, False, above, lr_slots=lr_slots)
-        if tuned and not block.gathers and (block.has_trust or depends_on_weights(rule)):
+        if (
+            tuned
+            and not block.stores_sensitivities
+            and (block.has_trust or depends_on_weights(rule))
+        ):
             block = replace(block, keeps_weights=True)
         if k > 1 and replace(blocks[-1], count=1).structure == block.structure:
             blocks[-1] = replace(blocks[-1], count=blocks[-1].count + 1)

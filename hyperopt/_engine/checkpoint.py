@@ -118,7 +118,7 @@ def restore(
             start.append(
                 how.domain.raw(float(initial(k, slot))) if saved_raw is None else saved_raw
             )
-        bounds.append(vector([number for how in hows for number in how.reach]).view(-1, 2).T)
+        bounds.append(vector([number for how in hows for number in how.raw_bounds]).view(-1, 2).T)
         raw.append(vector(start))
         constants = [
             # Constants of level 0 come from the param groups.

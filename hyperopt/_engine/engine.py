@@ -24,7 +24,7 @@ from ..rule import Rule, Stack, State, betas, unpack_betas
 from ..tuning import likely_typo
 from . import checkpoint
 from .blocks import FACTOR, Owner, build
-from .modes import is_fake, keeps
+from .modes import is_fake, outside_modes
 from .packed import Layout, Vectors
 from .shards import Shard, divide, local, precision, processes
 from .step import Step, compiled_step, eager_step
@@ -97,7 +97,7 @@ class Engine:
     def is_fake(self) -> bool:
         return is_fake(self.params)
 
-    @keeps
+    @outside_modes
     def start(self) -> None:
         """Make the layout, after the constructor has added all groups."""
         self._rebuild_layout()
@@ -125,7 +125,7 @@ class Engine:
         self.__dict__.update(state)
         self._restart()
 
-    @keeps
+    @outside_modes
     def _restart(self) -> None:
         self._shown = {}
         self._numbers = self.layout.numbers(self.packed)
@@ -137,7 +137,7 @@ class Engine:
 
     # Param groups.
 
-    @keeps
+    @outside_modes
     def check_group(self, group: dict[str, Any]) -> frozenset[str]:
         """Check a new param group, and convert its hyperparameters to numbers.
 
@@ -194,7 +194,7 @@ class Engine:
                     )
         return frozenset(own)
 
-    @keeps
+    @outside_modes
     def add_group(self, own: frozenset[str]) -> None:
         """Add the last param group to the layout.
 
@@ -281,9 +281,9 @@ class Engine:
 
     # A step.
 
-    @keeps
+    @outside_modes
     def step(self) -> None:
-        """Make one step. It does nothing if no parameter has a gradient."""
+        """Make one step. If no parameter has a gradient, nothing moves."""
         self._sync(_has_grad)
         active = [[id(p) for p in group["params"] if _has_grad(p)] for group in self.groups]
         if active != self._active or any(shard.is_stale for shard in self._shards):
@@ -311,7 +311,7 @@ class Engine:
         self.is_compiled = step is not None
         return step or eager_step(self.layout, self._numbers, vectors)
 
-    @keeps
+    @outside_modes
     def sync(self) -> None:
         """Apply the user's changes since the last step now, and not in the next step."""
         self._sync()
@@ -362,7 +362,7 @@ class Engine:
         """Use another dict as `state`. It must contain all our entries already."""
         self._state = state
 
-    @keeps
+    @outside_modes
     def _show_first_state(self) -> None:
         was_cleared, self._is_state_shown = self._is_state_shown, True
         self._sync_groups()
@@ -480,7 +480,7 @@ class Engine:
             return (*self._names, EFFECTIVE)
         return (*self._names, *(f"{EFFECTIVE}[{i}]" for i in range(len(self.groups))))
 
-    @keeps
+    @outside_modes
     def snapshot(self) -> Tensor:
         self._sync_groups()
         if len(self._places) == len(self.layout.names):
@@ -537,7 +537,7 @@ class Engine:
             for (number, moving, _), params in pieces.items():
                 piece = shard.part(params)
                 if not moving or number != shard.owner.group:
-                    self._forget_last_update(piece)
+                    self._finish_last_update(piece)
                 piece.owner = self._owner(params[0], number)
                 if piece.owner.parameter != shard.owner.parameter:
                     raise ValueError(
@@ -567,7 +567,7 @@ class Engine:
             return Owner(group)
         return Owner(group, next(i for i, q in enumerate(self.params) if q is p))
 
-    def _forget_last_update(self, shard: Shard) -> None:
+    def _finish_last_update(self, shard: Shard) -> None:
         """Replace a shard's last update by the state after it."""
         lowest, numbers = self.layout.blocks[0], self._numbers
         raw = numbers.raw[0][0][shard.owner.places(lowest.tuned)]
@@ -649,7 +649,7 @@ class Engine:
 
     # Checkpoints.
 
-    @keeps
+    @outside_modes
     def save(self) -> dict[str, Any]:
         """Make the state_dict, without hooks."""
         self.sync()
@@ -699,7 +699,7 @@ class Engine:
         """
         self.apply(self.read(state_dict))
 
-    @keeps
+    @outside_modes
     def read(self, state_dict: dict[str, Any]) -> tuple:
         """Check a state_dict and prepare it for `apply`. The engine does not change.
 
@@ -719,7 +719,7 @@ class Engine:
             raise ValueError(f"this state is incomplete: a parameter has no {missing}") from None
         return shards, copy.deepcopy(state_dict["param_groups"]), foreign, others
 
-    @keeps
+    @outside_modes
     def apply(self, found: tuple) -> None:
         """Continue from the result of `read`."""
         (self._shards, self._inactive_shards), saved_groups, foreign, others = found

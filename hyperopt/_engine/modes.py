@@ -34,7 +34,7 @@ def neutral(fake: bool) -> Iterator[None]:
         yield
 
 
-def keeps(method: Method) -> Method:
+def outside_modes(method: Method) -> Method:
     """Decorate a method that creates stored tensors: it runs outside the caller's modes.
 
     ``self`` must have ``is_fake``.

@@ -27,8 +27,8 @@ class Vectors(NamedTuple):
     Attributes:
         w, g: the weights and their gradient.
         last_w, last_g: the weights and gradient of the last update, or None if not needed.
-        state: the rule's state before the last update, without its 0-dim entries, which are in
-            `packed`.
+        state: the rule's state, without its 0-dim entries, which are in `packed`. It is the state
+            before the last update if `Block.recomputes`, otherwise the one after it.
     """
 
     w: Tensor

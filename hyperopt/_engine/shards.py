@@ -1,4 +1,7 @@
-"""Shards: groups of parameters that are moved together, as one flat vector."""
+"""Shards: groups of parameters that are moved together, as one flat vector.
+
+They are not those of `torch.distributed.fsdp`, which divide a parameter over several processes.
+"""
 
 from __future__ import annotations
 

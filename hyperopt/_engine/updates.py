@@ -4,14 +4,16 @@ They compute the algorithm of `hyperopt.algorithm`. A level stores the inputs of
 last step, as a `LastUpdate`, and not the results. `recompute_last_update` runs the rule again on
 the same inputs. This gives the state after the update and, by reverse mode, the hypergradients. It
 costs one copy of the gradient and, if the change of the weights depends on the weights, one copy of
-the weights. A level that is not tuned stores only its state. So does level 0 with a long horizon:
-it accumulates sensitivities when it makes an update, and recomputes nothing.
+the weights. A level that is not tuned stores only its state. Level 0 with a long horizon, or with a
+rule that is not elementwise, accumulates sensitivities when it makes an update, and recomputes
+nothing (`Block.stores_sensitivities`).
 
 Values that are not finite do not spread. If a level's gradient or update is not finite, the level
-skips the step, keeps its state, and counts the skip in `Numbers.skipped`. Level 0 checks only its
-gradient and the squared gradient, which most rules store and which overflows in float32 above
-1.8e19. If the weights skip a step, all levels skip it. (A plain stack, of height 0, lets infinities
-and NaN pass, as `torch.optim` does.)
+skips the step, keeps its state, and counts the skip in `Numbers.skipped`. If only the new state is
+not finite, the update stays, and the next step keeps the old state and counts the skip. Level 0
+checks only its gradient and the squared gradient, which most rules store and which overflows in
+float32 above 1.8e19. If the weights skip a step, all levels skip it. (A plain stack, of height 0,
+lets infinities and NaN pass, as `torch.optim` does.)
 """
 
 from __future__ import annotations
@@ -123,7 +125,9 @@ def recompute_last_update(
         squared element of ``g``. The first row is g · s. s is 0 if the update was not applied.
     """
     start, state, normalize = last.state, last.state, block.estimator.normalize
-    sensitivities = [start[f"sensitivity_{name}"] for name in block.names if block.gathers]
+    sensitivities = [
+        start[f"sensitivity_{name}"] for name in block.names if block.stores_sensitivities
+    ]
     rows: list[Tensor] = []
     if last.g is not None:
 
@@ -153,7 +157,8 @@ def recompute_last_update(
         def next_update(raw: Tensor) -> tuple[Tensor, State]:
             return block.rule.update(w, g, state, block.values(raw, now))
 
-        # The derivative with respect to the learned lr is the change of the weights at lr = 1.
+        # For an update that is linear in lr, the derivative with respect to the learned lr is the
+        # change of the weights at lr = 1. Other rules refuse a trust region.
         lr = block.names.index("lr")
         unit = units(raw)[lr] / block.from_raw(raw)[lr]
         (update,), _ = derivatives(next_update, raw, g, [unit])
@@ -185,7 +190,8 @@ def combine_estimate(block: Block, raw: Tensor, sums: Tensor) -> tuple[Tensor, T
     if block.estimator.normalize:
         hypergradient = cosine(hypergradient, *rows[:2])
     if block.estimator.surrogate:
-        # Each shard adds its square once to the slots of each name. So those of one have them all.
+        # A shard adds its square to one slot of each hyperparameter. So the slots of any one
+        # hyperparameter sum to the whole. Never with `normalize`, so the square is the first row.
         count = sum(slot.name == block.tuned[0].name for slot in block.tuned)
         hypergradient = per_square(hypergradient, rows[0][:count].sum())
     if not block.is_bounded:
@@ -220,7 +226,7 @@ def update_hyperparameters(
     return move_hyperparameters(blocks, numbers, found, states, skipped, limit)
 
 
-def reach(below: Block, block: Block) -> list[list[float]]:
+def moves(below: Block, block: Block) -> list[list[float]]:
     """1 where a value of a block moves a value below it, else 0, [slots below, slots]."""
     owners = [slot.owner for slot in block.tuned]
     return [[float(owner in (None, each.name)) for owner in owners] for each in below.tuned]
@@ -236,8 +242,8 @@ def hypergradients(
         lowest: dr_0.
 
     Returns:
-        for each level except the top, the hypergradient that the level above receives; for each
-        block except the lowest, the states after the last updates, and which levels discarded
+        for each level, the hypergradient that the level above receives (empty for the top); for
+        each block except the lowest, the states after the last updates, and which levels discarded
         the state of their last update.
     """
     raws = [row for raw in numbers.raw for row in raw]
@@ -261,7 +267,7 @@ def hypergradients(
                 below = blocks[len(states) - 1] if i == first else block
                 squared_norm = (g * g).sum()
                 if any(slot.owner for slot in block.tuned):
-                    squared_norm = g * g @ g.new_tensor(reach(below, block))
+                    squared_norm = g * g @ g.new_tensor(moves(below, block))
                 product = cosine(product, squared_norm, (jacobian * jacobian).sum(0))
             if block.estimator.surrogate:
                 used = last.g[i - first]
@@ -313,6 +319,7 @@ def move_hyperparameters(
             raws[k - 1] = torch.where(applied, new.clamp(low, high), vectors[i])
             k -= 1
         if block.has_trust and limit is not None:
+            # This block has one level, so `h` has its hyperparameters.
             raws[0] = bound_lr(raws[0], limit, h.trust, bounds[0][0], numbers.grads_finite)
         w = torch.stack(vectors) if block.keeps_weights else torch.zeros_like(own)
         made, left_out = torch.stack(finite), ~torch.stack(finite)
@@ -417,13 +424,13 @@ def update_weights(
         new, after = update(raw)
         return new, (new, after)
 
-    if block.gathers:
+    if block.stores_sensitivities:
         found, (new, after) = derivatives(with_new, raw, g, traced=block.rule.compiles)
     else:
         new, after = update(raw)
     if not block.tuned:
         return new, after
-    if block.gathers:
+    if block.stores_sensitivities:
         if block.estimator.normalize:
             found = without_noise(block, raw, found, new - w)
         values = dict(zip(block.names, block.from_raw(raw).unbind(), strict=True))
