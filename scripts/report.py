@@ -174,7 +174,7 @@ def curves(files: dict[str, str]) -> dict[str, tuple[list[float], list[float | N
         if name in files:
             head, *lines = files[name].splitlines()
             rows = [*csv.DictReader([head, *lines[:: -(-len(lines) // POINTS) or 1]])]
-            steps = [int(row["step"]) for row in rows]
+            steps: list[float] = [int(row["step"]) for row in rows]
             for column in head.split(","):
                 numbers = [float(row[column] or "nan") for row in rows]
                 values = [float(f"{v:.4g}") if math.isfinite(v) else None for v in numbers]
