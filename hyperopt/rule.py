@@ -251,7 +251,7 @@ class Stack:
     """A sequence of levels, lowest first. Each level moves the hyperparameters of the level below.
 
     The lowest level moves the weights. The hyperparameters of the top level are constants. A plain
-    optimizer is a stack of height 0.
+    optimizer is a stack of height 0. A *tower* is a stack of height 1 or more.
 
     Raises:
         ValueError: a level has nothing to move, or its dict of values does not fit the level below.

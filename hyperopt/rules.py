@@ -105,7 +105,7 @@ class SGD(Rule):
 class AdaGrad(Rule):
     """AdaGrad (Duchi et al. 2011), as ``torch.optim.Adagrad``.
 
-    The paper's dialect: ``initial_accumulator_value=0.1, eps_inside=True``.
+    In the paper's code: ``initial_accumulator_value=0.1, eps_inside=True``.
     """
 
     lr = Hyper(1e-2)
@@ -133,7 +133,7 @@ class AdaGrad(Rule):
 class RMSProp(Rule):
     """RMSProp (Tieleman and Hinton 2012), as ``torch.optim.RMSprop``, whose ``alpha`` is ``gamma``.
 
-    With ``centered``, the variance replaces the second moment (Graves 2013). The paper's dialect:
+    With ``centered``, the variance replaces the second moment (Graves 2013). In the paper's code:
     ``eps_inside=True``.
     """
 
@@ -189,7 +189,7 @@ class Adadelta(Rule):
 class Adam(Rule):
     """Adam (Kingma and Ba 2015, Algorithm 1), as ``torch.optim.Adam``.
 
-    With ``amsgrad``, the second moment never decreases (Reddi et al. 2018). In the paper's dialect
+    With ``amsgrad``, the second moment never decreases (Reddi et al. 2018). In the paper's code
     it starts at eps: ``v0=1e-8``.
     """
 
@@ -642,6 +642,7 @@ class SOAP(Rule):
         if step % self.precondition_frequency == 0:
             in_rows, q_left_new = refreshed(left, q_left)
             in_columns, q_right_new = refreshed(right, q_right)
+            # Without a tangent: the derivative of a state is never used.
             exp_avg = q_left_new.T @ (q_left @ exp_avg.detach() @ q_right.T) @ q_right_new
             exp_avg_sq = exp_avg_sq[in_rows][:, in_columns]
             state |= {"left_basis": q_left_new, "right_basis": q_right_new}
