@@ -26,7 +26,7 @@ PY := $(VENV)/bin/python
 # Written last. Without it, the setup was interrupted, or .venv was made by hand.
 STAMP := $(VENV)/.setup-done
 CONSTRAINTS := constraints$(if $(TORCH),-$(TORCH)).txt
-VERSION_OF = $(shell $(1) -c 'import sys; print(sys.version)' 2>/dev/null)
+VERSION_OF = $(shell '$(1)' -c 'import sys; print(sys.version)' 2>/dev/null)
 RUN_OPTIONS = $(if $(WORKERS),workers=$(WORKERS)) $(if $(LOGGER),logger=$(LOGGER))
 # A command rejects options that it does not know.
 TABLE_OPTIONS = $(if $(PRESET),preset=$(PRESET)) $(RUN_OPTIONS) $(if $(START),start=$(START)) \

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for child processes
 
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -96,6 +97,7 @@ def pytest_terminal_summary(
         cache.set(DURATION, time.time() - STARTED)
     for report in (stats.get("failed", []) + stats.get("error", []))[:1]:
         python = os.path.relpath(sys.prefix) + "/bin/python" if os.name != "nt" else "python"
+        python = shlex.quote(python)
         terminalreporter.write_line(
             f"To run one of these again: {python} -m pytest '{report.nodeid}'"
         )
