@@ -182,7 +182,10 @@ def main() -> int:
     for name in (*wanted, *by, *over, *show):
         if name not in table:
             known = (*table.columns, *(f.name for f in fields(Options)))
-            raise ValueError(f"the runs have no column {name!r}; {did_you_mean(name, known)}")
+            hint = did_you_mean(name, known)
+            if name == "stack.lr":
+                hint = "each level has its own: 0.lr is that of the lowest, then 1.lr, ..."
+            raise ValueError(f"the runs have no column {name!r}; {hint}")
     table = select(table, wanted)
     if table.empty:
         asked = " ".join(f"{key}={','.join(values)}" for key, values in wanted.items())

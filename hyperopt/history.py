@@ -114,7 +114,10 @@ class History:
     def _panels(self, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
         """The values to plot, by panel and name."""
         if not self._records:
-            raise ValueError("there is nothing to draw: the optimizer has made no step")
+            raise ValueError(
+                "there is nothing to draw: the optimizer has made no step since this History was "
+                "made; make it before the training loop"
+            )
         values = self.values()
         moved = [name for name, own in values.items() if len({v for v in own if v == v}) > 1]
         panels: dict[str, dict[str, list[float]]] = {}
