@@ -1,4 +1,4 @@
-"""The pool: parallel runs, some of which fail."""
+"""The pool: parallel runs, and runs that fail."""
 
 import multiprocessing
 import os

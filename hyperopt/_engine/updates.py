@@ -226,10 +226,11 @@ def update_hyperparameters(
     return move_hyperparameters(blocks, numbers, found, states, skipped, limit)
 
 
-def moves(below: Block, block: Block) -> list[list[float]]:
-    """1 where a value of a block moves a value below it, else 0, [slots below, slots]."""
-    owners = [slot.owner for slot in block.tuned]
-    return [[float(owner in (None, each.name)) for owner in owners] for each in below.tuned]
+def squared_norms(g: Tensor, below: Block, block: Block) -> Tensor:
+    """For each value of a block, the squared norm of ``g`` on the values below that it moves."""
+    squares = list(zip(below.tuned, (g * g).unbind(), strict=True))
+    own = [[x for other, x in squares if slot.owner in (None, other.name)] for slot in block.tuned]
+    return torch.stack([torch.stack(each).sum() for each in own])
 
 
 def hypergradients(
@@ -267,7 +268,7 @@ def hypergradients(
                 below = blocks[len(states) - 1] if i == first else block
                 squared_norm = (g * g).sum()
                 if any(slot.owner for slot in block.tuned):
-                    squared_norm = g * g @ g.new_tensor(moves(below, block))
+                    squared_norm = squared_norms(g, below, block)
                 product = cosine(product, squared_norm, (jacobian * jacobian).sum(0))
             if block.estimator.surrogate:
                 used = last.g[i - first]
